@@ -122,8 +122,8 @@ struct HostApi {
   void (*report_error)(const char* text, size_t length);
   // PyTorch's current stream (cudaStream_t) of the CUDA device.
   int (*current_stream)(int32_t device_id, void** stream);
-  // An uninitialised tensor with contiguous strides: `handle` owns it, `data` is its memory.
-  int (*allocate)(const int64_t* sizes, int32_t ndim, DLDataType dtype, DLDevice device, void** handle, void** data);
+  // An uninitialised tensor with contiguous strides. `handle` owns it; `view` is valid for as long.
+  int (*allocate)(const int64_t* sizes, int32_t ndim, DLDataType dtype, DLDevice device, void** handle, TensorView* view);
   void (*release)(void* handle);
   // body(context, begin, end) over [0, count) in PyTorch's thread pool, in pieces of at least `grain`.
   int (*parallel_for)(int64_t count, int64_t grain, void (*body)(void* context, int64_t begin, int64_t end), void* context);

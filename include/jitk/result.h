@@ -1,0 +1,98 @@
+// Tensors that an op makes and returns, allocated by the runtime in PyTorch's allocator.
+//
+//   Shape shape(input.shape());
+//   shape[-1] = d;
+//   Tensor out = empty(shape, input.dtype(), input.device());
+//   silu_and_mul_out(input, out);
+//   return out;
+//
+// Left out: every operation on tensors. A kernel works on views.
+#pragma once
+
+#include <jitk/abi.h>    // HostApi, TensorView
+#include <jitk/check.h>  // PanicError
+
+namespace jitk {
+
+// The runtime that called into this variant. Set before any exported function runs.
+inline const HostApi* host_api = nullptr;
+
+namespace host {
+
+// The runtime has already recorded why a call of the HostApi failed.
+struct ReportedError {};
+
+class Shape {
+ public:
+  static constexpr int32_t kMaxDims = 64;  // PyTorch's own limit
+
+  explicit Shape(IntList sizes) : ndim_(static_cast<int32_t>(sizes.size())) {
+    RuntimeCheck(ndim_ <= kMaxDims, "a tensor has at most ", kMaxDims, " dimensions, got ", ndim_);
+    for (int32_t i = 0; i < ndim_; ++i) sizes_[i] = sizes[i];
+  }
+  int64_t& operator[](int32_t i) {
+    const int32_t at = i < 0 ? i + ndim_ : i;
+    RuntimeCheck(at >= 0 && at < ndim_, "dimension ", i, " of a tensor with ", ndim_, " dimensions");
+    return sizes_[at];
+  }
+  operator IntList() const { return {sizes_, ndim_}; }
+
+ private:
+  int64_t sizes_[kMaxDims];
+  int32_t ndim_;
+};
+
+}  // namespace host
+
+class Tensor {
+ public:
+  Tensor(void* handle, TensorView view) : handle_(handle), view_(view) {}
+  Tensor(Tensor&& other) noexcept : handle_(other.handle_), view_(other.view_) { other.handle_ = nullptr; }
+  Tensor& operator=(Tensor&& other) noexcept {
+    void* mine = handle_;
+    handle_ = other.handle_;
+    view_ = other.view_;
+    other.handle_ = mine;
+    return *this;
+  }
+  ~Tensor() {
+    if (handle_ != nullptr) host_api->release(handle_);
+  }
+
+  operator TensorView() const { return view_; }
+  TensorView view() const { return view_; }
+  void* data_ptr() const { return view_.data_ptr(); }
+  // Gives up ownership.
+  void* release() {
+    void* handle = handle_;
+    handle_ = nullptr;
+    return handle;
+  }
+
+ private:
+  void* handle_;
+  TensorView view_;
+};
+
+namespace host {
+
+inline Tensor empty(IntList shape, DLDataType dtype, DLDevice device, const char* name = "out") {
+  void* handle = nullptr;
+  TensorView view;
+  if (host_api->allocate(shape.data, static_cast<int32_t>(shape.count), dtype, device, &handle, &view) != 0) throw ReportedError{};
+  view.name_ = name;
+  return Tensor(handle, view);
+}
+
+// Contiguous, whatever the strides of `like`.
+inline Tensor empty_like(TensorView like, const char* name = "out") { return empty(like.shape(), like.dtype(), like.device(), name); }
+
+// body(begin, end) over [0, count) in PyTorch's thread pool, in pieces of at least `grain`.
+template <typename Body>
+void parallel_for(int64_t count, int64_t grain, const Body& body) {
+  const auto run = [](void* context, int64_t begin, int64_t end) { (*static_cast<const Body*>(context))(begin, end); };
+  if (host_api->parallel_for(count, grain, run, const_cast<Body*>(&body)) != 0) throw ReportedError{};
+}
+
+}  // namespace host
+}  // namespace jitk
