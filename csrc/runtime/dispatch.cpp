@@ -1,0 +1,623 @@
+// The dispatcher runtime: one boxed kernel that serves every op on every backend, and the only C++ here that knows PyTorch.
+//
+//   op call -> trampoline<slot> -> read arguments -> key -> table -> Entry of the variant
+//                                                            \ miss: jitk::_build, a Python op, compiles or loads the variant
+//
+// It is written against PyTorch's stable C ABI, whose boxed kernels are plain function pointers without a closure: hence a table of
+// trampolines, each of which knows its number. No CUDA header: what it needs of CUDA it asks of PyTorch.
+// A hit takes no lock and runs no Python. Tables are replaced as a whole and never freed, so a reader never waits.
+#include <jitk/abi.h>
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/c/shim.h>
+#include <torch/headeronly/version.h>
+
+#include <dlfcn.h>  // symbols that only a CUDA build of PyTorch has
+
+#include <atomic>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace {
+
+using jitk::Value;
+using jitk::ValueKind;
+
+constexpr int32_t kMaxSlots = 1024;  // (op overload, backend) pairs
+constexpr int32_t kMaxArguments = 32;
+constexpr int32_t kMaxResults = 8;
+constexpr int32_t kMaxKeyParts = 16;
+
+thread_local std::string reported_error;
+
+void check(AOTITorchError status, const char* what) {
+  if (status != AOTI_TORCH_SUCCESS) throw std::runtime_error(std::string("PyTorch failed to ") + what);
+}
+
+// --- dtypes and devices: PyTorch's numbers are asked for once, as they are not part of its ABI -------------------------------------
+
+struct Numbering {
+  static constexpr int32_t kCount = 64;
+  jitk::DLDataType dlpack[kCount] = {};
+  int32_t cpu = aoti_torch_device_type_cpu();
+  int32_t cuda = aoti_torch_device_type_cuda();
+
+  Numbering() {
+    add(aoti_torch_dtype_bool(), jitk::kDLBool, 8);
+    add(aoti_torch_dtype_uint8(), jitk::kDLUInt, 8);
+    add(aoti_torch_dtype_uint16(), jitk::kDLUInt, 16);
+    add(aoti_torch_dtype_uint32(), jitk::kDLUInt, 32);
+    add(aoti_torch_dtype_uint64(), jitk::kDLUInt, 64);
+    add(aoti_torch_dtype_int8(), jitk::kDLInt, 8);
+    add(aoti_torch_dtype_int16(), jitk::kDLInt, 16);
+    add(aoti_torch_dtype_int32(), jitk::kDLInt, 32);
+    add(aoti_torch_dtype_int64(), jitk::kDLInt, 64);
+    add(aoti_torch_dtype_float16(), jitk::kDLFloat, 16);
+    add(aoti_torch_dtype_bfloat16(), jitk::kDLBfloat, 16);
+    add(aoti_torch_dtype_float32(), jitk::kDLFloat, 32);
+    add(aoti_torch_dtype_float64(), jitk::kDLFloat, 64);
+    add(aoti_torch_dtype_complex32(), jitk::kDLComplex, 32);
+    add(aoti_torch_dtype_complex64(), jitk::kDLComplex, 64);
+    add(aoti_torch_dtype_complex128(), jitk::kDLComplex, 128);
+    add(aoti_torch_dtype_float8_e4m3fn(), jitk::kDLFloat8_e4m3fn, 8);
+    add(aoti_torch_dtype_float8_e4m3fnuz(), jitk::kDLFloat8_e4m3fnuz, 8);
+    add(aoti_torch_dtype_float8_e5m2(), jitk::kDLFloat8_e5m2, 8);
+    add(aoti_torch_dtype_float8_e5m2fnuz(), jitk::kDLFloat8_e5m2fnuz, 8);
+    add(torch_dtype_float8_e8m0fnu(), jitk::kDLFloat8_e8m0fnu, 8);
+  }
+
+  void add(int32_t torch, uint8_t code, uint8_t bits) {
+    if (torch >= 0 && torch < kCount) dlpack[torch] = {code, bits, 1};
+  }
+
+  jitk::DLDataType from_torch(int32_t dtype) const {
+    return dtype >= 0 && dtype < kCount ? dlpack[dtype] : jitk::DLDataType{255, 0, 0};
+  }
+
+  int32_t to_torch(jitk::DLDataType dtype) const {
+    for (int32_t i = 0; i < kCount; ++i) {
+      if (dlpack[i] == dtype && dlpack[i].bits != 0) return i;
+    }
+    throw std::runtime_error("PyTorch has no dtype for DLPack code " + std::to_string(dtype.code) + " with " +
+                             std::to_string(dtype.bits) + " bits");
+  }
+};
+
+const Numbering& numbering() {
+  static const Numbering once;
+  return once;
+}
+
+// --- Python, on the slow paths ---------------------------------------------------------------------------------------------------------
+
+StableIValue from_int(int64_t value) {
+  StableIValue cell;
+  memcpy(&cell, &value, sizeof(cell));
+  return cell;
+}
+
+StableIValue from_ints(const int64_t* values, int64_t count) {
+  StableListHandle list;
+  check(torch_new_list_reserve_size(static_cast<size_t>(count), &list), "make a list");
+  for (int64_t i = 0; i < count; ++i) check(torch_list_push_back(list, from_int(values[i])), "fill a list");
+  return reinterpret_cast<StableIValue>(list);
+}
+
+std::string take_string(StableIValue cell) {
+  const auto handle = reinterpret_cast<StringHandle>(cell);
+  const char* text = nullptr;
+  size_t length = 0;
+  torch_string_length(handle, &length);
+  torch_string_c_str(handle, &text);
+  std::string result(text, length);
+  torch_delete_string(handle);
+  return result;
+}
+
+// --- what variants may ask for ----------------------------------------------------------------------------------------------------------
+
+void report_error(const char* text, size_t length) { reported_error.assign(text, length); }
+
+using CurrentStream = AOTITorchError (*)(int32_t, void**);
+
+CurrentStream find_current_stream() {
+  // Loaded privately by PyTorch, so invisible to a plain dlsym, and absent from a CPU build.
+  void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+  return library == nullptr ? nullptr : reinterpret_cast<CurrentStream>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
+}
+
+int current_stream(int32_t device_id, void** stream) {
+  static const CurrentStream ask = find_current_stream();
+  if (ask != nullptr && ask(device_id, stream) == AOTI_TORCH_SUCCESS) return 0;
+  reported_error = ask == nullptr ? "this build of PyTorch has no CUDA" : "PyTorch could not tell the current CUDA stream";
+  return 1;
+}
+
+void view_of(AtenTensorHandle tensor, jitk::TensorView* view) {
+  int64_t ndim = 0;
+  int64_t* sizes = nullptr;
+  int64_t* strides = nullptr;
+  int32_t dtype = 0, device_type = 0, device_index = 0;
+  if (aoti_torch_get_dim(tensor, &ndim) != 0 || aoti_torch_get_sizes(tensor, &sizes) != 0 ||
+      aoti_torch_get_strides(tensor, &strides) != 0 || aoti_torch_get_dtype(tensor, &dtype) != 0 ||
+      aoti_torch_get_device_type(tensor, &device_type) != 0 || aoti_torch_get_device_index(tensor, &device_index) != 0) {
+    throw std::runtime_error("PyTorch could not describe a tensor: it may be sparse or have no storage");
+  }
+  view->sizes_ = sizes;
+  view->strides_ = strides;
+  view->ndim_ = static_cast<int32_t>(ndim);
+  view->dtype_ = numbering().from_torch(dtype);
+  if (device_type == numbering().cuda) {
+    view->device_ = {jitk::kDLCUDA, device_index};
+  } else if (device_type == numbering().cpu) {
+    view->device_ = {jitk::kDLCPU, 0};
+  } else {
+    view->device_ = {jitk::kDLExtDev, device_index};
+  }
+}
+
+// The reason for a failed allocation does not pass the C ABI. Python tries the same and keeps the text.
+std::string explain_allocation(const int64_t* sizes, int32_t ndim, int32_t dtype, int32_t device_type, int32_t device_id) {
+  StableIValue stack[5] = {from_ints(sizes, ndim), from_int(dtype), from_int(device_type), from_int(device_id)};
+  if (torch_call_dispatcher("jitk::_explain_allocation", "", stack, TORCH_ABI_VERSION) != AOTI_TORCH_SUCCESS) {
+    return "PyTorch could not allocate the output";
+  }
+  return take_string(stack[0]);
+}
+
+int allocate(const int64_t* sizes, int32_t ndim, jitk::DLDataType dtype, jitk::DLDevice device, void** handle, jitk::TensorView* view) {
+  try {
+    int64_t strides[64];
+    if (ndim > 64) throw std::runtime_error("a tensor has at most 64 dimensions");
+    int64_t step = 1;
+    for (int32_t i = ndim - 1; i >= 0; --i) {
+      strides[i] = step;
+      step *= sizes[i] > 1 ? sizes[i] : 1;
+    }
+    const int32_t torch_dtype = numbering().to_torch(dtype);
+    const int32_t device_type = device.device_type == jitk::kDLCUDA ? numbering().cuda : numbering().cpu;
+    AtenTensorHandle tensor = nullptr;
+    if (aoti_torch_empty_strided(ndim, sizes, strides, torch_dtype, device_type, device.device_id, &tensor) != AOTI_TORCH_SUCCESS) {
+      reported_error = explain_allocation(sizes, ndim, torch_dtype, device_type, device.device_id);
+      return 1;
+    }
+    view_of(tensor, view);
+    view->name_ = nullptr;
+    check(torch_get_mutable_data_ptr(tensor, &view->data_), "give the memory of a tensor");
+    *handle = tensor;
+    return 0;
+  } catch (const std::exception& error) {
+    reported_error = error.what();
+    return 1;
+  }
+}
+
+void release(void* handle) { aoti_torch_delete_tensor_object(static_cast<AtenTensorHandle>(handle)); }
+
+int parallel_for(int64_t count, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
+  struct Work {
+    void (*body)(void*, int64_t, int64_t);
+    void* context;
+  } work{body, context};
+  const auto run = [](int64_t begin, int64_t end, void* data) {
+    const Work& mine = *static_cast<const Work*>(data);
+    mine.body(mine.context, begin, end);
+  };
+  if (torch_parallel_for(0, count, grain < 1 ? 1 : grain, run, &work) == AOTI_TORCH_SUCCESS) return 0;
+  reported_error = "PyTorch's parallel_for failed";
+  return 1;
+}
+
+const jitk::HostApi host{jitk::kAbiVersion, 0, report_error, current_stream, allocate, release, parallel_for};
+
+// --- slots: what is known of an op overload on a backend -----------------------------------------------------------------------------
+
+struct Argument {
+  char kind;  // T i f b s l, as in export.h
+  bool optional;
+  bool written;
+  std::string name;
+  std::vector<std::string> choices;  // of a str
+};
+
+struct KeyPart {
+  enum What { kDType, kSize, kDim, kValue } what;
+  int32_t argument;
+  int64_t dim;
+};
+
+struct Variant {
+  std::vector<int64_t> key;
+  jitk::Entry entry;  // null: no kernel can serve this key here, so the op's reference does
+};
+
+struct Table {
+  explicit Table(size_t size) : mask(size - 1), cells(size) {}
+  size_t mask;
+  std::vector<const Variant*> cells;
+};
+
+uint64_t hash(const int64_t* key, int32_t count) {
+  uint64_t state = 0x9e3779b97f4a7c15u;
+  for (int32_t i = 0; i < count; ++i) {
+    state = (state ^ static_cast<uint64_t>(key[i])) * 0xff51afd7ed558ccdu;
+    state ^= state >> 32;
+  }
+  return state;
+}
+
+struct Slot {
+  int32_t number = 0;
+  std::string name;       // jitk::silu_and_mul.out
+  std::string reference;  // jitk::_reference_silu_and_mul_out
+  bool on_cuda = false;
+  int32_t results = 0;
+  std::vector<Argument> arguments;
+  std::vector<KeyPart> key;
+
+  std::atomic<const Table*> table{new Table(2)};
+  std::mutex writer;
+  size_t variants = 0;
+
+  int32_t key_size() const { return static_cast<int32_t>(key.size()) + 1; }
+
+  const Variant* find(const int64_t* wanted) const {
+    const Table& now = *table.load(std::memory_order_acquire);
+    for (size_t at = hash(wanted, key_size());; ++at) {
+      const Variant* variant = now.cells[at & now.mask];
+      if (variant == nullptr || memcmp(variant->key.data(), wanted, sizeof(int64_t) * static_cast<size_t>(key_size())) == 0) return variant;
+    }
+  }
+
+  // The first entry for a key stays: a thread that lost a race uses the winner's.
+  const Variant* add(const int64_t* wanted, jitk::Entry entry) {
+    const std::lock_guard<std::mutex> lock(writer);
+    if (const Variant* known = find(wanted)) return known;
+    const auto* variant = new Variant{{wanted, wanted + key_size()}, entry};
+    const Table& old = *table.load(std::memory_order_relaxed);
+    auto* grown = new Table(2 * (variants + 1) > old.mask + 1 ? 2 * (old.mask + 1) : old.mask + 1);
+    const auto insert = [&](const Variant* one) {
+      size_t at = hash(one->key.data(), key_size());
+      while (grown->cells[at & grown->mask] != nullptr) ++at;
+      grown->cells[at & grown->mask] = one;
+    };
+    for (const Variant* one : old.cells) {
+      if (one != nullptr) insert(one);
+    }
+    insert(variant);
+    ++variants;
+    table.store(grown, std::memory_order_release);
+    return variant;
+  }
+};
+
+std::atomic<Slot*> slots[kMaxSlots];
+
+// --- one call ---------------------------------------------------------------------------------------------------------------------------
+
+// Reads the arguments off PyTorch's stack, and frees what the stack owns.
+class Call {
+ public:
+  Call(const Slot& slot, StableIValue* stack) : slot_(slot), stack_(stack) {}  Call(const Call&) = delete;
+  Call& operator=(const Call&) = delete;
+  ~Call() {
+    for (int32_t i = 0; i < read_; ++i) free(i);
+  }
+
+  // Apart from the constructor, so that what was read is freed when reading throws.
+  void read() {
+    key_[0] = -1;
+    const auto count = static_cast<int32_t>(slot_.arguments.size());
+    for (int32_t i = 0; i < count; ++i) read(i);
+    for (size_t i = 0; i < slot_.key.size(); ++i) key_[i + 1] = key_part(slot_.key[i]);
+  }
+
+  const int64_t* key() const { return key_; }
+  const Value* values() const { return values_; }
+  int32_t count() const { return read_; }
+  int32_t device_id() const { return device_id_; }
+  // From here on somebody else frees the stack.
+  void abandon() { read_ = 0; }
+
+ private:
+  StableIValue inner(int32_t i) const {
+    return slot_.arguments[static_cast<size_t>(i)].optional ? *reinterpret_cast<StableIValue*>(stack_[i]) : stack_[i];
+  }
+
+  void read(int32_t i) {
+    const Argument& argument = slot_.arguments[static_cast<size_t>(i)];
+    Value& value = values_[i];
+    value.length = 0;
+    value.integer = 0;
+    read_ = i + 1;
+    if (argument.optional && stack_[i] == 0) {
+      value.kind = ValueKind::kNone;
+      return;
+    }
+    const StableIValue cell = inner(i);
+    switch (argument.kind) {
+      case 'T': read_tensor(argument, reinterpret_cast<AtenTensorHandle>(cell), i); break;
+      case 'i':
+        value.kind = ValueKind::kInt;
+        memcpy(&value.integer, &cell, sizeof(value.integer));
+        break;
+      case 'f':
+        value.kind = ValueKind::kFloat;
+        memcpy(&value.number, &cell, sizeof(value.number));
+        break;
+      case 'b':
+        value.kind = ValueKind::kBool;
+        memcpy(&value.boolean, &cell, sizeof(value.boolean));
+        break;
+      case 's': read_string(argument, reinterpret_cast<StringHandle>(cell), i); break;
+      default: read_list(reinterpret_cast<StableListHandle>(cell), i); break;
+    }
+  }
+
+  void read_tensor(const Argument& argument, AtenTensorHandle tensor, int32_t i) {
+    jitk::TensorView& view = views_[i];
+    view_of(tensor, &view);
+    view.name_ = argument.name.c_str();
+    // A read must not materialise a copy-on-write tensor.
+    const AOTITorchError status = argument.written
+                                      ? torch_get_mutable_data_ptr(tensor, &view.data_)
+                                      : torch_get_const_data_ptr(tensor, const_cast<const void**>(&view.data_));
+    if (status != AOTI_TORCH_SUCCESS) throw std::runtime_error(slot_.name + ": argument '" + argument.name + "' has no storage");
+    values_[i].kind = ValueKind::kTensor;
+    values_[i].tensor = &view;
+    if (slot_.on_cuda && device_id_ < 0 && view.device_.device_type == jitk::kDLCUDA) {
+      key_[0] = device_id_ = view.device_.device_id;
+    }
+  }
+
+  void read_string(const Argument& argument, StringHandle string, int32_t i) {
+    const char* text = nullptr;
+    size_t length = 0;
+    check(torch_string_length(string, &length), "read a string");
+    check(torch_string_c_str(string, &text), "read a string");
+    values_[i].kind = ValueKind::kString;
+    values_[i].text = text;
+    values_[i].length = static_cast<int32_t>(length);
+    if (argument.choices.empty()) return;
+    std::string all;
+    for (const std::string& choice : argument.choices) {
+      if (choice.size() == length && memcmp(choice.data(), text, length) == 0) return;
+      all += (all.empty() ? "'" : ", '") + choice + "'";
+    }
+    throw std::runtime_error(slot_.name + ": argument '" + argument.name + "' must be one of " + all + ", got '" +
+                             std::string(text, length) + "'");
+  }
+
+  void read_list(StableListHandle list, int32_t i) {
+    size_t size = 0;
+    check(torch_list_size(list, &size), "read a list");
+    auto* items = new int64_t[size + 1];
+    lists_.push_back(items);
+    for (size_t at = 0; at < size; ++at) {
+      StableIValue item;
+      check(torch_list_get_item(list, at, &item), "read a list");
+      memcpy(items + at, &item, sizeof(item));
+    }
+    values_[i].kind = ValueKind::kIntList;
+    values_[i].list = items;
+    values_[i].length = static_cast<int32_t>(size);
+  }
+
+  int64_t key_part(const KeyPart& part) const {
+    const Argument& argument = slot_.arguments[static_cast<size_t>(part.argument)];
+    const Value& value = values_[part.argument];
+    if (value.kind == ValueKind::kNone) return INT64_MIN;
+    switch (part.what) {
+      case KeyPart::kDType: {
+        const jitk::DLDataType dtype = value.tensor->dtype_;
+        return dtype.code << 8 | dtype.bits;
+      }
+      case KeyPart::kSize: {
+        const int32_t ndim = value.tensor->ndim_;
+        const int64_t dim = part.dim < 0 ? part.dim + ndim : part.dim;
+        if (dim < 0 || dim >= ndim) {
+          throw std::runtime_error(slot_.name + ": argument '" + argument.name + "' has " + std::to_string(ndim) +
+                                   " dimensions; dimension " + std::to_string(part.dim) + " is needed to choose the kernel");
+        }
+        return value.tensor->sizes_[dim];
+      }
+      case KeyPart::kDim: return value.tensor->ndim_;
+      case KeyPart::kValue: break;
+    }
+    if (value.kind == ValueKind::kBool) return value.boolean ? 1 : 0;
+    if (value.kind == ValueKind::kInt) return value.integer;
+    for (size_t i = 0; i < argument.choices.size(); ++i) {
+      const std::string& choice = argument.choices[i];
+      if (choice.size() == static_cast<size_t>(value.length) && memcmp(choice.data(), value.text, choice.size()) == 0) {
+        return static_cast<int64_t>(i);
+      }
+    }
+    return -1;
+  }
+
+  void free(int32_t i) {
+    const Argument& argument = slot_.arguments[static_cast<size_t>(i)];
+    if (values_[i].kind == ValueKind::kNone && argument.optional && stack_[i] == 0) return;
+    const StableIValue cell = inner(i);
+    if (argument.kind == 'T') aoti_torch_delete_tensor_object(reinterpret_cast<AtenTensorHandle>(cell));
+    if (argument.kind == 's') torch_delete_string(reinterpret_cast<StringHandle>(cell));
+    if (argument.kind == 'l') torch_delete_list(reinterpret_cast<StableListHandle>(cell));
+    if (argument.optional) delete reinterpret_cast<StableIValue*>(stack_[i]);
+    if (i == 0) {
+      for (const int64_t* list : lists_) delete[] list;
+    }
+  }
+
+  const Slot& slot_;
+  StableIValue* stack_;
+  int32_t read_ = 0;
+  int32_t device_id_ = -1;
+  int64_t key_[kMaxKeyParts + 1];
+  Value values_[kMaxArguments];
+  jitk::TensorView views_[kMaxArguments];
+  std::vector<const int64_t*> lists_;
+};
+
+// Makes the tensors' device current, as a kernel's launch, allocation and occupancy queries expect.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int32_t device_id) {
+    if (device_id < 0) return;
+    int32_t current = -1;
+    check(aoti_torch_get_current_device_index(&current), "tell the current device");
+    if (current != device_id) check(aoti_torch_create_device_guard(device_id, &guard_), "change the device");
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+  ~DeviceGuard() {
+    if (guard_ != nullptr) aoti_torch_delete_device_guard(guard_);
+  }
+
+ private:
+  DeviceGuardHandle guard_ = nullptr;
+};
+
+// Python compiles or loads the variant. It hands errors back as text, because an exception would lose its own on the way.
+const Variant* build(Slot& slot, const int64_t* key) {
+  StableIValue stack[2] = {from_int(slot.number), from_ints(key, slot.key_size())};
+  if (torch_call_dispatcher("jitk::_build", "", stack, TORCH_ABI_VERSION) != AOTI_TORCH_SUCCESS) {
+    throw std::runtime_error(slot.name + ": the op jitk::_build failed. It needs Python with torch_jit_ops imported");
+  }
+  const std::string error = take_string(stack[1]);
+  if (!error.empty()) throw std::runtime_error(error);
+  return slot.add(key, reinterpret_cast<jitk::Entry>(stack[0]));
+}
+
+// The reference takes over the stack, and returns each result as an optional, then the text of an error.
+void run_reference(const Slot& slot, StableIValue* stack) {
+  StableIValue cells[kMaxArguments + kMaxResults + 1];
+  memcpy(cells, stack, sizeof(StableIValue) * slot.arguments.size());
+  if (torch_call_dispatcher(slot.reference.c_str(), "", cells, TORCH_ABI_VERSION) != AOTI_TORCH_SUCCESS) {
+    throw std::runtime_error(slot.name + ": the op's reference failed");
+  }
+  const std::string error = take_string(cells[slot.results]);
+  for (int32_t i = 0; i < slot.results; ++i) {
+    auto* cell = reinterpret_cast<StableIValue*>(cells[i]);
+    if (cell == nullptr) continue;
+    if (error.empty()) {
+      stack[i] = *cell;
+    } else {
+      aoti_torch_delete_tensor_object(reinterpret_cast<AtenTensorHandle>(*cell));
+    }
+    delete cell;
+  }
+  if (!error.empty()) throw std::runtime_error(error);
+}
+
+void dispatch(int32_t number, StableIValue* stack) {
+  Slot& slot = *slots[number].load(std::memory_order_acquire);
+  Value results[kMaxResults];
+  {
+    Call call(slot, stack);
+    call.read();
+    const Variant* variant = slot.find(call.key());
+    const DeviceGuard guard(call.device_id());
+    if (__builtin_expect(variant == nullptr, 0)) variant = build(slot, call.key());
+    if (__builtin_expect(variant->entry == nullptr, 0)) {
+      call.abandon();
+      run_reference(slot, stack);
+      return;
+    }
+    if (__builtin_expect(variant->entry(&host, call.values(), call.count(), results) != 0, 0)) {
+      throw std::runtime_error(slot.name + ": " + reported_error);
+    }
+  }
+  for (int32_t i = 0; i < slot.results; ++i) stack[i] = reinterpret_cast<StableIValue>(results[i].handle);
+}
+
+template <int32_t kSlot>
+void trampoline(StableIValue* stack, uint64_t, uint64_t) {
+  dispatch(kSlot, stack);
+}
+
+using Trampoline = void (*)(StableIValue*, uint64_t, uint64_t);
+
+template <int32_t... kSlot>
+Trampoline trampoline_of(int32_t number, std::integer_sequence<int32_t, kSlot...>) {
+  static constexpr Trampoline all[] = {trampoline<kSlot>...};
+  return all[number];
+}
+
+// --- registration -----------------------------------------------------------------------------------------------------------------------
+
+std::vector<std::string> split(const std::string& text, char separator) {
+  std::vector<std::string> parts;
+  size_t begin = 0;
+  for (size_t end; (end = text.find(separator, begin)) != std::string::npos; begin = end + 1) parts.push_back(text.substr(begin, end - begin));
+  parts.push_back(text.substr(begin));
+  return parts;
+}
+
+// Lines of "arg KIND[?][!] NAME CHOICE,CHOICE", "key ARGUMENT dtype|size|dim|value DIM" and "results COUNT". Made by variant.py.
+void read_plan(const char* plan, Slot& slot) {
+  for (const std::string& line : split(plan, '\n')) {
+    const std::vector<std::string> words = split(line, ' ');
+    if (words[0] == "arg") {
+      Argument argument{words[1][0], words[1].find('?') != std::string::npos, words[1].find('!') != std::string::npos, words[2], {}};
+      if (words.size() > 3) argument.choices = split(words[3], ',');
+      slot.arguments.push_back(argument);
+    } else if (words[0] == "key") {
+      const auto what = words[2] == "dtype" ? KeyPart::kDType : words[2] == "size" ? KeyPart::kSize : words[2] == "dim" ? KeyPart::kDim : KeyPart::kValue;
+      slot.key.push_back({what, std::stoi(words[1]), std::stoll(words[3])});
+    } else if (words[0] == "results") {
+      slot.results = std::stoi(words[1]);
+    }
+  }
+  if (slot.arguments.size() > kMaxArguments || slot.key.size() > kMaxKeyParts || slot.results > kMaxResults) {
+    throw std::runtime_error(slot.name + ": an op has at most " + std::to_string(kMaxArguments) + " arguments, " +
+                             std::to_string(kMaxResults) + " results and " + std::to_string(kMaxKeyParts) + " placeholders");
+  }
+}
+
+int failure(const char* text, char* error, size_t capacity) {
+  strncpy(error, text, capacity - 1);
+  error[capacity - 1] = '\0';
+  return 1;
+}
+
+}  // namespace
+
+#define JITK_RUNTIME extern "C" __attribute__((visibility("default")))
+
+// Serves `overload` ("silu_and_mul.out") of `ns` on the dispatch key "CPU" or "CUDA" from now on. Called once for each `number`.
+JITK_RUNTIME int jitk_register(int32_t number, const char* ns, const char* overload, const char* dispatch_key, const char* reference,
+                               const char* plan, char* error, size_t capacity) {
+  try {
+    if (number < 0 || number >= kMaxSlots) throw std::runtime_error("a process has at most " + std::to_string(kMaxSlots) + " op overloads");
+    auto* slot = new Slot;
+    slot->number = number;
+    slot->name = std::string(ns) + "::" + overload;
+    slot->reference = reference;
+    slot->on_cuda = strcmp(dispatch_key, "CUDA") == 0;
+    read_plan(plan, *slot);
+    slots[number].store(slot, std::memory_order_release);
+
+    static std::mutex mutex;
+    static std::map<std::string, TorchLibraryHandle> libraries;  // kept for good: dropping one takes its kernels away
+    const std::lock_guard<std::mutex> lock(mutex);
+    TorchLibraryHandle& library = libraries[std::string(ns) + "/" + dispatch_key];
+    if (library == nullptr) check(aoti_torch_library_init_impl(ns, dispatch_key, __FILE__, __LINE__, &library), "open an op library");
+    const Trampoline kernel = trampoline_of(number, std::make_integer_sequence<int32_t, kMaxSlots>{});
+    check(torch_library_impl(library, overload, kernel, TORCH_ABI_VERSION), "register a kernel");
+    return 0;
+  } catch (const std::exception& problem) {
+    return failure(problem.what(), error, capacity);
+  }
+}
+
+// Puts a variant into the table before anybody asks for it. `key` is the device and then the placeholders' values.
+JITK_RUNTIME int jitk_add_variant(int32_t number, const int64_t* key, jitk::Entry entry, char* error, size_t capacity) {
+  if (number < 0 || number >= kMaxSlots || slots[number].load() == nullptr) return failure("no such slot", error, capacity);
+  slots[number].load()->add(key, entry);
+  return 0;
+}
