@@ -162,8 +162,9 @@ void view_of(AtenTensorHandle tensor, jitk::TensorView* view) {
 }
 
 // The reason for a failed allocation does not pass the C ABI. Python tries the same and keeps the text.
-std::string explain_allocation(const int64_t* sizes, int32_t ndim, int32_t dtype, int32_t device_type, int32_t device_id) {
-  StableIValue stack[5] = {from_ints(sizes, ndim), from_int(dtype), from_int(device_type), from_int(device_id)};
+std::string explain_allocation(const int64_t* sizes, int32_t ndim, jitk::DLDataType dtype, jitk::DLDevice device) {
+  const int32_t cuda_index = device.device_type == jitk::kDLCUDA ? device.device_id : -1;
+  StableIValue stack[3] = {from_ints(sizes, ndim), from_int(dtype.code << 8 | dtype.bits), from_int(cuda_index)};
   if (torch_call_dispatcher("jitk::_explain_allocation", "", stack, TORCH_ABI_VERSION) != AOTI_TORCH_SUCCESS) {
     return "PyTorch could not allocate the output";
   }
@@ -183,7 +184,7 @@ int allocate(const int64_t* sizes, int32_t ndim, jitk::DLDataType dtype, jitk::D
     const int32_t device_type = device.device_type == jitk::kDLCUDA ? numbering().cuda : numbering().cpu;
     AtenTensorHandle tensor = nullptr;
     if (aoti_torch_empty_strided(ndim, sizes, strides, torch_dtype, device_type, device.device_id, &tensor) != AOTI_TORCH_SUCCESS) {
-      reported_error = explain_allocation(sizes, ndim, torch_dtype, device_type, device.device_id);
+      reported_error = explain_allocation(sizes, ndim, dtype, device);
       return 1;
     }
     view_of(tensor, view);
@@ -303,7 +304,8 @@ std::atomic<Slot*> slots[kMaxSlots];
 // Reads the arguments off PyTorch's stack, and frees what the stack owns.
 class Call {
  public:
-  Call(const Slot& slot, StableIValue* stack) : slot_(slot), stack_(stack) {}  Call(const Call&) = delete;
+  Call(const Slot& slot, StableIValue* stack) : slot_(slot), stack_(stack) {}
+  Call(const Call&) = delete;
   Call& operator=(const Call&) = delete;
   ~Call() {
     for (int32_t i = 0; i < read_; ++i) free(i);
@@ -482,57 +484,58 @@ class DeviceGuard {
   DeviceGuardHandle guard_ = nullptr;
 };
 
-// Python compiles or loads the variant. It hands errors back as text, because an exception would lose its own on the way.
+// Python compiles or loads the variant, and answers with the entry's address in decimal or the text of an error: an exception would lose its
+// text on the way, and torch_call_dispatcher mixes up results of different types (PyTorch 2.11 to 2.13).
 const Variant* build(Slot& slot, const int64_t* key) {
   StableIValue stack[2] = {from_int(slot.number), from_ints(key, slot.key_size())};
   if (torch_call_dispatcher("jitk::_build", "", stack, TORCH_ABI_VERSION) != AOTI_TORCH_SUCCESS) {
     throw std::runtime_error(slot.name + ": the op jitk::_build failed. It needs Python with torch_jit_ops imported");
   }
-  const std::string error = take_string(stack[1]);
-  if (!error.empty()) throw std::runtime_error(error);
-  return slot.add(key, reinterpret_cast<jitk::Entry>(stack[0]));
+  const std::string answer = take_string(stack[0]);
+  if (answer.empty() || answer.find_first_not_of("0123456789") != std::string::npos) throw std::runtime_error(answer);
+  return slot.add(key, reinterpret_cast<jitk::Entry>(std::stoull(answer)));
 }
 
-// The reference takes over the stack, and returns each result as an optional, then the text of an error.
-void run_reference(const Slot& slot, StableIValue* stack) {
-  StableIValue cells[kMaxArguments + kMaxResults + 1];
+// The reference takes over the stack, and returns each result as an optional. If it failed, Python has kept the text.
+void run_reference(const Slot& slot, StableIValue* stack, StableIValue* made) {
+  StableIValue cells[kMaxArguments + kMaxResults];
   memcpy(cells, stack, sizeof(StableIValue) * slot.arguments.size());
   if (torch_call_dispatcher(slot.reference.c_str(), "", cells, TORCH_ABI_VERSION) != AOTI_TORCH_SUCCESS) {
     throw std::runtime_error(slot.name + ": the op's reference failed");
   }
-  const std::string error = take_string(cells[slot.results]);
+  StableIValue error[1];
+  check(torch_call_dispatcher("jitk::_take_error", "", error, TORCH_ABI_VERSION), "tell an error");
+  const std::string text = take_string(error[0]);
   for (int32_t i = 0; i < slot.results; ++i) {
     auto* cell = reinterpret_cast<StableIValue*>(cells[i]);
     if (cell == nullptr) continue;
-    if (error.empty()) {
-      stack[i] = *cell;
-    } else {
-      aoti_torch_delete_tensor_object(reinterpret_cast<AtenTensorHandle>(*cell));
-    }
+    made[i] = *cell;
     delete cell;
   }
-  if (!error.empty()) throw std::runtime_error(error);
+  if (!text.empty()) throw std::runtime_error(text);
 }
 
 void dispatch(int32_t number, StableIValue* stack) {
   Slot& slot = *slots[number].load(std::memory_order_acquire);
-  Value results[kMaxResults];
+  StableIValue made[kMaxResults];
   {
     Call call(slot, stack);
     call.read();
-    const Variant* variant = slot.find(call.key());
     const DeviceGuard guard(call.device_id());
+    const Variant* variant = slot.find(call.key());
     if (__builtin_expect(variant == nullptr, 0)) variant = build(slot, call.key());
-    if (__builtin_expect(variant->entry == nullptr, 0)) {
+    if (__builtin_expect(variant->entry != nullptr, 1)) {
+      Value results[kMaxResults];
+      if (__builtin_expect(variant->entry(&host, call.values(), call.count(), results) != 0, 0)) {
+        throw std::runtime_error(slot.name + ": " + reported_error);
+      }
+      for (int32_t i = 0; i < slot.results; ++i) made[i] = reinterpret_cast<StableIValue>(results[i].handle);
+    } else {
       call.abandon();
-      run_reference(slot, stack);
-      return;
-    }
-    if (__builtin_expect(variant->entry(&host, call.values(), call.count(), results) != 0, 0)) {
-      throw std::runtime_error(slot.name + ": " + reported_error);
+      run_reference(slot, stack, made);
     }
   }
-  for (int32_t i = 0; i < slot.results; ++i) stack[i] = reinterpret_cast<StableIValue>(results[i].handle);
+  memcpy(stack, made, sizeof(StableIValue) * static_cast<size_t>(slot.results));
 }
 
 template <int32_t kSlot>

@@ -1,0 +1,18 @@
+"""PyTorch custom ops whose kernels compile themselves on first use.
+
+    import torch, torch_jit_ops
+    y = torch.ops.jitk.silu_and_mul(x)
+
+The import defines the ops and compiles nothing.
+"""
+
+from torch_jit_ops.build import BuildError as BuildError
+from torch_jit_ops.op import Op as Op
+from torch_jit_ops.op import OpLibrary as OpLibrary
+from torch_jit_ops.op import libraries as libraries
+from torch_jit_ops.ops import library as library
+from torch_jit_ops.samples import Sample as Sample
+from torch_jit_ops.samples import SampleMaker as SampleMaker
+from torch_jit_ops.toolchain import MissingCompiler as MissingCompiler
+
+__version__ = "0.1.0"

@@ -1,0 +1,460 @@
+"""Declares ops: one decorated PyTorch function is the op, and names the kernel that does it faster.
+
+    library = OpLibrary("mylib", csrc=Path(__file__).parent / "csrc")
+
+    @library.op(cuda="scale.cu", cpu="scale.cpp", variant="mylib::scale<{input.dtype}>")
+    def scale(input: Tensor, factor: float) -> Tensor:
+        return input * factor
+
+    torch.ops.mylib.scale(x, 2.0)            the kernel, compiled on its first call
+    torch.ops.mylib.scale.out(x, 2.0, out=y)
+
+The function gives the op its schema, its fake, the fallback for devices without a kernel and machines without a compiler, its derivative,
+and the truth that tests compare with. Defining ops compiles and loads nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_jit_ops import build, runtime, toolchain, variant
+from torch_jit_ops.samples import Sample, SampleMaker
+from torch_jit_ops.signature import Signature, signature_of
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+Samples = Callable[[SampleMaker], Iterable[Sample]]
+_DISPATCH_KEYS = {"cuda": "CUDA", "cpu": "CPU"}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Where the kernel of a backend is."""
+
+    source: str
+    pattern: variant.VariantPattern
+
+
+class OpLibrary:
+    """The ops of one namespace, and where their kernels' sources are.
+
+    Args:
+        namespace: of ``torch.ops``; an identifier.
+        csrc: the folder of the ``.cu`` and ``.cpp`` files that ops name.
+        include: further folders for ``#include``. The headers of this package, ``<jitk/...>``, are always found.
+
+    Raises:
+        ValueError: the namespace is no identifier, or a folder does not exist.
+    """
+
+    def __init__(self, namespace: str, *, csrc: str | os.PathLike[str], include: Sequence[str | os.PathLike[str]] = ()) -> None:
+        if not namespace.isidentifier():
+            raise ValueError(f"the namespace {namespace!r} must be an identifier")
+        self.namespace = namespace
+        self.csrc = Path(csrc).resolve()
+        self.include = tuple(Path(folder).resolve() for folder in include)
+        for folder in (self.csrc, *self.include):
+            if not folder.is_dir():
+                raise ValueError(f"OpLibrary({namespace!r}): the folder {folder} does not exist")
+        self.ops: dict[str, Op] = {}
+        self._definitions = torch.library.Library(namespace, "FRAGMENT")
+        _libraries.append(self)
+
+    def __repr__(self) -> str:
+        return f"OpLibrary({self.namespace!r}, csrc={str(self.csrc)!r}, {len(self.ops)} ops)"
+
+    def op(
+        self,
+        *,
+        variant: str | Mapping[str, str],
+        cuda: str | None = None,
+        cpu: str | None = None,
+        dtypes: Sequence[torch.dtype] = FLOATS,
+        mutates: Sequence[str] = (),
+        outputs: Sequence[str] | None = None,
+        samples: Samples | None = None,
+        fake: Callable[..., Any] | None = None,
+        backward: Callable[..., Any] | None = None,
+        flags: Mapping[str, Sequence[str]] | None = None,
+    ) -> Callable[[Callable[..., Any]], Op]:
+        """Make the decorated function an op.
+
+        Args:
+            variant: the C++ instantiation to compile; ``variant.py`` lists its placeholders. A mapping from backend where they differ.
+                The out form is the function of the same name with ``_out`` behind it; both come from one compilation.
+            cuda, cpu: the file with the backend's kernel, in the library's ``csrc``. A backend without one runs the function itself.
+            dtypes: those for which the kernel is compiled, of every tensor whose dtype ``variant`` uses. Others run the function itself.
+            mutates: tensor arguments that are written. Such an op returns what it returns, and has no out form.
+            outputs: names of the out form's arguments: by default ``("out",)`` for one result; needed for several.
+            samples: makes the arguments that tests and benchmarks call the op with.
+            fake: what tracing calls instead of the function.
+            backward: called with the gradients of the results and then all arguments; returns the gradient, or None, of each tensor.
+                Without it the function is computed again and differentiated.
+            flags: further compiler flags for a backend, such as ``{"cuda": ["--use_fast_math"]}``.
+
+        Raises:
+            TypeError: the signature cannot be a schema.
+            ValueError: the name is taken, a source is missing, or ``variant`` has an unknown placeholder.
+        """
+
+        def declare(function: Callable[..., Any]) -> Op:
+            name = function.__name__
+            who = f"{self.namespace}::{name}"
+            if name in self.ops:
+                raise ValueError(f"{who} is declared twice; the first is in {inspect.getfile(self.ops[name].reference)}")
+            signature = signature_of(function, mutates)
+            kernels = {}
+            for backend, source in (("cuda", cuda), ("cpu", cpu)):
+                if source is None:
+                    continue
+                if not (self.csrc / source).is_file():
+                    raise ValueError(f"{who}: its {backend} source {source!r} is not in {self.csrc}")
+                text = variant if isinstance(variant, str) else variant[backend]
+                kernels[backend] = Kernel(source, _variant.parse_variant(who, text, signature))
+            names = _output_names(who, signature, outputs)
+            self.ops[name] = op = Op(
+                self, function, signature, kernels, tuple(dtypes), names, samples, fake, backward, dict(flags or {})
+            )
+            op._define(self._definitions)
+            return op
+
+        return declare
+
+
+_variant = variant  # ``op`` has an argument of that name
+_libraries: list[OpLibrary] = []
+
+
+def libraries() -> tuple[OpLibrary, ...]:
+    """Every OpLibrary of this process."""
+    return tuple(_libraries)
+
+
+def _output_names(who: str, signature: Signature, names: Sequence[str] | None) -> tuple[str, ...]:
+    if any(argument.written for argument in signature.arguments) or signature.results == 0:
+        return ()
+    if names is None:
+        if signature.results > 1:
+            raise ValueError(f"{who} returns {signature.results} tensors: name the out form's arguments, outputs=('out', 'scale')")
+        names = ("out",)
+    if len(names) != signature.results:
+        raise ValueError(f"{who} returns {signature.results} tensors, but outputs names {len(names)}: {', '.join(names)}")
+    return tuple(names)
+
+
+class Op:
+    """A declared op. Calling it calls ``torch.ops.<namespace>.<name>``; ``out`` is its out form.
+
+    Attributes:
+        reference: the decorated function.
+        signature: of the functional or in-place form.
+        kernels: by backend, ``"cuda"`` and ``"cpu"``.
+        dtypes: those that the kernels are compiled for.
+        outputs: names of the out form's arguments; empty if there is no out form.
+        samples: makes arguments for tests, or None.
+    """
+
+    def __init__(
+        self,
+        library: OpLibrary,
+        reference: Callable[..., Any],
+        signature: Signature,
+        kernels: Mapping[str, Kernel],
+        dtypes: tuple[torch.dtype, ...],
+        outputs: tuple[str, ...],
+        samples: Samples | None,
+        fake: Callable[..., Any] | None,
+        backward: Callable[..., Any] | None,
+        flags: Mapping[str, Sequence[str]],
+    ) -> None:
+        self.library = library
+        self.reference = reference
+        self.signature = signature
+        self.kernels = kernels
+        self.dtypes = dtypes
+        self.outputs = outputs
+        self.samples = samples
+        self._fake = fake
+        self._backward = backward
+        self._flags = flags
+        self._boot: list[torch.library.Library] = []
+        self._boot_lock = threading.Lock()
+        self._reference_library: torch.library.Library | None = None
+        self.name = reference.__name__
+        self.qualified_name = f"{library.namespace}::{self.name}"
+        functools.update_wrapper(self, reference)
+
+    def __repr__(self) -> str:
+        return f"<op {self.qualified_name}, kernels for {', '.join(self.kernels) or 'no backend'}>"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.packet(*args, **kwargs)
+
+    @property
+    def packet(self) -> Any:
+        """``torch.ops.<namespace>.<name>``."""
+        return getattr(getattr(torch.ops, self.library.namespace), self.name)
+
+    @property
+    def default(self) -> Any:
+        """The functional or in-place overload."""
+        return self.packet.default
+
+    @property
+    def out(self) -> Any:
+        """The out overload.
+
+        Raises:
+            AttributeError: the op has none.
+        """
+        return self.packet.out
+
+    def overloads(self) -> dict[str, Signature]:
+        """The signature of each overload, ``""`` and ``"out"``."""
+        forms = {"": self.signature}
+        if self.outputs:
+            forms["out"] = self.signature.with_outputs(self.outputs)
+        return forms
+
+    def unit(self, backend: str, values: Sequence[variant.Value], arch: str) -> build.Unit:
+        """The translation unit for the placeholders' values: every overload in one library."""
+        kernel = self.kernels[backend]
+        lines = [f"// {self.qualified_name}", "#include <jitk/export.h>", f'#include "{kernel.source}"', "using namespace jitk;"]
+        for overload in self.overloads():
+            lines.append(f"JITK_EXPORT({self._export(kernel, overload)}, {kernel.pattern.instantiate(values, overload and '_out')})")
+        return build.Unit(
+            name=f"{self.library.namespace}.{self.name}",
+            label=f"{self.library.namespace}::{kernel.pattern.instantiate(values).removeprefix(self.library.namespace + '::')}",
+            backend=backend,
+            arch=arch,
+            text="\n".join(lines) + "\n",
+            include=(self.library.csrc, *self.library.include),
+            flags=tuple(self._flags.get(backend, ())),
+        )
+
+    @staticmethod
+    def _export(kernel: Kernel, overload: str) -> str:
+        return kernel.pattern.export_name() + (overload and "_out")
+
+    # --- definition ---------------------------------------------------------------------------------------------------------------------
+
+    def _define(self, definitions: torch.library.Library) -> None:
+        tags = (torch.Tag.pt2_compliant_tag,)
+        definitions.define(self.signature.schema(self.name), tags=tags)
+        torch.library.register_fake(self.qualified_name, self._run_fake, lib=definitions)
+        if not any(argument.written for argument in self.signature.arguments) and self.signature.results > 0:
+            torch.library.register_autograd(self.qualified_name, self._differentiate, setup_context=_save, lib=definitions)
+        implementations = {"": self._run_reference}
+        if self.outputs:
+            # The functional form is defined first: a packet tries its overloads in this order, and a miss costs 4 us.
+            # Without torch.Tag.out: with it Inductor 2.13 plans the buffer, but fails on a dynamic size (ir.FallbackKernel.create).
+            definitions.define(self.overloads()["out"].schema(f"{self.name}.out"), tags=tags)
+            torch.library.register_fake(f"{self.qualified_name}.out", _nothing, lib=definitions)
+            implementations["out"] = self._run_out_reference
+        for overload, implementation in implementations.items():
+            definitions.impl(self._dotted(overload), implementation, "CompositeExplicitAutograd")
+        for backend in self.kernels:
+            boot = torch.library.Library(self.library.namespace, "IMPL")
+            for overload, implementation in implementations.items():
+                call = functools.partial(self._boot_call, overload, implementation)
+                boot.impl(self._dotted(overload), call, _DISPATCH_KEYS[backend])
+            self._boot.append(boot)
+
+    def _dotted(self, overload: str) -> str:
+        return f"{self.name}.{overload}" if overload else self.name
+
+    # --- what the function gives --------------------------------------------------------------------------------------------------------
+
+    def _run_reference(self, *args: Any, **kwargs: Any) -> Any:
+        """The reference with results as a kernel returns them: contiguous, and no views of the arguments."""
+        results = self.reference(*args, **kwargs)
+        if self.signature.results == 0:
+            return None
+        storages = {_storage(arg) for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)}
+        fresh = tuple(
+            result.clone(memory_format=torch.contiguous_format) if _storage(result) in storages else result.contiguous()
+            for result in _as_tuple(results)
+        )
+        return fresh if isinstance(results, tuple) else fresh[0]
+
+    def _run_out_reference(self, *args: Any, **kwargs: Any) -> None:
+        outs = [kwargs.pop(name) for name in self.outputs]
+        for name, out, result in zip(self.outputs, outs, _as_tuple(self.reference(*args, **kwargs)), strict=True):
+            if out.shape != result.shape or out.dtype != result.dtype:
+                raise RuntimeError(
+                    f"{self.qualified_name}.out: argument {name!r} does not match\n"
+                    f"  expected  {list(result.shape)}  {result.dtype}\n  got       {list(out.shape)}  {out.dtype}"
+                )
+            out.copy_(result)
+
+    def _run_fake(self, *args: Any, **kwargs: Any) -> Any:
+        if self._fake is not None:
+            return self._fake(*args, **kwargs)
+        if self.signature.results == 0:
+            return None
+        results = self.reference(*args, **kwargs)
+        fresh = tuple(result.new_empty(result.shape) for result in _as_tuple(results))
+        return fresh if isinstance(results, tuple) else fresh[0]
+
+    def _differentiate(self, ctx: Any, *grads: Tensor | None) -> Any:
+        args, kwargs = _restore(ctx)
+        inputs = [*args, *kwargs.values()]
+        if self._backward is not None:
+            given = iter(_as_tuple(self._backward(*grads, *args, **kwargs)))
+            return tuple(next(given) if isinstance(value, Tensor) else None for value in inputs)
+        wanted = [value for value, needed in zip(inputs, ctx.needs_input_grad, strict=False) if isinstance(value, Tensor) and needed]
+        again = torch.is_grad_enabled()  # a graph of the gradient itself is asked for
+        with torch.enable_grad():
+            if not again:
+                leaves = {id(value): value.detach().requires_grad_() for value in wanted}
+                args = [leaves.get(id(value), value) for value in args]
+                kwargs = {name: leaves.get(id(value), value) for name, value in kwargs.items()}
+                wanted = list(leaves.values())
+            results = [(result, grad) for result, grad in zip(_as_tuple(self.reference(*args, **kwargs)), grads, strict=True) if grad is not None]
+            outputs = [result for result, _ in results]
+            found = torch.autograd.grad(outputs, wanted, [grad for _, grad in results], create_graph=again, allow_unused=True)
+        remaining = iter(found)
+        needs = ctx.needs_input_grad
+        return tuple(next(remaining) if isinstance(value, Tensor) and needs[i] else None for i, value in enumerate(inputs))
+
+    # --- the way to the kernel --------------------------------------------------------------------------------------------------------
+
+    def _boot_call(self, overload: str, reference: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The first call: hand the op over to the C++ dispatcher, then call it again."""
+        try:
+            self.take_over(args, kwargs)
+        except toolchain.MissingCompiler as missing:
+            runtime.fall_back(self.qualified_name, missing)
+            return reference(*args, **kwargs)
+        return getattr(self.packet, overload or "default")(*args, **kwargs)
+
+    def take_over(self, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> None:
+        """Have the C++ dispatcher serve the op. The variant for ``args`` starts to build while the dispatcher itself may be built."""
+        with self._boot_lock:
+            if not self._boot:
+                return
+            early = threading.Thread(target=self._prefetch, args=(args, kwargs or {}), daemon=True)
+            early.start()
+            runtime.library()
+            for boot in self._boot:
+                boot._destroy()
+            self._boot.clear()
+            for backend, kernel in self.kernels.items():
+                for overload, signature in self.overloads().items():
+                    runtime.register(
+                        self.library.namespace,
+                        self._dotted(overload),
+                        _DISPATCH_KEYS[backend],
+                        f"{self.library.namespace}::{self._reference_name(overload)}",
+                        kernel.pattern.plan(signature),
+                        functools.partial(self._answer, backend, overload),
+                    )
+
+    def _prefetch(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        try:
+            bound = inspect.signature(self.reference).bind_partial(*args, **{k: v for k, v in kwargs.items() if k not in self.outputs})
+            bound.apply_defaults()
+            values = list(bound.arguments.values())
+            device = next(value.device for value in values if isinstance(value, Tensor))
+            kernel = self.kernels[device.type]
+            key = [device.index if device.type == "cuda" else -1, *kernel.pattern.words_of(values)]
+            self._load(device.type, key)
+        except Exception:  # the dispatcher will ask for the same and report it where the caller sees it
+            return
+
+    def _load(self, backend: str, key: Sequence[int]) -> build.Loaded | None:
+        """The library for a key of the dispatcher; None where the kernel does not serve these dtypes."""
+        kernel = self.kernels[backend]
+        try:
+            values = kernel.pattern.values(key[1:])
+        except KeyError:
+            return None
+        if any(isinstance(value, torch.dtype) and value not in self.dtypes for value in values):
+            return None
+        arch = toolchain.device_arch(key[0]) if backend == "cuda" else toolchain.host_isa()
+        return build.load(self.unit(backend, values, arch))
+
+    def _answer(self, backend: str, overload: str, key: Sequence[int]) -> int:
+        try:
+            loaded = self._load(backend, key)
+        except toolchain.MissingCompiler as missing:
+            runtime.fall_back(self.qualified_name, missing)
+            loaded = None
+        if loaded is None:
+            self._define_references()
+            return runtime.REFERENCE
+        export = self._export(self.kernels[backend], overload)
+        expected = self.overloads()[overload].cpp()
+        if loaded.signature(export) != expected:
+            raise RuntimeError(
+                f"{self.qualified_name}: the C++ function {export} does not fit the schema\n"
+                f"  expected  {expected}\n  got       {loaded.signature(export)}\n"
+                f"  (T Tensor, i int, f float, b bool, s str, l list of int, ? optional, > results)\n  in {self.kernels[backend].source}"
+            )
+        return loaded.entry(export)
+
+    def _reference_name(self, overload: str) -> str:
+        return f"_reference_{self.name}{overload and '_'}{overload}"
+
+    def _define_references(self) -> None:
+        """The reference as ops that the dispatcher can call."""
+        with self._boot_lock:
+            if self._reference_library is not None:
+                return
+            library = torch.library.Library(self.library.namespace, "FRAGMENT")
+            implementations = {"": self._run_reference, "out": self._run_out_reference}
+            for overload, signature in self.overloads().items():
+                name = self._reference_name(overload)
+                arguments = signature.schema(name).rpartition(" -> ")[0]
+                library.define(f"{arguments} -> ({', '.join(['Tensor?'] * signature.results)})")
+                call = functools.partial(self._reference_with_error, implementations[overload], signature.results)
+                library.impl(name, call, "CompositeExplicitAutograd")
+            self._reference_library = library
+
+    def _reference_with_error(self, implementation: Callable[..., Any], made: int, *args: Any, **kwargs: Any) -> Any:
+        try:
+            results = implementation(*args, **kwargs)
+        except Exception as error:  # an exception would lose its text on the way through C
+            text = str(error)
+            runtime.keep_error(text if text.startswith(self.qualified_name) else f"{self.qualified_name}: {text}")
+            results = (None,) * made if made > 1 else None
+        return results if made else None
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _as_tuple(results: Any) -> tuple[Any, ...]:
+    return results if isinstance(results, tuple) else (results,)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any, keyword_only_inputs: Mapping[str, Any] | None = None) -> None:
+    """Keep all arguments: tensors where autograd watches them, the rest beside."""
+    values = [*inputs, *(keyword_only_inputs or {}).values()]
+    ctx.jitk_names = tuple(keyword_only_inputs or ())
+    ctx.jitk_rest = [None if isinstance(value, Tensor) else value for value in values]
+    ctx.jitk_tensors = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
+    ctx.save_for_backward(*[values[i] for i in ctx.jitk_tensors])
+
+
+def _restore(ctx: Any) -> tuple[list[Any], dict[str, Any]]:
+    values = list(ctx.jitk_rest)
+    for i, tensor in zip(ctx.jitk_tensors, ctx.saved_tensors, strict=True):
+        values[i] = tensor
+    positional = len(values) - len(ctx.jitk_names)
+    return values[:positional], dict(zip(ctx.jitk_names, values[positional:], strict=True))

@@ -1,0 +1,139 @@
+"""Loads the C++ dispatcher (csrc/runtime/dispatch.cpp) and answers its misses.
+
+Python talks to it through two C functions; it talks to Python through ops of the namespace ``jitk``, as both directions then work in any
+thread and without a binding to a version of Python.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import itertools
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+
+from torch_jit_ops import build, environment, toolchain, variant
+
+Answer = Callable[[Sequence[int]], int]
+
+REFERENCE = 0  # the entry that makes the runtime call the op's reference
+
+_answers: dict[int, Answer] = {}
+_numbers = itertools.count()
+_errors: dict[int, str] = {}  # of references that the dispatcher called, by thread
+_warned: set[str] = set()
+_warned_lock = threading.Lock()
+
+_library = torch.library.Library("jitk", "FRAGMENT")
+_library.define("_build(int slot, int[] key) -> str")
+_library.define("_take_error() -> str")
+_library.define("_explain_allocation(int[] sizes, int dtype, int cuda_index) -> str")
+
+
+def _build(slot: int, key: list[int]) -> str:
+    try:
+        return str(_answers[slot](key))
+    except BaseException as error:  # an exception would lose its text on the way through C
+        return str(error) or type(error).__name__
+
+
+def _take_error() -> str:
+    return _errors.pop(threading.get_ident(), "")
+
+
+def _explain_allocation(sizes: list[int], dtype: int, cuda_index: int) -> str:
+    device = "cpu" if cuda_index < 0 else f"cuda:{cuda_index}"
+    try:
+        torch.empty(sizes, dtype=variant.dtype_of_key(dtype), device=device)
+    except Exception as error:  # whatever it is, it is what the caller should read
+        return str(error)
+    return f"PyTorch could not allocate {sizes} on {device}, but could a moment later"
+
+
+_library.impl("_build", _build, "CompositeExplicitAutograd")
+_library.impl("_take_error", _take_error, "CompositeExplicitAutograd")
+_library.impl("_explain_allocation", _explain_allocation, "CompositeExplicitAutograd")
+
+
+def unit() -> build.Unit:
+    """The translation unit of the dispatcher. Its library depends on PyTorch's version; a variant's does not."""
+    return build.Unit(
+        name="runtime",
+        label="the dispatcher",
+        backend="cpu",
+        arch="x86-64",
+        text='#include "dispatch.cpp"\n',
+        include=(build.csrc_dir() / "runtime",),
+        flags=("-O2", "-DTORCH_TARGET_VERSION=0x020b000000000000"),
+        torch=True,
+    )
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The dispatcher in this process.
+
+    Raises:
+        MissingCompiler: it is not in the cache, and there is no C++ compiler.
+    """
+    loaded = build.load(unit()).library
+    loaded.jitk_register.argtypes = [ctypes.c_int32, *[ctypes.c_char_p] * 6, ctypes.c_size_t]
+    loaded.jitk_add_variant.argtypes = [ctypes.c_int32, ctypes.POINTER(ctypes.c_int64), ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t]
+    return loaded
+
+
+def keep_error(text: str) -> None:
+    """Keep the text of a reference's error for the dispatcher, which called it in this thread."""
+    _errors[threading.get_ident()] = text
+
+
+def register(namespace: str, overload: str, dispatch_key: str, reference: str, plan: str, answer: Answer) -> int:
+    """Have the dispatcher serve an overload from now on.
+
+    Args:
+        namespace: of the op.
+        overload: the op's name with its overload: ``silu_and_mul.out``.
+        dispatch_key: ``CPU`` or ``CUDA``.
+        reference: qualified name of the op to call where ``answer`` says ``REFERENCE``.
+        plan: how to read the arguments (``VariantPattern.plan``).
+        answer: from a key to the address of an entry; its exceptions reach the caller of the op.
+
+    Returns:
+        The number of the slot.
+    """
+    number = next(_numbers)
+    _answers[number] = answer
+    texts = (namespace, overload, dispatch_key, reference, plan)
+    _checked(library().jitk_register, number, *(text.encode() for text in texts))
+    return number
+
+
+def add_variant(number: int, key: Sequence[int], entry: int) -> None:
+    """Put a variant into a slot's table before it is missed."""
+    _checked(library().jitk_add_variant, number, (ctypes.c_int64 * len(key))(*key), entry)
+
+
+def _checked(function: Callable[..., int], *args: object) -> None:
+    error = ctypes.create_string_buffer(1024)
+    if function(*args, error, len(error)) != 0:
+        raise RuntimeError(error.value.decode())
+
+
+def fall_back(who: str, missing: toolchain.MissingCompiler) -> None:
+    """Warn, once for each cause, that ``who`` runs its reference.
+
+    Raises:
+        MissingCompiler: ``JITK_FALLBACK=error``.
+    """
+    if environment.fallback_is_error():
+        raise missing
+    with _warned_lock:
+        if str(missing) in _warned:
+            return
+        _warned.add(str(missing))
+    warnings.warn(
+        f"{who} runs its PyTorch reference, which is slower: {missing}\n  JITK_FALLBACK=error makes this an error", stacklevel=2
+    )

@@ -1,0 +1,149 @@
+"""From the signature of a Python function to the schema of an op, and to the plan by which the runtime reads its arguments."""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+_SCHEMA_TYPES = {"T": "Tensor", "i": "SymInt", "f": "float", "b": "bool", "s": "str", "l": "SymInt[]"}
+_KINDS: dict[Any, str] = {torch.Tensor: "T", int: "i", float: "f", bool: "b", str: "s"}
+_SUPPORTED = "Tensor, int, float, bool, str, Literal of strings, list[int], and each of them | None"
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One parameter of an op. ``kind`` is a letter of the C++ signature: T i f b s l."""
+
+    name: str
+    kind: str
+    optional: bool = False
+    written: bool = False
+    choices: tuple[str, ...] = ()
+    default: Any = inspect.Parameter.empty
+    keyword_only: bool = False
+
+    def schema(self, alias: str) -> str:
+        """The parameter as the dispatcher's schema spells it; ``alias`` names what it writes, if it writes."""
+        kind = _SCHEMA_TYPES[self.kind]
+        if self.written:
+            kind += f"({alias}!)"
+        text = f"{kind}{'?' if self.optional else ''} {self.name}"
+        return text if self.default is inspect.Parameter.empty else f"{text}={_literal(self.default)}"
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The arguments of an op and the number of tensors that it returns."""
+
+    arguments: tuple[Argument, ...]
+    results: int
+
+    def schema(self, name: str) -> str:
+        """The schema, as ``torch.library.Library.define`` reads it."""
+        parts: list[str] = []
+        starred = False
+        for index, argument in enumerate(self.arguments):
+            if argument.keyword_only and not starred:
+                parts.append("*")
+                starred = True
+            parts.append(argument.schema(f"a{index}"))
+        returns = "Tensor" if self.results == 1 else f"({', '.join(['Tensor'] * self.results)})"
+        return f"{name}({', '.join(parts)}) -> {returns}"
+
+    def cpp(self) -> str:
+        """The signature that the C++ function must have, in the letters of export.h."""
+        return "".join(argument.kind + ("?" if argument.optional else "") for argument in self.arguments) + f">{self.results}"
+
+    def with_outputs(self, names: Sequence[str]) -> Signature:
+        """The ``.out`` form: the results become keyword-only arguments that are written."""
+        outputs = tuple(Argument(name, "T", written=True, keyword_only=True) for name in names)
+        return Signature(self.arguments + outputs, 0)
+
+    def index(self, name: str) -> int:
+        """The position of the argument."""
+        return [argument.name for argument in self.arguments].index(name)
+
+
+def signature_of(function: Callable[..., Any], mutates: Sequence[str] = ()) -> Signature:
+    """Read the signature of ``function``.
+
+    Args:
+        function: annotated with the types named in ``TypeError``'s text; returns Tensor, a tuple of Tensors, or None.
+        mutates: names of the tensors that it writes.
+
+    Raises:
+        TypeError: an annotation is missing or has no place in a schema.
+        ValueError: ``mutates`` names no tensor argument.
+    """
+    who = f"{function.__module__}.{function.__qualname__}"
+    try:
+        hints = typing.get_type_hints(function)
+    except NameError as error:
+        raise TypeError(f"{who}: an annotation names {error.name!r}, which its module does not define at run time") from error
+    arguments = []
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            raise TypeError(f"{who}: '*{parameter.name}' cannot be part of a schema; list the arguments")
+        if parameter.name not in hints:
+            raise TypeError(f"{who}: argument {parameter.name!r} needs a type annotation: {_SUPPORTED}")
+        argument = _argument(who, parameter.name, hints[parameter.name])
+        arguments.append(
+            replace(
+                argument,
+                written=parameter.name in mutates,
+                default=parameter.default,
+                keyword_only=parameter.kind is parameter.KEYWORD_ONLY,
+            )
+        )
+    tensors = [argument.name for argument in arguments if argument.kind == "T"]
+    for name in mutates:
+        if name not in tensors:
+            raise ValueError(f"{who}: mutates names {name!r}; its tensor arguments are {', '.join(tensors) or 'none'}")
+    if "return" not in hints:
+        raise TypeError(f"{who}: the return type needs an annotation: Tensor, a tuple of Tensors, or None")
+    return Signature(tuple(arguments), _results(who, hints["return"]))
+
+
+def _argument(who: str, name: str, hint: Any) -> Argument:
+    optional = False
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        rest = [option for option in typing.get_args(hint) if option is not type(None)]
+        if len(rest) == 1 and len(typing.get_args(hint)) == 2:
+            hint, optional = rest[0], True
+    choices: tuple[str, ...] = ()
+    kind = _KINDS.get(hint)
+    if typing.get_origin(hint) is typing.Literal and all(isinstance(choice, str) for choice in typing.get_args(hint)):
+        kind, choices = "s", typing.get_args(hint)
+        for choice in choices:
+            if not choice.isidentifier():
+                raise TypeError(f"{who}: argument {name!r}: the choice {choice!r} must be an identifier")
+    elif typing.get_origin(hint) is not None and typing.get_args(hint) == (int,):
+        kind = "l"
+    if kind is None:
+        raise TypeError(f"{who}: argument {name!r} is annotated {hint!r}; a schema can hold {_SUPPORTED}")
+    return Argument(name, kind, optional=optional, choices=choices)
+
+
+def _results(who: str, hint: Any) -> int:
+    if hint is type(None) or hint is None:
+        return 0
+    if hint is torch.Tensor:
+        return 1
+    parts = typing.get_args(hint)
+    if typing.get_origin(hint) is tuple and parts and all(part is torch.Tensor for part in parts):
+        return len(parts)
+    raise TypeError(f"{who}: returns {hint!r}; an op returns Tensor, a tuple of Tensors, or None")
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, str):
+        return f'"{value}"'
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(str(item) for item in value)}]"
+    return str(value)

@@ -1,0 +1,200 @@
+"""Variant strings: which C++ instantiation serves which arguments.
+
+``"silu_and_mul<{input.dtype}>"`` names a C++ function. Its placeholders are the key of a compiled variant, and nothing else is:
+
+=================  ==============================================  ======================
+placeholder        value                                           in C++
+=================  ==============================================  ======================
+``{x.dtype}``      dtype of the tensor ``x``                       ``bf16_t``
+``{x.shape[-1]}``  size of a dimension, counted from either end    ``4096``
+``{x.dim}``        number of dimensions                            ``2``
+``{n}``            an int, a bool, or a str with fixed choices     ``5``, ``true``, ``neox``
+=================  ==============================================  ======================
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from torch_jit_ops.signature import Signature
+
+# DLPack's (code, bits) of a dtype, packed as the runtime packs them, beside its names.
+_DTYPES: dict[int, tuple[torch.dtype, str]] = {
+    code << 8 | bits: (dtype, name)
+    for code, bits, dtype, name in [
+        (6, 8, torch.bool, "bool"),
+        (0, 8, torch.int8, "int8_t"),
+        (0, 16, torch.int16, "int16_t"),
+        (0, 32, torch.int32, "int32_t"),
+        (0, 64, torch.int64, "int64_t"),
+        (1, 8, torch.uint8, "uint8_t"),
+        (1, 16, torch.uint16, "uint16_t"),
+        (1, 32, torch.uint32, "uint32_t"),
+        (1, 64, torch.uint64, "uint64_t"),
+        (2, 16, torch.float16, "fp16_t"),
+        (4, 16, torch.bfloat16, "bf16_t"),
+        (2, 32, torch.float32, "fp32_t"),
+        (2, 64, torch.float64, "fp64_t"),
+        (10, 8, torch.float8_e4m3fn, "fp8_e4m3_t"),
+        (12, 8, torch.float8_e5m2, "fp8_e5m2_t"),
+    ]
+}
+_KEY_OF_DTYPE = {dtype: key for key, (dtype, _) in _DTYPES.items()}
+_CPP_NAME = {dtype: name for dtype, name in _DTYPES.values()}
+_NONE = -(2**63)  # the runtime's key of an optional argument that was not given
+
+_PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
+_SHAPE = re.compile(r"(\w+)\.shape\[(-?\d+)\]")
+_TEMPLATE_OPEN = re.compile(r"[<]|$")
+
+Value = torch.dtype | int | bool | str | None
+
+
+def cpp_name(dtype: torch.dtype) -> str:
+    """The C++ type of ``dtype`` in the headers, such as ``bf16_t``.
+
+    Raises:
+        ValueError: kernels have no such type.
+    """
+    if dtype not in _CPP_NAME:
+        raise ValueError(f"{dtype} has no C++ type in kernels; those that have one are {', '.join(map(str, _CPP_NAME))}")
+    return _CPP_NAME[dtype]
+
+
+def dtype_of_key(key: int) -> torch.dtype:
+    """The dtype of the runtime's number for it.
+
+    Raises:
+        KeyError: kernels have no such type.
+    """
+    return _DTYPES[key][0]
+
+
+@dataclass(frozen=True)
+class Placeholder:
+    """One fact about the arguments that picks the kernel."""
+
+    text: str
+    argument: int
+    what: str  # dtype, size, dim or value: the words of the runtime's plan
+    dim: int = 0
+
+
+@dataclass(frozen=True)
+class VariantPattern:
+    """A parsed variant string."""
+
+    text: str
+    signature: Signature
+    placeholders: tuple[Placeholder, ...]
+
+    def plan(self, signature: Signature) -> str:
+        """How the runtime reads the arguments of one overload and makes its key (``read_plan`` in dispatch.cpp)."""
+        lines = []
+        for argument in signature.arguments:
+            flags = ("?" if argument.optional else "") + ("!" if argument.written else "")
+            lines.append(f"arg {argument.kind}{flags} {argument.name} {','.join(argument.choices)}".rstrip())
+        lines += [f"key {part.argument} {part.what} {part.dim}" for part in self.placeholders]
+        lines.append(f"results {signature.results}")
+        return "\n".join(lines)
+
+    def values(self, key: Sequence[int]) -> tuple[Value, ...]:
+        """The placeholders' values from the runtime's key, without its leading device.
+
+        Raises:
+            KeyError: kernels have no type for a dtype among them.
+        """
+        return tuple(self._value(part, word) for part, word in zip(self.placeholders, key, strict=True))
+
+    def key(self, values: Sequence[Value]) -> tuple[int, ...]:
+        """The inverse of ``values``."""
+        return tuple(self._word(part, value) for part, value in zip(self.placeholders, values, strict=True))
+
+    def words_of(self, arguments: Sequence[object]) -> tuple[int, ...]:
+        """The runtime's key, without its leading device, for all arguments of a call in order."""
+        return self.key([_value_of(part, arguments[part.argument]) for part in self.placeholders])
+
+    def instantiate(self, values: Sequence[Value], suffix: str = "") -> str:
+        """The C++ expression for these values; ``suffix`` goes behind the function's name (``_out``)."""
+        named, template = self._split()
+        replacements = iter([_cpp(value) for value in values])
+        return named + suffix + _PLACEHOLDER.sub(lambda _: next(replacements), template)
+
+    def export_name(self) -> str:
+        """The function's own name, without namespaces and template arguments."""
+        return self._split()[0].split("::")[-1]
+
+    def _split(self) -> tuple[str, str]:
+        at = _TEMPLATE_OPEN.search(self.text).start()  # type: ignore[union-attr]
+        return self.text[:at], self.text[at:]
+
+    def _value(self, part: Placeholder, word: int) -> Value:
+        if word == _NONE:
+            return None
+        if part.what == "dtype":
+            return dtype_of_key(word)
+        argument = self.signature.arguments[part.argument]
+        if part.what == "value" and argument.kind == "b":
+            return bool(word)
+        if part.what == "value" and argument.kind == "s":
+            return argument.choices[word]
+        return word
+
+    def _word(self, part: Placeholder, value: Value) -> int:
+        if value is None:
+            return _NONE
+        if isinstance(value, torch.dtype):
+            return _KEY_OF_DTYPE[value]
+        if isinstance(value, str):
+            return self.signature.arguments[part.argument].choices.index(value)
+        return int(value)
+
+
+def _value_of(part: Placeholder, argument: object) -> Value:
+    if argument is None or part.what == "value":
+        return argument  # type: ignore[return-value]
+    tensor: torch.Tensor = argument  # type: ignore[assignment]
+    return {"dtype": lambda: tensor.dtype, "size": lambda: tensor.shape[part.dim], "dim": tensor.dim}[part.what]()
+
+
+def parse_variant(who: str, text: str, signature: Signature) -> VariantPattern:
+    """Parse the variant string of the op ``who``.
+
+    Raises:
+        ValueError: a placeholder is unknown, or the string is no C++ name.
+    """
+    if not re.match(r"[A-Za-z_:][\w:]*(<.*>)?$", text.replace("{", "").replace("}", "")):
+        raise ValueError(f"{who}: the variant {text!r} must be a C++ function, such as 'norm<{{input.dtype}}>'")
+    return VariantPattern(text, signature, tuple(_placeholder(who, part, signature) for part in _PLACEHOLDER.findall(text)))
+
+
+def _placeholder(who: str, text: str, signature: Signature) -> Placeholder:
+    arguments = {argument.name: argument for argument in signature.arguments}
+    shape = _SHAPE.fullmatch(text)
+    name = shape[1] if shape else text.split(".")[0]
+    if name not in arguments:
+        raise ValueError(f"{who}: the variant's placeholder {{{text}}} names no argument; they are {', '.join(arguments)}")
+    index, argument = signature.index(name), arguments[name]
+    if argument.kind == "T":
+        if shape:
+            return Placeholder(text, index, "size", int(shape[2]))
+        if text == f"{name}.dtype":
+            return Placeholder(text, index, "dtype")
+        if text == f"{name}.dim":
+            return Placeholder(text, index, "dim")
+        raise ValueError(f"{who}: of a tensor a variant can use {{{name}.dtype}}, {{{name}.shape[i]}} and {{{name}.dim}}, not {{{text}}}")
+    if text == name and (argument.kind in "ib" or argument.choices):
+        return Placeholder(text, index, "value")
+    raise ValueError(f"{who}: the variant's placeholder {{{text}}} must be a tensor's property, an int, a bool, or a str with Literal choices")
+
+
+def _cpp(value: Value) -> str:
+    if isinstance(value, torch.dtype):
+        return cpp_name(value)
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return "void" if value is None else str(value)
