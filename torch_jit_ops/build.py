@@ -26,7 +26,8 @@ import torch
 from torch_jit_ops import cache, environment, progress, toolchain
 
 ABI_VERSION = 1  # kAbiVersion of include/jitk/abi.h
-_CUDA_FLAGS = ("-O3", "-Xcompiler=-fvisibility=hidden")
+# -O is for the host code alone, most of which runs once an error occurs; ptxas optimises fully by default.
+_CUDA_FLAGS = ("-O1", "-Xcompiler=-fvisibility=hidden")
 _CPU_FLAGS = ("-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")
 _STANDARD = "-std=c++17"
 

@@ -22,7 +22,7 @@ struct DebugInfo {
   DebugInfo(const char* file_ = __builtin_FILE(), int32_t line_ = __builtin_LINE()) : file(file_), line(line_) {}
 };
 
-inline Message& operator<<(Message& message, DebugInfo where) {
+JITK_COLD inline Message& operator<<(Message& message, DebugInfo where) {
   // The name alone: the folder differs between machines, and the text of an error is the same everywhere.
   const char* name = where.file;
   for (const char* at = where.file; *at != '\0'; ++at) {
@@ -41,7 +41,7 @@ class PanicError : public std::exception {
 };
 
 template <typename... Args>
-[[noreturn]] void panic(DebugInfo where, const Args&... args) {
+[[noreturn]] JITK_COLD void panic(DebugInfo where, const Args&... args) {
   Message message;
   if (sizeof...(args) == 0) message << "a check failed";
   (void)(message << ... << args);

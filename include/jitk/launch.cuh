@@ -35,7 +35,8 @@ struct GridSize {
   GridSize(dim3 grid) : extent(grid) {}
   template <typename Int, typename std::enable_if<std::is_integral<Int>::value, int>::type = 0>
   GridSize(Int blocks, DebugInfo where = {}) : extent(static_cast<uint32_t>(blocks)) {
-    RuntimeCheck(where, blocks >= 0 && static_cast<uint64_t>(blocks) <= 0x7fffffffu, "a grid has at most 2147483647 blocks, got ",
+    // A negative number is a huge one here.
+    RuntimeCheck(where, static_cast<uint64_t>(blocks) <= 0x7fffffffu, "a grid has at most 2147483647 blocks, got ",
                  blocks);
   }
 };
@@ -98,7 +99,7 @@ class LaunchKernel {
  private:
   static constexpr size_t kDefaultSmemBytes = 48 * 1024;
 
-  [[noreturn, gnu::noinline, gnu::cold]] void fail(cudaError_t status, const void* kernel) const {
+  [[noreturn]] JITK_COLD void fail(cudaError_t status, const void* kernel) const {
     (void)cudaGetLastError();
     const char* name = nullptr;
 #if CUDART_VERSION >= 12030

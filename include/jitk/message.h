@@ -11,6 +11,9 @@
 #include <cstring>      // strlen, memcpy
 #include <type_traits>  // one operator<< for all integers
 
+// Code for errors is compiled into every variant and runs once in a while: small and out of line, it costs the least to compile.
+#define JITK_COLD [[gnu::noinline, gnu::cold]]
+
 namespace jitk {
 namespace host {
 
@@ -18,10 +21,12 @@ class Message {
  public:
   static constexpr size_t kCapacity = 3072;
 
+  JITK_COLD Message() { text_[0] = '\0'; }
+
   const char* text() const { return text_; }
   size_t size() const { return size_; }
 
-  Message& append(const char* text, size_t length) {
+  JITK_COLD Message& append(const char* text, size_t length) {
     if (length > kCapacity - size_) length = kCapacity - size_;
     memcpy(text_ + size_, text, length);
     size_ += length;
@@ -29,23 +34,23 @@ class Message {
     return *this;
   }
 
-  Message& pad_to(size_t column, size_t line_start) {
+  JITK_COLD Message& pad_to(size_t column, size_t line_start) {
     while (size_ < line_start + column && size_ < kCapacity) append(" ", 1);
     return *this;
   }
 
-  Message& operator<<(const char* text) { return text == nullptr ? *this << "(null)" : append(text, strlen(text)); }
-  Message& operator<<(char character) { return append(&character, 1); }
+  JITK_COLD Message& operator<<(const char* text) { return text == nullptr ? *this << "(null)" : append(text, strlen(text)); }
+  JITK_COLD Message& operator<<(char character) { return append(&character, 1); }
   Message& operator<<(bool value) { return *this << (value ? "true" : "false"); }
   Message& operator<<(const Message& other) { return append(other.text_, other.size_); }
 
   template <typename Int, typename std::enable_if<std::is_integral<Int>::value || std::is_enum<Int>::value, int>::type = 0>
   Message& operator<<(Int value) {
-    return append_integer(static_cast<uint64_t>(value), value < Int{});
+    return append_integer(static_cast<uint64_t>(value), static_cast<int64_t>(value) < 0 && static_cast<Int>(-1) < static_cast<Int>(1));
   }
 
   // Six significant digits: enough to recognise a value, and no <cstdio>.
-  Message& operator<<(double value) {
+  JITK_COLD Message& operator<<(double value) {
     if (value != value) return *this << "nan";
     if (value < 0) return *this << '-' << -value;
     if (value > 1.7976931348623157e308) return *this << "inf";
@@ -83,7 +88,7 @@ class Message {
   }
   Message& operator<<(float value) { return *this << static_cast<double>(value); }
 
-  Message& operator<<(IntList list) {
+  JITK_COLD Message& operator<<(IntList list) {
     *this << '[';
     for (int64_t i = 0; i < list.size(); ++i) {
       if (i > 0) *this << ", ";
@@ -92,7 +97,7 @@ class Message {
     return *this << ']';
   }
 
-  Message& operator<<(DLDataType dtype) {
+  JITK_COLD Message& operator<<(DLDataType dtype) {
     switch (dtype.code) {
       case kDLInt: *this << "int"; break;
       case kDLUInt: *this << "uint"; break;
@@ -111,7 +116,7 @@ class Message {
     return *this << static_cast<int32_t>(dtype.bits);
   }
 
-  Message& operator<<(DLDevice device) {
+  JITK_COLD Message& operator<<(DLDevice device) {
     switch (device.device_type) {
       case kDLCPU: return *this << "cpu";
       case kDLCUDA: *this << "cuda"; break;
@@ -125,7 +130,7 @@ class Message {
   }
 
  private:
-  Message& append_integer(uint64_t value, bool negative) {
+  JITK_COLD Message& append_integer(uint64_t value, bool negative) {
     char digits[24];
     int at = sizeof(digits);
     if (negative) value = 0 - value;
@@ -138,7 +143,7 @@ class Message {
   }
 
   size_t size_ = 0;
-  char text_[kCapacity + 1] = {};
+  char text_[kCapacity + 1];
 };
 
 }  // namespace host

@@ -24,7 +24,7 @@ struct Rows {
 };
 
 // False if no single row stride describes the tensor.
-inline bool collapse(TensorView view, Rows* rows) {
+[[gnu::noinline]] inline bool collapse(const TensorView& view, Rows* rows) {
   const int32_t leading = view.dim() - 1;
   *rows = {1, view.dim() == 0 ? 1 : view.sizes_[leading], 0};
   for (int32_t i = 0; i < leading; ++i) rows->count *= view.sizes_[i];

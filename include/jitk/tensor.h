@@ -8,7 +8,8 @@
 //
 // A symbol takes the value of the first tensor that it meets; later tensors must agree. -1 matches any size or stride. Without
 // with_strides a tensor must be contiguous; without with_device it must be where the file's code runs. A dimension of size 1 has
-// no stride to check, nor has a tensor without elements. SymbolicDims stands for any number of leading dimensions.
+// no stride to check, nor has a tensor without elements. SymbolicDims stands for any number of leading dimensions. A matcher is one
+// expression and not to be kept in a variable: its patterns end with the expression.
 // Left out: making tensors (result.h), collapsing dimensions into rows (rows.h).
 #pragma once
 
@@ -178,20 +179,22 @@ struct SizePattern {
 inline SizePattern operator*(int64_t factor, SymbolicSize& size) { return SizePattern(size, factor); }
 
 struct Rows;
-bool collapse(TensorView view, Rows* rows);  // rows.h
+bool collapse(const TensorView& view, Rows* rows);  // rows.h
 
 class TensorMatcher {
  public:
-  static constexpr int32_t kMaxPatterns = 16;
-
-  explicit TensorMatcher(std::initializer_list<SizePattern> shape, DebugInfo where = {}) { copy(shape, shape_, shape_count_, where); }
+  explicit TensorMatcher(std::initializer_list<SizePattern> shape) {
+    shape_ = shape.begin();
+    shape_count_ = static_cast<int32_t>(shape.size());
+  }
   TensorMatcher(const TensorMatcher&) = delete;
   TensorMatcher& operator=(const TensorMatcher&) = delete;
 
   TensorMatcher&& with_strides(std::initializer_list<SizePattern> strides, DebugInfo where = {}) && {
     RuntimeCheck(where, static_cast<int32_t>(strides.size()) == shape_count_, "with_strides gives ", strides.size(),
                  " strides for ", shape_count_, " dimensions");
-    copy(strides, strides_, strides_count_, where);
+    strides_ = strides.begin();
+    strides_count_ = shape_count_;
     return static_cast<TensorMatcher&&>(*this);
   }
 
@@ -242,7 +245,7 @@ class TensorMatcher {
     return static_cast<TensorMatcher&&>(*this);
   }
 
-  TensorMatcher&& verify(TensorView view, DebugInfo where = {}) && {
+  TensorMatcher&& verify(const TensorView& view, DebugInfo where = {}) && {
     Problem problem = match(view);
     if (__builtin_expect(problem.kind != Problem::kNone, 0)) fail(view, problem, where);
     return static_cast<TensorMatcher&&>(*this);
@@ -261,12 +264,6 @@ class TensorMatcher {
   using DefaultDevice = details::DeviceOptions<kDLCPU>;
 #endif
 
-  static void copy(std::initializer_list<SizePattern> from, SizePattern* to, int32_t& count, DebugInfo where) {
-    RuntimeCheck(where, from.size() <= kMaxPatterns, "a pattern has at most ", kMaxPatterns, " dimensions, this one has ",
-                 from.size());
-    for (const SizePattern& pattern : from) to[count++] = pattern;
-  }
-
   static bool fits(SizePattern pattern, int64_t value, const char* who) {
     if (pattern.symbol == nullptr) return pattern.number < 0 || pattern.number == value;
     if (pattern.symbol->has_value()) return pattern.symbol->value() * pattern.number == value;
@@ -277,7 +274,7 @@ class TensorMatcher {
 
   bool has_leading() const { return shape_count_ > 0 && shape_[0].dims != nullptr; }
 
-  Problem match(TensorView view) const {
+  [[gnu::noinline]] Problem match(const TensorView& view) const {
     const int32_t fixed = shape_count_ - (has_leading() ? 1 : 0);
     const int32_t leading = view.dim() - fixed;
     if (leading < 0 || (leading > 0 && !has_leading())) return {Problem::kRank, 0};
@@ -325,7 +322,7 @@ class TensorMatcher {
     return {};
   }
 
-  bool aligned(TensorView view) const {
+  bool aligned(const TensorView& view) const {
     if (reinterpret_cast<uintptr_t>(view.data_ptr()) % static_cast<uintptr_t>(alignment_) != 0) return false;
     for (int32_t i = 0; i + 1 < view.dim(); ++i) {
       if (view.sizes_[i] != 1 && view.strides_[i] * view.dtype().bits / 8 % alignment_ != 0) return false;
@@ -333,7 +330,7 @@ class TensorMatcher {
     return true;
   }
 
-  static void print(Message& to, SizePattern pattern) {
+  JITK_COLD static void print(Message& to, SizePattern pattern) {
     if (pattern.dims != nullptr) {
       if (!pattern.dims->has_value()) {
         to << pattern.dims->get_name() << "...";
@@ -351,7 +348,7 @@ class TensorMatcher {
     }
   }
 
-  static void print(Message& to, const SizePattern* patterns, int32_t count) {
+  JITK_COLD static void print(Message& to, const SizePattern* patterns, int32_t count) {
     to << '[';
     for (int32_t i = 0; i < count; ++i) {
       const bool nothing = patterns[i].dims != nullptr && patterns[i].dims->has_value() && patterns[i].dims->value().size() == 0;
@@ -362,7 +359,7 @@ class TensorMatcher {
     to << ']';
   }
 
-  [[noreturn, gnu::noinline, gnu::cold]] void fail(TensorView view, Problem problem, DebugInfo where) const {
+  [[noreturn]] JITK_COLD void fail(const TensorView& view, Problem problem, DebugInfo where) const {
     Message expected_shape, expected_dtype, expected_device, got_dtype, got_device, got_shape, text;
     print(expected_shape, shape_, shape_count_);
     got_shape << view.shape();
@@ -402,7 +399,7 @@ class TensorMatcher {
     panic_with(text, where);
   }
 
-  void explain(Message& text, TensorView view, Problem problem) const {
+  JITK_COLD void explain(Message& text, const TensorView& view, Problem problem) const {
     const int32_t fixed = shape_count_ - (has_leading() ? 1 : 0);
     const int32_t at = problem.dim - (view.dim() - fixed) + shape_count_ - fixed;
     switch (problem.kind) {
@@ -457,13 +454,13 @@ class TensorMatcher {
     }
   }
 
-  [[noreturn]] static void panic_with(Message& text, DebugInfo where) {
+  [[noreturn]] JITK_COLD static void panic_with(Message& text, DebugInfo where) {
     text << "\n  at " << where;
     throw PanicError(text);
   }
 
-  SizePattern shape_[kMaxPatterns];
-  SizePattern strides_[kMaxPatterns];
+  const SizePattern* shape_ = nullptr;
+  const SizePattern* strides_ = nullptr;
   int32_t shape_count_ = 0;
   int32_t strides_count_ = 0;
   details::Options<DLDataType> dtype_options_;
@@ -471,7 +468,7 @@ class TensorMatcher {
   SymbolicDType* dtype_ = nullptr;
   SymbolicDevice* device_ = nullptr;
   Rows* rows_ = nullptr;
-  bool (*collapse_)(TensorView, Rows*) = nullptr;
+  bool (*collapse_)(const TensorView&, Rows*) = nullptr;
   int64_t alignment_ = 1;
 };
 

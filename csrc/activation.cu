@@ -1,0 +1,261 @@
+// Activations in one pass over memory: each element is read once and written once, whatever is computed in between.
+//
+// A gated activation is a function of two tensors that happen to lie side by side: gate and up are the halves of a row. So one kernel
+// serves every op here: out[r][c] = op(a[r][c], b[r][c]), with a stride between rows for each. It is bound by memory: what matters is
+// 16-byte accesses, enough of them in flight, and that the launch overlaps the end of the kernel before it (PDL).
+#include <jitk/result.h>  // Tensor, empty
+#include <jitk/rows.h>    // Rows, TensorMatcher
+
+#include <jitk/dtype.cuh>  // cast
+#include <jitk/launch.cuh>
+#include <jitk/math.cuh>
+#include <jitk/vec.cuh>  // AlignedVector
+
+#include <jitk/fast_divisor.h>
+
+namespace jitk {
+namespace {
+
+constexpr uint32_t kThreads = 256;
+// 32-bit indices within a launch: a larger tensor takes several.
+constexpr int64_t kMaxItems = int64_t{1} << 30;
+
+// Half types are rounded to 8 or 11 bits in the end, so the hardware's exponential and reciprocal do: the largest error of an op against
+// float64 is that of PyTorch's own op in the same type (test_ops.py compares them). fp32 takes the accurate ones.
+template <typename T>
+JITK_DEVICE float sigmoid(float x) {
+  if constexpr (sizeof(T) == 4) return device::math::sigmoid(x);
+  return device::math::sigmoid_fast(x);
+}
+
+struct SiluAndMul {
+  static constexpr bool kBinary = true;
+  template <typename T>
+  JITK_DEVICE static float apply(float gate, float up) {
+    return gate * sigmoid<T>(gate) * up;
+  }
+};
+
+struct GeluAndMul {
+  static constexpr bool kBinary = true;
+  template <typename T>
+  JITK_DEVICE static float apply(float gate, float up) {
+    constexpr float kInverseSqrt2 = 0.70710678118654752440f;
+    return 0.5f * gate * (1.0f + erff(gate * kInverseSqrt2)) * up;
+  }
+};
+
+struct GeluTanhAndMul {
+  static constexpr bool kBinary = true;
+  template <typename T>
+  JITK_DEVICE static float apply(float gate, float up) {
+    // 0.5 (1 + tanh(u)) is sigmoid(2 u), which costs less and does not cancel where tanh(u) is near -1.
+    constexpr float kTwoSqrt2OverPi = 1.59576912160573071176f;
+    const float u = kTwoSqrt2OverPi * (gate + 0.044715f * gate * gate * gate);
+    return gate * sigmoid<T>(u) * up;
+  }
+};
+
+struct Relu2 {
+  static constexpr bool kBinary = false;
+  template <typename T>
+  JITK_DEVICE static float apply(float x, float) {
+    const float positive = x < 0.0f ? 0.0f : x;  // a NaN stays one, as in PyTorch
+    return positive * positive;
+  }
+};
+
+struct AddRelu {
+  static constexpr bool kBinary = true;
+  template <typename T>
+  JITK_DEVICE static float apply(float x, float y) {
+    const float sum = x + y;
+    return sum < 0.0f ? 0.0f : sum;
+  }
+};
+
+// Rows at a place in memory; `stride` counts elements.
+struct ConstSpan {
+  const void* data;
+  int64_t stride;
+};
+struct Span {
+  void* data;
+  int64_t stride;
+};
+
+struct Params {
+  ConstSpan a;
+  ConstSpan b;
+  Span out;
+  FastDivisor vectors_per_row;
+  uint32_t vectors;
+  uint32_t tail;  // elements behind the last vector; only a single row has them
+};
+
+template <typename T, typename Op, uint32_t kVec>
+__global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ Params params) {
+  using namespace device;
+  using Vector = AlignedVector<T, kVec>;
+  // At once: the next kernel waits for this one's end before it reads, and until then only its blocks move in.
+  PDLTriggerSecondary<true>();
+  PDLWaitPrimary<true>();
+
+  const uint32_t item = blockIdx.x * kThreads + threadIdx.x;
+  const T* a = static_cast<const T*>(params.a.data);
+  const T* b = static_cast<const T*>(params.b.data);
+  T* out = static_cast<T*>(params.out.data);
+  if (item < params.vectors) {
+    const auto at = params.vectors_per_row.divide(item);
+    const int64_t row = at.quotient;
+    const uint32_t column = at.remainder;
+    Vector x, y, result;
+    x.load(a + row * params.a.stride, column);
+    if constexpr (Op::kBinary) y.load(b + row * params.b.stride, column);
+#pragma unroll
+    for (uint32_t i = 0; i < kVec; ++i) {
+      result[i] = cast<T>(Op::template apply<T>(cast<fp32_t>(x[i]), Op::kBinary ? cast<fp32_t>(y[i]) : 0.0f));
+    }
+    result.store(out + row * params.out.stride, column);
+  } else if (item - params.vectors < params.tail) {
+    const uint32_t i = params.vectors * kVec + (item - params.vectors);
+    out[i] = cast<T>(Op::template apply<T>(cast<fp32_t>(a[i]), Op::kBinary ? cast<fp32_t>(b[i]) : 0.0f));
+  }
+}
+
+// out = op(a, b) over rows of `width` elements of T, with the widest access that every row of every tensor allows.
+template <typename T, typename Op>
+void run(ConstSpan a, ConstSpan b, Span out, int64_t rows, int64_t width, DLDevice device) {
+  using namespace host;
+  if (rows == 0 || width == 0) return;
+  const uint64_t strides = rows == 1 ? 0 : static_cast<uint64_t>(width | a.stride | b.stride | out.stride);
+  const uint64_t places = reinterpret_cast<uintptr_t>(a.data) | reinterpret_cast<uintptr_t>(b.data) |
+                          reinterpret_cast<uintptr_t>(out.data) | sizeof(T) * strides;
+  constexpr uint32_t kWide = device::kMaxVecBytes / sizeof(T);
+  constexpr uint32_t kNarrow = 4 / sizeof(T);
+  auto kernel = rows_kernel<T, Op, 1>;
+  int64_t vec = 1;
+  if (places % device::kMaxVecBytes == 0) {
+    kernel = rows_kernel<T, Op, kWide>;
+    vec = kWide;
+  } else if (places % 4 == 0) {
+    kernel = rows_kernel<T, Op, kNarrow>;
+    vec = kNarrow;
+  }
+
+  const cudaStream_t stream = LaunchKernel::resolve_device(device);
+  const int64_t columns_per_launch = kMaxItems * vec;
+  for (int64_t column = 0; column < width; column += columns_per_launch) {
+    const int64_t columns = min(width - column, columns_per_launch);
+    const int64_t vectors_per_row = columns / vec;
+    const int64_t rows_per_launch = kMaxItems / max(vectors_per_row, int64_t{1});
+    for (int64_t row = 0; row < rows; row += rows_per_launch) {
+      const auto start = [&](auto span) {
+        span.data = (char*)span.data + (row * span.stride + column) * static_cast<int64_t>(sizeof(T));
+        return span;
+      };
+      const int64_t vectors = min(rows - row, rows_per_launch) * vectors_per_row;
+      const int64_t tail = columns % vec;
+      const Params params{start(a), start(b), start(out), FastDivisor(static_cast<uint64_t>(vectors_per_row)),
+                          static_cast<uint32_t>(vectors), static_cast<uint32_t>(tail)};
+      LaunchKernel(div_ceil(vectors + tail, kThreads), kThreads, stream).enable_pdl()(kernel, params);
+    }
+  }
+}
+
+template <typename T, typename Op>
+void gated(TensorView input, TensorView out) {
+  using namespace host;
+  SymbolicDims tokens{"tokens"};
+  SymbolicSize d{"d"};
+  SymbolicDevice device;
+  Rows in, to;
+  TensorMatcher({tokens, 2 * d}).with_rows(in).with_dtype<T>().with_device(device).verify(input);
+  TensorMatcher({tokens, d}).with_rows(to).with_dtype<T>().with_device(device).verify(out);
+
+  const T* gate = static_cast<const T*>(input.data_ptr());
+  run<T, Op>({gate, in.stride}, {gate + d.unwrap(), in.stride}, {out.data_ptr(), to.stride}, to.count, to.width, device.unwrap());
+}
+
+template <typename T, typename Op>
+void pointwise(TensorView x, TensorView y, TensorView out) {
+  using namespace host;
+  SymbolicDims shape{"shape"};
+  SymbolicDevice device;
+  Rows xs, ys, to;
+  TensorMatcher({shape}).with_rows(xs).with_dtype<T>().with_device(device).verify(x);
+  TensorMatcher({shape}).with_rows(ys).with_dtype<T>().with_device(device).verify(y);
+  TensorMatcher({shape}).with_rows(to).with_dtype<T>().with_device(device).verify(out);
+  if (xs.dense() && ys.dense() && to.dense()) xs = xs.flat(), ys = ys.flat(), to = to.flat();
+
+  run<T, Op>({x.data_ptr(), xs.stride}, {y.data_ptr(), ys.stride}, {out.data_ptr(), to.stride}, to.count, to.width, device.unwrap());
+}
+
+template <typename T, typename Op>
+Tensor gated(TensorView input) {
+  using namespace host;
+  RuntimeCheck(input.dim() > 0, "argument 'input' must have at least one dimension, got a scalar");
+  Shape shape(input.shape());
+  shape[-1] /= 2;
+  Tensor out = empty(shape, input.dtype(), input.device());
+  gated<T, Op>(input, out);
+  return out;
+}
+
+template <typename T, typename Op>
+Tensor pointwise(TensorView x, TensorView y) {
+  Tensor out = host::empty_like(x);
+  pointwise<T, Op>(x, y, out);
+  return out;
+}
+
+}  // namespace
+
+// The ops, each functional and out, as ops/activation.py names them.
+
+template <typename T>
+Tensor silu_and_mul(TensorView input) {
+  return gated<T, SiluAndMul>(input);
+}
+template <typename T>
+void silu_and_mul_out(TensorView input, TensorView out) {
+  gated<T, SiluAndMul>(input, out);
+}
+
+template <typename T>
+Tensor gelu_and_mul(TensorView input) {
+  return gated<T, GeluAndMul>(input);
+}
+template <typename T>
+void gelu_and_mul_out(TensorView input, TensorView out) {
+  gated<T, GeluAndMul>(input, out);
+}
+
+template <typename T>
+Tensor gelu_tanh_and_mul(TensorView input) {
+  return gated<T, GeluTanhAndMul>(input);
+}
+template <typename T>
+void gelu_tanh_and_mul_out(TensorView input, TensorView out) {
+  gated<T, GeluTanhAndMul>(input, out);
+}
+
+template <typename T>
+Tensor relu2(TensorView input) {
+  return pointwise<T, Relu2>(input, input);
+}
+template <typename T>
+void relu2_out(TensorView input, TensorView out) {
+  pointwise<T, Relu2>(input, input, out);
+}
+
+template <typename T>
+Tensor fused_add_relu(TensorView x, TensorView y) {
+  return pointwise<T, AddRelu>(x, y);
+}
+template <typename T>
+void fused_add_relu_out(TensorView x, TensorView y, TensorView out) {
+  pointwise<T, AddRelu>(x, y, out);
+}
+
+}  // namespace jitk
