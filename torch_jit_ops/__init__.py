@@ -7,6 +7,10 @@ The import defines the ops and compiles nothing.
 """
 
 from torch_jit_ops.build import BuildError as BuildError
+from torch_jit_ops.module import Module as Module
+from torch_jit_ops.module import cache_once as cache_once
+from torch_jit_ops.module import load_jit as load_jit
+from torch_jit_ops.module import make_cpp_args as make_cpp_args
 from torch_jit_ops.op import Op as Op
 from torch_jit_ops.op import OpLibrary as OpLibrary
 from torch_jit_ops.op import libraries as libraries

@@ -1,0 +1,248 @@
+"""Compiles C++ functions and calls them, without declaring an op: the form of SGLang's guide to JIT kernels.
+
+    args = make_cpp_args(constant)
+    module = load_jit("add_constant", *args, cuda_files=["add_constant.cuh"], cuda_wrappers=[("add_constant", f"add_constant<{args}>")])
+    module.add_constant(dst, src)
+
+A function is an op all the same, in the namespace ``jitk_modules``: its C++ signature is the schema. It works in eager and inside
+``torch.compile``. What a declared op has beyond that, a fallback, a derivative, a fake, comes from its PyTorch function, which is not here.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from torch_jit_ops import build, cache, runtime, toolchain, variant
+from torch_jit_ops.signature import Argument, Signature
+
+NAMESPACE = "jitk_modules"
+CppArg = int | bool | float | str | torch.dtype
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_definitions = torch.library.Library(NAMESPACE, "DEF")
+_modules: dict[str, Module] = {}
+_modules_lock = threading.Lock()
+
+
+class CppArgs(list[str]):
+    """Template arguments; as text, a list for angle brackets."""
+
+    def __str__(self) -> str:
+        return ", ".join(self)
+
+
+def make_cpp_args(*args: CppArg) -> CppArgs:
+    """Spell Python values as C++ template arguments: ints, bools, floats, dtypes (``bf16_t``), and strings as they are.
+
+    Raises:
+        TypeError: a value of another type.
+    """
+    return CppArgs(_cpp(arg) for arg in args)
+
+
+def _cpp(arg: CppArg) -> str:
+    if isinstance(arg, bool):
+        return "true" if arg else "false"
+    if isinstance(arg, (int, float, str)):
+        return str(arg)
+    if isinstance(arg, torch.dtype):
+        return variant.cpp_name(arg)
+    raise TypeError(f"make_cpp_args takes int, bool, float, str and torch.dtype, got {type(arg).__name__}: {arg!r}")
+
+
+def cache_once(function: Function) -> Function:
+    """Keep a function's results by its arguments, for functions that return a module of ``load_jit``.
+
+    Inside ``torch.compile`` the function runs while the graph is traced and its module is a constant of the graph.
+    """
+    results: dict[Any, Any] = {}
+    lock = threading.RLock()
+
+    @functools.wraps(function)
+    def cached(*args: Any, **kwargs: Any) -> Any:
+        key = (args, tuple(sorted(kwargs.items())))
+        with lock:
+            if key not in results:
+                results[key] = function(*args, **kwargs)
+            return results[key]
+
+    return torch.compiler.assume_constant_result(cached)  # type: ignore[no-any-return]
+
+
+class Module:
+    """The functions of one ``load_jit`` call, as attributes."""
+
+    def __init__(self, name: str, functions: Mapping[str, Any]) -> None:
+        self.__name__ = name
+        for export, function in functions.items():
+            setattr(self, export, function)
+
+    def __repr__(self) -> str:
+        functions = ", ".join(name for name in vars(self) if name != "__name__")
+        return f"<jitk module {self.__name__}: {functions}>"
+
+
+def load_jit(
+    name: str,
+    *args: str,
+    cuda_files: Sequence[str | Path] = (),
+    cuda_wrappers: Sequence[tuple[str, str]] = (),
+    cpp_files: Sequence[str | Path] = (),
+    cpp_wrappers: Sequence[tuple[str, str]] = (),
+    extra_cuda_cflags: Sequence[str] = (),
+    extra_cflags: Sequence[str] = (),
+    extra_include_paths: Sequence[str | Path] = (),
+    mutates: Mapping[str, Sequence[int]] | None = None,
+    fakes: Mapping[str, Callable[..., Any]] | None = None,
+) -> Module:
+    """Compile files, or find what was compiled from them, and return a module of their functions.
+
+    Args:
+        name: for folders, progress and errors.
+        args: what distinguishes this instantiation in them, usually ``*make_cpp_args(...)``.
+        cuda_files, cpp_files: for nvcc and for the C++ compiler. Relative paths start at the file that calls, or its folder ``csrc``.
+        cuda_wrappers, cpp_wrappers: pairs of the name in Python and the C++ function, such as ``("scale", "scale<bf16_t>")``. Arguments
+            may be TensorView, numbers, bool, strings, lists of ints, and std::optional of them; results Tensor, a tuple of it, or none.
+        extra_cuda_cflags, extra_cflags: further flags of the two compilers.
+        extra_include_paths: further folders for ``#include``.
+        mutates: for each function, the positions of the arguments that it writes. Default: every tensor if it returns nothing, else none.
+        fakes: for each function, what tracing calls instead of it. A function that returns nothing needs none.
+
+    Returns:
+        An object with the wrappers as attributes. The same call returns the same object.
+
+    Raises:
+        BuildError: it does not compile.
+        FileNotFoundError: a file is in none of the folders.
+        MissingCompiler: there is nothing compiled and no compiler.
+        ValueError: nothing is exported, or ``mutates`` or ``fakes`` names no function.
+    """
+    here = Path(inspect.stack()[1].filename).resolve().parent
+    label = f"{name}<{', '.join(args)}>" if args else name
+    exports = [export for export, _ in (*cuda_wrappers, *cpp_wrappers)]
+    for kind, names in (("mutates", mutates or ()), ("fakes", fakes or ())):
+        unknown = sorted(set(names) - set(exports))
+        if unknown:
+            raise ValueError(f"load_jit({name!r}): {kind} names {', '.join(unknown)}; the functions are {', '.join(exports)}")
+    if not exports or len(set(exports)) != len(exports):
+        raise ValueError(f"load_jit({name!r}): cuda_wrappers and cpp_wrappers must name functions, each once; got {exports}")
+    include = tuple(Path(folder).resolve() for folder in extra_include_paths)
+    parts = []
+    if cuda_wrappers:
+        files = [_find(name, file, here) for file in cuda_files]
+        parts.append(_Part("cuda", name, label, files, tuple(cuda_wrappers), include, tuple(extra_cuda_cflags)))
+    if cpp_wrappers:
+        files = [_find(name, file, here) for file in cpp_files]
+        parts.append(_Part("cpu", name, label, files, tuple(cpp_wrappers), include, tuple(extra_cflags)))
+    units = [part.unit(_default_arch(part.backend)) for part in parts]
+    places = [[str(folder) for folder in unit.include] for unit in units]
+    written = {export: list(positions) for export, positions in (mutates or {}).items()}
+    key = cache.digest_of_record([name, [unit.key() for unit in units], places, written])
+    with _modules_lock:
+        if key not in _modules:
+            functions: dict[str, Any] = {}
+            for part in parts:
+                functions.update(part.define(key[:12], mutates or {}, fakes or {}))
+            _modules[key] = Module(label, functions)
+        return _modules[key]
+
+
+def _find(name: str, file: str | Path, here: Path) -> Path:
+    places = [here / file, here / "csrc" / file, build.csrc_dir() / file]
+    for place in places:
+        if place.is_file():
+            return place.resolve()
+    raise FileNotFoundError(f"load_jit({name!r}): {str(file)!r} is not in {', '.join(str(place.parent) for place in places)}")
+
+
+def _default_arch(backend: str) -> str:
+    if backend == "cpu":
+        return toolchain.host_isa()
+    return toolchain.device_arch(torch.cuda.current_device() if torch.cuda.is_available() else 0)
+
+
+class _Part:
+    """The functions of one backend."""
+
+    def __init__(
+        self,
+        backend: str,
+        name: str,
+        label: str,
+        files: Sequence[Path],
+        wrappers: tuple[tuple[str, str], ...],
+        include: tuple[Path, ...],
+        flags: tuple[str, ...],
+    ) -> None:
+        self.backend = backend
+        self.name = name
+        self.label = label
+        self.files = files
+        self.wrappers = wrappers
+        self.include = include
+        self.flags = flags
+
+    def unit(self, arch: str) -> build.Unit:
+        lines = [f"// {self.label}", "#include <jitk/export.h>"]
+        lines += [f'#include "{file.name}"' for file in self.files]
+        lines.append("using namespace jitk;")
+        lines += [f"JITK_EXPORT({export}, {function})" for export, function in self.wrappers]
+        folders = tuple(dict.fromkeys(file.parent for file in self.files))
+        return build.Unit(
+            name=f"module.{self.name}",
+            label=self.label,
+            backend=self.backend,
+            arch=arch,
+            text="\n".join(lines) + "\n",
+            include=(*folders, *self.include),
+            flags=self.flags,
+        )
+
+    def define(self, digest: str, mutates: Mapping[str, Sequence[int]], fakes: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:
+        loaded = build.load(self.unit(_default_arch(self.backend)))
+        functions = {}
+        for export, _ in self.wrappers:
+            signature = _signature(self.label, export, loaded.signature(export), mutates.get(export))
+            op = f"{export}_{digest}"
+            _definitions.define(signature.schema(op), tags=(torch.Tag.pt2_compliant_tag,))
+            fake = fakes.get(export, _nothing if signature.results == 0 else None)
+            if fake is not None:
+                torch.library.register_fake(f"{NAMESPACE}::{op}", fake, lib=_definitions)
+            plan = variant.parse_variant(op, export, signature).plan(signature)
+            # A function of a CUDA file may take CPU tensors as well, or be told by its own checks that it may not.
+            for dispatch_key in ("CUDA", "CPU") if self.backend == "cuda" else ("CPU",):
+                runtime.register(NAMESPACE, op, dispatch_key, "", plan, functools.partial(self._answer, export))
+            functions[export] = getattr(getattr(torch.ops, NAMESPACE), op).default
+        return functions
+
+    def _answer(self, export: str, key: Sequence[int]) -> int:
+        on_device = self.backend == "cuda" and key[0] >= 0
+        arch = toolchain.device_arch(key[0]) if on_device else _default_arch(self.backend)
+        return build.load(self.unit(arch)).entry(export)
+
+
+def _signature(label: str, export: str, text: str, written: Sequence[int] | None) -> Signature:
+    """The schema's arguments from the text that export.h writes: letters, ``?`` behind an optional one, ``>`` and the number of results."""
+    letters, _, results = text.partition(">")
+    kinds: list[tuple[str, bool]] = []
+    for letter in letters:
+        kinds[-1:] = [(kinds[-1][0], True)] if letter == "?" else [*kinds[-1:], (letter, False)]
+    tensors = [index for index, (kind, _) in enumerate(kinds) if kind == "T"]
+    if written is None:
+        written = tensors if results == "0" else []
+    for index in written:
+        if index not in tensors:
+            raise ValueError(f"{label}: mutates says that {export} writes argument {index}; its tensors are {tensors}")
+    arguments = (Argument(f"arg{i}", kind, optional=optional, written=i in written) for i, (kind, optional) in enumerate(kinds))
+    return Signature(tuple(arguments), int(results))
+
+
+def _nothing(*args: Any) -> None:
+    return None
