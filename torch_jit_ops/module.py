@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
+import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -60,20 +61,32 @@ def _cpp(arg: CppArg) -> str:
 def cache_once(function: Function) -> Function:
     """Keep a function's results by its arguments, for functions that return a module of ``load_jit``.
 
-    Inside ``torch.compile`` the function runs while the graph is traced and its module is a constant of the graph.
+    Inside ``torch.compile`` the function runs while the graph is traced, which ``functools.lru_cache`` would have the compiler trace.
     """
-    results: dict[Any, Any] = {}
+    names: dict[Any, str] = {}
+    results = types.SimpleNamespace()
     lock = threading.RLock()
+
+    # The compiler takes a name for a constant, and then reads the attribute as it would any other; it could not guard the module itself.
+    @torch.compiler.assume_constant_result
+    def ensure(keywords: tuple[str, ...], values: tuple[Any, ...]) -> str:
+        with lock:
+            name = names.get((keywords, values))
+            if name is None:
+                name = f"result{len(names)}"
+                positional = len(values) - len(keywords)
+                kwargs = dict(zip(keywords, values[positional:], strict=True))
+                setattr(results, name, function(*values[:positional], **kwargs))
+                names[keywords, values] = name
+            return name
 
     @functools.wraps(function)
     def cached(*args: Any, **kwargs: Any) -> Any:
-        key = (args, tuple(sorted(kwargs.items())))
-        with lock:
-            if key not in results:
-                results[key] = function(*args, **kwargs)
-            return results[key]
+        # To the compiler a key of a dict is a constant: this is where a symbolic int becomes one.
+        values = tuple(tuple({value: None})[0] for value in (*args, *kwargs.values()))
+        return getattr(results, ensure(tuple(kwargs), values))
 
-    return torch.compiler.assume_constant_result(cached)  # type: ignore[no-any-return]
+    return cached  # type: ignore[return-value]
 
 
 class Module:
@@ -217,8 +230,9 @@ class _Part:
                 torch.library.register_fake(f"{NAMESPACE}::{op}", fake, lib=_definitions)
             plan = variant.parse_variant(op, export, signature).plan(signature)
             # A function of a CUDA file may take CPU tensors as well, or be told by its own checks that it may not.
+            who = export if self.label.partition("<")[0] == export else f"{self.label}.{export}"
             for dispatch_key in ("CUDA", "CPU") if self.backend == "cuda" else ("CPU",):
-                runtime.register(NAMESPACE, op, dispatch_key, "", plan, functools.partial(self._answer, export))
+                runtime.register(who, NAMESPACE, op, dispatch_key, "", plan, functools.partial(self._answer, export))
             functions[export] = getattr(getattr(torch.ops, NAMESPACE), op).default
         return functions
 

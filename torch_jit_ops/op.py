@@ -352,6 +352,7 @@ class Op:
             for backend, kernel in self.kernels.items():
                 for overload, signature in self.overloads().items():
                     runtime.register(
+                        f"{self.library.namespace}::{self._dotted(overload)}",
                         self.library.namespace,
                         self._dotted(overload),
                         _DISPATCH_KEYS[backend],

@@ -80,7 +80,7 @@ def library() -> ctypes.CDLL:
         MissingCompiler: it is not in the cache, and there is no C++ compiler.
     """
     loaded = build.load(unit()).library
-    loaded.jitk_register.argtypes = [ctypes.c_int32, *[ctypes.c_char_p] * 6, ctypes.c_size_t]
+    loaded.jitk_register.argtypes = [ctypes.c_int32, *[ctypes.c_char_p] * 7, ctypes.c_size_t]
     loaded.jitk_add_variant.argtypes = [ctypes.c_int32, ctypes.POINTER(ctypes.c_int64), ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t]
     return loaded
 
@@ -90,10 +90,11 @@ def keep_error(text: str) -> None:
     _errors[threading.get_ident()] = text
 
 
-def register(namespace: str, overload: str, dispatch_key: str, reference: str, plan: str, answer: Answer) -> int:
+def register(who: str, namespace: str, overload: str, dispatch_key: str, reference: str, plan: str, answer: Answer) -> int:
     """Have the dispatcher serve an overload from now on.
 
     Args:
+        who: the overload as errors name it.
         namespace: of the op.
         overload: the op's name with its overload: ``silu_and_mul.out``.
         dispatch_key: ``CPU`` or ``CUDA``.
@@ -106,7 +107,7 @@ def register(namespace: str, overload: str, dispatch_key: str, reference: str, p
     """
     number = next(_numbers)
     _answers[number] = answer
-    texts = (namespace, overload, dispatch_key, reference, plan)
+    texts = (who, namespace, overload, dispatch_key, reference, plan)
     _checked(library().jitk_register, number, *(text.encode() for text in texts))
     return number
 

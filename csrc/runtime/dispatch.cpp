@@ -593,13 +593,14 @@ int failure(const char* text, char* error, size_t capacity) {
 #define JITK_RUNTIME extern "C" __attribute__((visibility("default")))
 
 // Serves `overload` ("silu_and_mul.out") of `ns` on the dispatch key "CPU" or "CUDA" from now on. Called once for each `number`.
-JITK_RUNTIME int jitk_register(int32_t number, const char* ns, const char* overload, const char* dispatch_key, const char* reference,
-                               const char* plan, char* error, size_t capacity) {
+// `who` stands in the texts of errors.
+JITK_RUNTIME int jitk_register(int32_t number, const char* who, const char* ns, const char* overload, const char* dispatch_key,
+                               const char* reference, const char* plan, char* error, size_t capacity) {
   try {
     if (number < 0 || number >= kMaxSlots) throw std::runtime_error("a process has at most " + std::to_string(kMaxSlots) + " op overloads");
     auto* slot = new Slot;
     slot->number = number;
-    slot->name = std::string(ns) + "::" + overload;
+    slot->name = who;
     slot->reference = reference;
     slot->on_cuda = strcmp(dispatch_key, "CUDA") == 0;
     read_plan(plan, *slot);

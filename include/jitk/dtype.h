@@ -59,4 +59,70 @@ constexpr DLDataType dtype_of() {
   return DTypeOf<T>::value;
 }
 
+#if !defined(__CUDACC__)
+template <typename To, typename From>
+inline To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From), "the same bits under another type");
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// The roundings, written once for a float with a uint32_t and for simd.h's vectors of them: every branch is a select.
+namespace rounding {
+
+// In the low 16 bits of `half`, above them zeros.
+template <typename Float, typename Word>
+inline Float fp16_to_fp32(Word half) {
+  const Word magnitude = (half & 0x7fffu) << 13;
+  // A subnormal gets the exponent of 2^-14 and the implicit one that goes with it, and loses both again: exact, and right also
+  // where the thread flushes fp32 subnormals to zero.
+  const Float subnormal = bits_as<Float>(magnitude + (113u << 23)) - 0x1p-14f;
+  const Word finite = magnitude < (1u << 23) ? bits_as<Word>(subnormal) : magnitude + (112u << 23);
+  const Word all = magnitude < (31u << 23) ? finite : magnitude | 0x7f800000u;
+  return bits_as<Float>(all | (half & 0x8000u) << 16);
+}
+
+template <typename Word, typename Float>
+inline Word fp32_to_fp16(Float x) {
+  const Word bits = bits_as<Word>(x);
+  const Word magnitude = bits & 0x7fffffffu;
+  const Word normal = (magnitude + 0xfffu + (magnitude >> 13 & 1u) - (112u << 23)) >> 13;
+  // Adding 0.5 leaves a multiple of 2^-24, rounded by the adder itself.
+  const Word subnormal = bits_as<Word>(bits_as<Float>(magnitude) + 0.5f) - (126u << 23);
+  const Word finite = magnitude < (113u << 23) ? subnormal : normal;
+  const Word not_finite = 0x7c00u | (magnitude > 0x7f800000u ? (magnitude >> 13 & 0x3ffu) | 0x200u : magnitude & 0u);
+  return (magnitude < (143u << 23) ? finite : not_finite) | (bits >> 16 & 0x8000u);
+}
+
+// In the high 16 bits of the result, below them what was cut off.
+template <typename Word, typename Float>
+inline Word fp32_to_bf16(Float x) {
+  const Word bits = bits_as<Word>(x);
+  return x == x ? bits + 0x7fffu + (bits >> 16 & 1u) : bits | 0x00400000u;
+}
+
+}  // namespace rounding
+
+inline float to_float(fp32_t x) { return x; }
+inline float to_float(fp16_t x) { return rounding::fp16_to_fp32<float>(uint32_t{x.bits}); }
+inline float to_float(bf16_t x) { return bits_as<float>(uint32_t{x.bits} << 16); }
+
+// Rounds to nearest even, overflows to infinity, keeps NaN.
+template <typename T>
+T from_float(float x);
+template <>
+inline fp32_t from_float<fp32_t>(float x) {
+  return x;
+}
+template <>
+inline fp16_t from_float<fp16_t>(float x) {
+  return {static_cast<uint16_t>(rounding::fp32_to_fp16<uint32_t>(x))};
+}
+template <>
+inline bf16_t from_float<bf16_t>(float x) {
+  return {static_cast<uint16_t>(rounding::fp32_to_bf16<uint32_t>(x) >> 16)};
+}
+#endif
+
 }  // namespace jitk

@@ -112,7 +112,7 @@ def fused_add_relu(x: Tensor, y: Tensor) -> Tensor:
 
 @library.op(
     cuda="add_constant.cu",
-    cpu="activation.cpp",
+    cpu="add_constant.cpp",
     variant="add_constant<{constant}>",
     dtypes=(torch.int32,),
     samples=_constants,

@@ -1,0 +1,167 @@
+// Activations in one pass over memory: each element is read once and written once, whatever is computed in between.
+//
+// As in activation.cu, one function serves every op: out[r][c] = op(a[r][c], b[r][c]), with a stride between rows for each; gate and up
+// are the halves of a row. The arithmetic is fp32 and rounds to T once. Infinities and NaN come out as they do from PyTorch in float64,
+// silu(-inf) = NaN included.
+#include <jitk/result.h>  // Tensor, empty, parallel_for
+#include <jitk/rows.h>    // Rows, TensorMatcher
+#include <jitk/simd.h>    // Floats, transform
+
+namespace jitk {
+namespace {
+
+using host::simd::Floats;
+
+struct SiluAndMul {
+  Floats operator()(Floats gate, Floats up) const { return gate / (1.0f + host::simd::exp(-gate)) * up; }
+};
+
+struct GeluAndMul {
+  Floats operator()(Floats gate, Floats up) const { return gate * host::simd::gaussian_cdf(gate) * up; }
+};
+
+struct GeluTanhAndMul {
+  Floats operator()(Floats gate, Floats up) const {
+    // 0.5 (1 + tanh(u)) is sigmoid(2 u), which costs less and does not cancel where tanh(u) is near -1.
+    constexpr float kTwoSqrt2OverPi = 1.59576912160573071176f;
+    const Floats minus_2u = gate * (-kTwoSqrt2OverPi - 0.044715f * kTwoSqrt2OverPi * gate * gate);
+    return gate / (1.0f + host::simd::exp(minus_2u)) * up;
+  }
+};
+
+struct Relu2 {
+  Floats operator()(Floats x, Floats) const {
+    const Floats positive = host::simd::at_least(x, 0.0f);
+    return positive * positive;
+  }
+};
+
+struct AddRelu {
+  Floats operator()(Floats x, Floats y) const { return host::simd::at_least(x + y, 0.0f); }
+};
+
+// A row is cut into pieces, so that a single wide one keeps all threads busy.
+constexpr int64_t kPiece = 1024;
+// Elements for each thread, at least: 1.5 to 3 us of work. Starting a thread that is awake costs 1 us.
+constexpr int64_t kGrain = 4096;
+
+// Rows of T at a place in memory.
+template <typename T>
+struct Span {
+  T* data;
+  int64_t stride;
+};
+
+template <typename T, typename Op>
+void run(Span<const T> a, Span<const T> b, Span<T> out, int64_t rows, int64_t width) {
+  if (rows == 0 || width == 0) return;
+  const int64_t pieces = host::div_ceil(width, kPiece);
+  const int64_t grain = host::div_ceil(kGrain, width < kPiece ? width : kPiece);
+  host::parallel_for(rows * pieces, grain, [=](int64_t begin, int64_t end) {
+    int64_t row = begin / pieces;
+    int64_t column = begin % pieces * kPiece;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t count = width - column < kPiece ? width - column : kPiece;
+      host::simd::transform(count, out.data + row * out.stride + column, Op{}, a.data + row * a.stride + column,
+                            b.data + row * b.stride + column);
+      column += kPiece;
+      if (column >= width) column = 0, ++row;
+    }
+  });
+}
+
+template <typename T, typename Op>
+void gated(TensorView input, TensorView out) {
+  using namespace host;
+  SymbolicDims tokens{"tokens"};
+  SymbolicSize d{"d"};
+  Rows in, to;
+  TensorMatcher({tokens, 2 * d}).with_rows(in).with_dtype<T>().verify(input);
+  TensorMatcher({tokens, d}).with_rows(to).with_dtype<T>().verify(out);
+
+  const T* gate = static_cast<const T*>(input.data_ptr());
+  run<T, Op>({gate, in.stride}, {gate + d.unwrap(), in.stride}, {static_cast<T*>(out.data_ptr()), to.stride}, to.count, to.width);
+}
+
+template <typename T, typename Op>
+void pointwise(TensorView x, TensorView y, TensorView out) {
+  using namespace host;
+  SymbolicDims shape{"shape"};
+  Rows xs, ys, to;
+  TensorMatcher({shape}).with_rows(xs).with_dtype<T>().verify(x);
+  TensorMatcher({shape}).with_rows(ys).with_dtype<T>().verify(y);
+  TensorMatcher({shape}).with_rows(to).with_dtype<T>().verify(out);
+  if (xs.dense() && ys.dense() && to.dense()) xs = xs.flat(), ys = ys.flat(), to = to.flat();
+
+  run<T, Op>({static_cast<const T*>(x.data_ptr()), xs.stride}, {static_cast<const T*>(y.data_ptr()), ys.stride},
+             {static_cast<T*>(out.data_ptr()), to.stride}, to.count, to.width);
+}
+
+template <typename T, typename Op>
+Tensor gated(TensorView input) {
+  using namespace host;
+  RuntimeCheck(input.dim() > 0, "argument 'input' must have at least one dimension, got a scalar");
+  Shape shape(input.shape());
+  shape[-1] /= 2;
+  Tensor out = empty(shape, input.dtype(), input.device());
+  gated<T, Op>(input, out);
+  return out;
+}
+
+template <typename T, typename Op>
+Tensor pointwise(TensorView x, TensorView y) {
+  Tensor out = host::empty_like(x);
+  pointwise<T, Op>(x, y, out);
+  return out;
+}
+
+}  // namespace
+
+// The ops, each functional and out, as ops/activation.py names them.
+
+template <typename T>
+Tensor silu_and_mul(TensorView input) {
+  return gated<T, SiluAndMul>(input);
+}
+template <typename T>
+void silu_and_mul_out(TensorView input, TensorView out) {
+  gated<T, SiluAndMul>(input, out);
+}
+
+template <typename T>
+Tensor gelu_and_mul(TensorView input) {
+  return gated<T, GeluAndMul>(input);
+}
+template <typename T>
+void gelu_and_mul_out(TensorView input, TensorView out) {
+  gated<T, GeluAndMul>(input, out);
+}
+
+template <typename T>
+Tensor gelu_tanh_and_mul(TensorView input) {
+  return gated<T, GeluTanhAndMul>(input);
+}
+template <typename T>
+void gelu_tanh_and_mul_out(TensorView input, TensorView out) {
+  gated<T, GeluTanhAndMul>(input, out);
+}
+
+template <typename T>
+Tensor relu2(TensorView input) {
+  return pointwise<T, Relu2>(input, input);
+}
+template <typename T>
+void relu2_out(TensorView input, TensorView out) {
+  pointwise<T, Relu2>(input, input, out);
+}
+
+template <typename T>
+Tensor fused_add_relu(TensorView x, TensorView y) {
+  return pointwise<T, AddRelu>(x, y);
+}
+template <typename T>
+void fused_add_relu_out(TensorView x, TensorView y, TensorView out) {
+  pointwise<T, AddRelu>(x, y, out);
+}
+
+}  // namespace jitk

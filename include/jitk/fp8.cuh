@@ -1,0 +1,69 @@
+// The 8-bit floats, apart from dtype.cuh because few kernels use them and CUDA's own header for them takes time to compile.
+//
+//   out = cast<fp8x2_e4m3_t>(fp32x2_t{x.x * inverse, x.y * inverse});
+//   cast<fp32x2_t>(out), cast<bf16x2_t>(out)
+//   DTypeTrait<fp8_e4m3_t>::kFloatMax                   448, also math::FP8_E4M3_MAX
+//
+// A cast to them rounds once, to nearest, ties to even, and saturates: what is too large, infinities included, becomes the
+// largest finite value, and NaN stays NaN. PyTorch makes NaN of what is too large for e4m3, and infinity for e5m2.
+// Left out: block-scaled formats, arithmetic in 8 bits.
+#pragma once
+
+#include <jitk/dtype.cuh>  // DTypeTrait, cast
+
+#include <cuda_fp8.h>  // the types, and their instructions from sm_89 on
+
+namespace jitk {
+
+using fp8_e4m3_t = __nv_fp8_e4m3;
+using fp8_e5m2_t = __nv_fp8_e5m2;
+using fp8x2_e4m3_t = __nv_fp8x2_e4m3;
+using fp8x2_e5m2_t = __nv_fp8x2_e5m2;
+using fp8x4_e4m3_t = __nv_fp8x4_e4m3;
+using fp8x4_e5m2_t = __nv_fp8x4_e5m2;
+
+JITK_DTYPE(fp8_e4m3_t, kDLFloat8_e4m3fn, 8);
+JITK_DTYPE(fp8_e5m2_t, kDLFloat8_e5m2, 8);
+
+namespace details {
+
+// Both formats fit into fp16_t, which is what the hardware widens them to.
+template <typename Self, typename Packed, typename Unpacked, uint32_t kCount, typename Wider>
+struct Fp8Facts : TypeFacts<Self, Packed, Unpacked, kCount, Wider> {
+  // Integers too: one that fp32_t cannot hold is far beyond the largest 8-bit value.
+  template <typename S>
+  JITK_DEVICE static Self round(const S& x) {
+    if constexpr (std::is_integral_v<S>) {
+      return static_cast<Self>(static_cast<fp32_t>(x));
+    } else {
+      return static_cast<Self>(x);
+    }
+  }
+  JITK_DEVICE static Wider widen(const Self& x) { return static_cast<Wider>(x); }
+};
+
+}  // namespace details
+
+template <>
+struct DTypeTrait<fp8_e4m3_t> : details::Fp8Facts<fp8_e4m3_t, fp8x2_e4m3_t, fp8_e4m3_t, 1, fp16_t> {
+  static constexpr float kFloatMax = 448.0f;
+};
+template <>
+struct DTypeTrait<fp8_e5m2_t> : details::Fp8Facts<fp8_e5m2_t, fp8x2_e5m2_t, fp8_e5m2_t, 1, fp16_t> {
+  static constexpr float kFloatMax = 57344.0f;
+};
+template <>
+struct DTypeTrait<fp8x2_e4m3_t> : details::Fp8Facts<fp8x2_e4m3_t, fp8x4_e4m3_t, fp8_e4m3_t, 2, fp16x2_t> {};
+template <>
+struct DTypeTrait<fp8x2_e5m2_t> : details::Fp8Facts<fp8x2_e5m2_t, fp8x4_e5m2_t, fp8_e5m2_t, 2, fp16x2_t> {};
+template <>
+struct DTypeTrait<fp8x4_e4m3_t> : details::Fp8Facts<fp8x4_e4m3_t, void, fp8_e4m3_t, 4, fp32x4_t> {};
+template <>
+struct DTypeTrait<fp8x4_e5m2_t> : details::Fp8Facts<fp8x4_e5m2_t, void, fp8_e5m2_t, 4, fp32x4_t> {};
+
+namespace device::math {
+
+inline constexpr float FP8_E4M3_MAX = DTypeTrait<fp8_e4m3_t>::kFloatMax;
+
+}  // namespace device::math
+}  // namespace jitk

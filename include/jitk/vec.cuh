@@ -1,0 +1,123 @@
+// Several elements in one memory instruction.
+//
+//   constexpr uint32_t kVec = device::kMaxVecBytes / sizeof(bf16_t);
+//   using Vec = device::AlignedVector<bf16_t, kVec>;
+//   const bool wide = width % kVec == 0 && host::is_aligned<Vec>(input, row_stride_bytes);       the launcher
+//   Vec x;                                                                                       the kernel
+//   x.load(input, i);       x[0] = ...;       x.store(output, i);                                i counts vectors
+//
+// A vector reads and writes at multiples of its own size only; anything else is a misaligned address, which ends the CUDA
+// context. Tensors start wherever a slice starts, so the launcher asks is_aligned, of pointers and of strides in bytes alike.
+// Left out: tails (a second loop of single elements) and the sharing of vectors among threads (tile.cuh).
+#pragma once
+
+#include <jitk/arch.cuh>  // kMaxVecBytes
+
+#include <type_traits>  // the words of a size
+
+namespace jitk {
+namespace details {
+
+struct alignas(32) Words8 {
+  uint32_t word[8];
+};
+
+template <uint32_t kBytes>
+using words_t = std::conditional_t<
+    kBytes == 32, Words8,
+    std::conditional_t<
+        kBytes == 16, uint4,
+        std::conditional_t<kBytes == 8, uint2,
+                           std::conditional_t<kBytes == 4, uint32_t, std::conditional_t<kBytes == 2, uint16_t, uint8_t>>>>>;
+
+// Past L1, which has no second use for it. Not by the read-only path (.nc): a kernel that starts early (PDL) or works in place
+// must not meet a stale line. Volatile and "memory" keep it behind PDLWaitPrimary and barriers.
+JITK_DEVICE void load_streaming(uint8_t& x, const void* from) {
+  uint16_t wide;  // assembly has no register of a byte
+  asm volatile("ld.global.L1::no_allocate.u8 %0, [%1];" : "=h"(wide) : "l"(from) : "memory");
+  x = static_cast<uint8_t>(wide);
+}
+JITK_DEVICE void load_streaming(uint16_t& x, const void* from) {
+  asm volatile("ld.global.L1::no_allocate.u16 %0, [%1];" : "=h"(x) : "l"(from) : "memory");
+}
+JITK_DEVICE void load_streaming(uint32_t& x, const void* from) {
+  asm volatile("ld.global.L1::no_allocate.u32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
+}
+JITK_DEVICE void load_streaming(uint2& x, const void* from) {
+  asm volatile("ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "l"(from) : "memory");
+}
+JITK_DEVICE void load_streaming(uint4& x, const void* from) {
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(from)
+               : "memory");
+}
+JITK_DEVICE void load_streaming(Words8& x, const void* from) {
+  asm volatile("ld.global.L1::no_allocate.v8.b32 {%0, %1, %2, %3, %4, %5, %6, %7}, [%8];"
+               : "=r"(x.word[0]), "=r"(x.word[1]), "=r"(x.word[2]), "=r"(x.word[3]), "=r"(x.word[4]), "=r"(x.word[5]),
+                 "=r"(x.word[6]), "=r"(x.word[7])
+               : "l"(from)
+               : "memory");
+}
+
+template <typename Words>
+JITK_DEVICE void store_streaming(const Words& x, void* to) {
+  __stcs(static_cast<Words*>(to), x);
+}
+JITK_DEVICE void store_streaming(const Words8& x, void* to) {
+  asm volatile("st.global.cs.v8.b32 [%8], {%0, %1, %2, %3, %4, %5, %6, %7};" ::"r"(x.word[0]), "r"(x.word[1]), "r"(x.word[2]),
+               "r"(x.word[3]), "r"(x.word[4]), "r"(x.word[5]), "r"(x.word[6]), "r"(x.word[7]), "l"(to)
+               : "memory");
+}
+
+}  // namespace details
+
+namespace device {
+
+template <typename T, uint32_t N>
+class AlignedVector {
+  using Words = details::words_t<sizeof(T) * N>;  // in place of the elements, for CUDA's bf16x2_t would be copied one by one
+  static_assert(N > 0 && (N & (N - 1)) == 0, "a vector has a power of two of elements");
+  static_assert((sizeof(T) & (sizeof(T) - 1)) == 0 && sizeof(T) * N <= kMaxVecBytes,
+                "a vector is at most 16 bytes, or 32 on Blackwell with CUDA 12.9 and later");
+
+ public:
+  // `data` points to vectors, and `offset` counts them.
+  JITK_DEVICE void load(const void* data, int64_t offset = 0) { words_ = static_cast<const Words*>(data)[offset]; }
+  JITK_DEVICE void store(void* data, int64_t offset = 0) const { static_cast<Words*>(data)[offset] = words_; }
+
+  // For global memory that is read once, or not read again by this kernel: the caches keep what others need.
+  JITK_DEVICE void load_streaming(const void* data, int64_t offset = 0) {
+    details::load_streaming(words_, static_cast<const Words*>(data) + offset);
+  }
+  JITK_DEVICE void store_streaming(void* data, int64_t offset = 0) const {
+    details::store_streaming(words_, static_cast<Words*>(data) + offset);
+  }
+
+  JITK_DEVICE void fill(T value) {
+#pragma unroll
+    for (uint32_t i = 0; i < N; ++i) data()[i] = value;
+  }
+
+  JITK_DEVICE T& operator[](uint32_t i) { return data()[i]; }
+  JITK_DEVICE const T& operator[](uint32_t i) const { return data()[i]; }
+  JITK_DEVICE T* data() { return reinterpret_cast<T*>(&words_); }
+  JITK_DEVICE const T* data() const { return reinterpret_cast<const T*>(&words_); }
+  JITK_HOST_DEVICE static constexpr uint32_t size() { return N; }
+
+ private:
+  Words words_;
+};
+
+}  // namespace device
+
+namespace host {
+
+// Whether Vector can be read at each of the places: pointers, and distances between them in bytes.
+template <typename Vector, typename... Places>
+bool is_aligned(Places... places) {
+  return (... && ((uintptr_t)places % alignof(Vector) == 0));
+}
+
+}  // namespace host
+}  // namespace jitk
