@@ -1,0 +1,157 @@
+"""Command line of the benchmarks."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# Nothing here imports torch or a peer before the folder of their compiled code is set.
+from bench.environment import compiled_code_in
+
+OK, WRONG, USAGE, TOO_SLOW = 0, 1, 2, 3
+
+DESCRIPTION = """\
+Benchmarks of torch_jit_ops beside SGLang, FlashInfer, Inductor and a plain copy.
+
+  kernels   device time of every op, in microseconds, with its share of the memory's bandwidth   (GPU)
+  host      host time of one eager call, as a multiple of torch.relu                             (GPU or CPU)
+  all       everything that this machine can run
+"""
+
+EPILOG = """\
+examples:
+  python -m bench kernels --quick                           a minute, the sizes that matter most
+  python -m bench kernels --op silu_and_mul --tokens 1 16   some of the table (--list shows it)
+  python -m bench kernels --op relu2 --tokens 640 --d 5120  a size of your own
+  python -m bench kernels --providers jitk copy             without the peers
+  python -m bench host --device cpu                         no GPU needed
+  python -m bench all --json results.json                   everything, every sample kept
+
+peers are measured when they can be imported (a folder on PYTHONPATH will do) and reported as missing when not:
+  pip install sglang apache-tvm-ffi flashinfer-python
+
+exit status: 0 done; 1 an op of ours is missing, raised or gave a wrong result; 2 bad arguments or no GPU;
+3 a ratio is below --fail-under
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of ``python -m bench``."""
+    form = argparse.RawDescriptionHelpFormatter
+    top = argparse.ArgumentParser("python -m bench", description=DESCRIPTION, epilog=EPILOG, formatter_class=form)
+    top.add_argument("what", choices=("kernels", "host", "all"), help="which benchmark to run")
+    top.add_argument("--quick", action="store_true", help="fewer sizes and fewer rounds")
+    top.add_argument("--dtype", default="bf16", choices=("bf16", "fp16", "fp32"), help="element type (default: %(default)s)")
+    top.add_argument("--json", type=Path, metavar="FILE", help="write every sample and the environment to FILE")
+    top.add_argument(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="keep what is compiled in DIR for the next run (default: a temporary directory)",
+    )
+    kernels = top.add_argument_group("kernels")
+    kernels.add_argument("--op", nargs="+", default=[], metavar="OP", help="only these ops")
+    kernels.add_argument("--tokens", nargs="+", type=_positive, default=[], metavar="N", help="only these numbers of tokens")
+    kernels.add_argument("--d", nargs="+", type=_positive, default=[], metavar="N", help="only these output widths")
+    kernels.add_argument("--providers", nargs="+", default=[], metavar="NAME", help="only these providers (--list shows them)")
+    kernels.add_argument("--rounds", type=_positive, metavar="N", help="replays of each provider (default: 15, quick: 9)")
+    kernels.add_argument("--list", action="store_true", help="show ops, sizes and providers, and stop")
+    kernels.add_argument("--fail-under", type=float, metavar="RATIO", help="exit with 3 when a best/ours is below RATIO")
+    host = top.add_argument_group("host")
+    host.add_argument("--device", choices=("cuda", "cpu"), help="where to call (default: cuda if there is one)")
+    host.add_argument("--mode", nargs="+", choices=("inference", "grad"), default=["inference", "grad"], help="which modes")
+    return top
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+    return value
+
+
+def _list() -> None:
+    from bench.cases import CASES
+    from bench.providers import DEFAULT_PROVIDERS, PROVIDERS
+
+    for op in dict.fromkeys(case.op for case in CASES):
+        print(f"{op:<18} (tokens, d): " + " ".join(f"({case.tokens},{case.d})" for case in CASES if case.op == op))
+    print()
+    for provider in PROVIDERS.values():
+        print(f"{provider.name:<18} {provider.title}{'' if provider.name in DEFAULT_PROVIDERS else '  (not by default)'}")
+
+
+def _select(arguments: argparse.Namespace):
+    """Cases and providers of the kernel benchmark. Raises ValueError for names that do not exist."""
+    from bench.cases import CASES, QUICK, select
+    from bench.providers import DEFAULT_PROVIDERS, PROVIDERS
+
+    unknown = [name for name in arguments.providers if name not in PROVIDERS]
+    if unknown:
+        raise ValueError(f"unknown provider {', '.join(unknown)}; known: {', '.join(PROVIDERS)}")
+    cases = select(QUICK if arguments.quick else CASES, arguments.op, arguments.tokens, arguments.d)
+    return cases, tuple(arguments.providers) or DEFAULT_PROVIDERS
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run what ``arguments`` ask for and return the exit status."""
+    import torch
+
+    from bench import environment, host, kernels, report
+    from bench.cases import DTYPES
+
+    wanted = {"kernels", "host"} if arguments.what == "all" else {arguments.what}
+    has_gpu = torch.cuda.is_available()
+    device = torch.device(arguments.device or ("cuda" if has_gpu else "cpu"))
+    needs_gpu = arguments.what == "kernels" or (arguments.what == "host" and device.type == "cuda")
+    if needs_gpu and not has_gpu:
+        print("no CUDA device here; `python -m bench host --device cpu` runs without one", file=sys.stderr)
+        return USAGE
+    try:
+        cases, providers = _select(arguments)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return USAGE
+    out = report.console()
+    facts = environment.describe()
+    report.print_environment(out, facts)
+    document: dict[str, object] = {"environment": facts}
+    failures: list[str] = []
+    slow: list[str] = []
+    dtype = DTYPES[arguments.dtype]
+    if "kernels" in wanted and has_gpu:
+        rounds = arguments.rounds or (9 if arguments.quick else 15)
+        results = kernels.run(out, cases, dtype, rounds, providers)
+        document["kernels"] = [result.to_json() for result in results]
+        failures += kernels.failed(results)
+        if arguments.fail_under is not None:
+            rated = [result for result in results if result.ratio is not None]
+            slow = [
+                f"{item.case.op} {item.case.shape}: best/ours {item.ratio:.3f}"
+                for item in rated
+                if item.ratio < arguments.fail_under
+            ]
+    if "host" in wanted:
+        timings = host.run(out, device, dtype, 11 if arguments.quick else 31, arguments.mode)
+        document["host"] = [timing.to_json() for timing in timings]
+        failures += host.failed(host.ROWS, timings)
+    if arguments.json:
+        report.write_json(arguments.json, document)
+    for line in failures + slow:
+        print(line, file=sys.stderr)
+    return WRONG if failures else TOO_SLOW if slow else OK
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    if arguments.list:
+        _list()
+        return OK
+    with compiled_code_in(arguments.cache):
+        return run(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,247 @@
+"""Who is measured: this library, and everybody who offers the same op.
+
+A provider is bound to an operation before it is timed; binding imports it, and may compile. What cannot be had raises
+``Unavailable`` with the reason, which the report prints: a peer that is missing or broken never ends a benchmark.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from bench.cases import Operation
+
+
+class Unavailable(Exception):
+    """A provider that cannot be measured here, and why."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The arguments of one call. ``copy_to`` and ``copy_from`` are half of the call's bytes each."""
+
+    inputs: tuple[Tensor, ...]
+    out: Tensor
+    copy_to: Tensor
+    copy_from: Tensor
+
+
+Call = Callable[[Slot], object]
+
+
+@dataclass(frozen=True)
+class Provider:
+    """``bind(operation)`` gives the call that is timed. It writes ``slot.out``, or ``slot.copy_to`` for the copy."""
+
+    name: str
+    title: str
+    bind: Callable[[Operation], Call]
+    is_peer: bool = True
+
+
+def reason(error: BaseException) -> str:
+    """One line that says what went wrong, for a report."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else "no message"
+    if not isinstance(error, Unavailable):
+        text = f"{type(error).__name__}: {text}"
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def jitk_packet(name: str) -> torch._ops.OpOverloadPacket:
+    """``torch.ops.jitk.<name>``, with the package imported.
+
+    Raises:
+        Unavailable: the package or the op is not there.
+    """
+    # Whatever stops the import is the answer to why this column is empty.
+    try:
+        importlib.import_module("torch_jit_ops")
+    except Exception as error:
+        raise Unavailable(f"import torch_jit_ops: {reason(error)}") from error
+    if not hasattr(torch.ops.jitk, name):
+        raise Unavailable(f"torch.ops.jitk.{name} is not registered")
+    return getattr(torch.ops.jitk, name)
+
+
+def _bind_jitk(operation: Operation) -> Call:
+    overload = jitk_packet(operation.name).out
+
+    def call(slot: Slot) -> None:
+        overload(*slot.inputs, out=slot.out)
+
+    return call
+
+
+def _bind_copy(operation: Operation) -> Call:
+    def call(slot: Slot) -> None:
+        slot.copy_to.copy_(slot.copy_from)
+
+    return call
+
+
+def compiled_reference(operation: Operation) -> Callable[..., None]:
+    """``torch.compile`` of the plain PyTorch, writing into a given ``out``, specialised to the shapes that it meets."""
+
+    def into(out: Tensor, *inputs: Tensor) -> None:
+        out.copy_(operation.reference(*inputs))
+
+    # Without this the tenth shape would meet the recompilation limit and run eagerly.
+    torch._dynamo.reset()
+    return torch.compile(into, dynamic=False, fullgraph=True)
+
+
+def _bind_inductor(operation: Operation) -> Call:
+    into = compiled_reference(operation)
+
+    def call(slot: Slot) -> None:
+        into(slot.out, *slot.inputs)
+
+    return call
+
+
+def _require(module: str, install: str) -> None:
+    if find_spec(module) is None:
+        raise Unavailable(f"not installed; get it with: {install}")
+
+
+@functools.cache
+def _sglang_functions() -> dict[str, Callable[..., Tensor]]:
+    _require("sglang", "pip install sglang apache-tvm-ffi")
+    try:
+        module = importlib.import_module("sglang.kernels.ops.activation.activation")
+    except (
+        Exception
+    ) as error:  # The package imports a serving stack, any part of which may be missing; the kernels do not need it.
+        try:
+            return _sglang_kernels_alone()
+        except Exception as second:
+            raise Unavailable(f"import: {reason(error)}; its kernels alone: {reason(second)}") from error
+    names = ("silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul", "relu2")
+    return {name: getattr(module, name) for name in names if hasattr(module, name)}
+
+
+def _sglang_kernels_alone() -> dict[str, Callable[..., Tensor]]:
+    """SGLang's kernels with nothing of its package run but the JIT loader."""
+    for name in [name for name in sys.modules if name == "sglang" or name.startswith("sglang.")]:
+        del sys.modules[name]
+    spec = find_spec("sglang")
+    if spec is None or not spec.submodule_search_locations:
+        raise Unavailable("the package has no folder")
+    folder = next(iter(spec.submodule_search_locations))
+    for package, path in (("sglang", ""), ("sglang.kernels", "/kernels"), ("sglang.srt.utils", "/srt/utils")):
+        stub = types.ModuleType(package)
+        stub.__path__ = [folder + path]
+        sys.modules[package] = stub
+    platform = types.ModuleType("sglang.srt.utils.common")
+    platform.is_cuda = lambda: True  # type: ignore[attr-defined]
+    sys.modules[platform.__name__] = platform
+    jit = importlib.import_module("sglang.kernels.jit.utils")
+
+    @functools.cache
+    def module(dtype: torch.dtype):
+        arguments = jit.make_cpp_args(dtype, jit.is_arch_support_pdl())
+        kernels = ("run_activation", "run_unary_activation")
+        return jit.load_jit(
+            "activation",
+            *arguments,
+            cuda_files=["elementwise/activation.cuh"],
+            extra_cuda_cflags=jit.get_activation_cuda_cflags(),
+            cuda_wrappers=[(kernel, f"ActivationKernel<{arguments}>::{kernel}") for kernel in kernels],
+        )
+
+    def gated(activation: str) -> Callable[..., Tensor]:
+        def function(input: Tensor, out: Tensor | None = None) -> Tensor:
+            out = input.new_empty(*input.shape[:-1], input.shape[-1] // 2) if out is None else out
+            module(input.dtype).run_activation(input, out, activation)
+            return out
+
+        return function
+
+    def relu2(input: Tensor, out: Tensor | None = None) -> Tensor:
+        out = torch.empty_like(input) if out is None else out
+        module(input.dtype).run_unary_activation(input, out, "relu2")
+        return out
+
+    return {
+        "silu_and_mul": gated("silu"),
+        "gelu_and_mul": gated("gelu"),
+        "gelu_tanh_and_mul": gated("gelu_tanh"),
+        "relu2": relu2,
+    }
+
+
+def sglang_function(name: str) -> Callable[..., Tensor]:
+    """SGLang's public function ``name(input, out=None)``.
+
+    Raises:
+        Unavailable: SGLang is not there, or has no such op.
+    """
+    functions = _sglang_functions()
+    if name not in functions:
+        raise Unavailable(f"has no {name}")
+    return functions[name]
+
+
+def _bind_sglang(operation: Operation) -> Call:
+    function = sglang_function(operation.name)
+
+    def call(slot: Slot) -> None:
+        function(*slot.inputs, slot.out)
+
+    return call
+
+
+@functools.cache
+def _flashinfer_activation() -> types.ModuleType:
+    _require("flashinfer", "pip install flashinfer-python")
+    try:
+        return importlib.import_module("flashinfer.activation")
+    except Exception as error:  # A broken installation of a peer is a reason to print, whatever it raises.
+        raise Unavailable(f"import: {reason(error)}") from error
+
+
+def flashinfer_function(name: str) -> Callable[..., Tensor]:
+    """FlashInfer's public function ``name(input, out=None, enable_pdl=None)``; PDL is on by default from sm_90.
+
+    Raises:
+        Unavailable: FlashInfer is not there, or has no such op.
+    """
+    module = _flashinfer_activation()
+    if not hasattr(module, name):
+        raise Unavailable(f"has no {name}")
+    return getattr(module, name)
+
+
+def _bind_flashinfer(operation: Operation, enable_pdl: bool | None = None) -> Call:
+    function = flashinfer_function(operation.name)
+
+    def call(slot: Slot) -> None:
+        function(*slot.inputs, slot.out, enable_pdl)
+
+    return call
+
+
+PROVIDERS: dict[str, Provider] = {
+    provider.name: provider
+    for provider in (
+        Provider("jitk", "this library, `.out`", _bind_jitk, is_peer=False),
+        Provider("sglang", "SGLang's JIT kernel, into out", _bind_sglang),
+        Provider("flashinfer", "FlashInfer, into out, PDL as it chooses", _bind_flashinfer),
+        Provider(
+            "flashinfer-nopdl", "FlashInfer, into out, without PDL", functools.partial(_bind_flashinfer, enable_pdl=False)
+        ),
+        Provider("inductor", "torch.compile of the plain PyTorch, into out", _bind_inductor),
+        Provider("copy", "Tensor.copy_ of the same bytes", _bind_copy, is_peer=False),
+    )
+}
+
+DEFAULT_PROVIDERS = ("jitk", "sglang", "flashinfer", "inductor", "copy")
