@@ -57,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
     kernels.add_argument("--d", nargs="+", type=_positive, default=[], metavar="N", help="only these output widths")
     kernels.add_argument("--providers", nargs="+", default=[], metavar="NAME", help="only these providers (--list shows them)")
     kernels.add_argument("--rounds", type=_positive, metavar="N", help="replays of each provider (default: 15, quick: 9)")
+    kernels.add_argument("--cold", action="store_true", help="empty L2 before each replay, which small calls otherwise stay in")
     kernels.add_argument("--list", action="store_true", help="show ops, sizes and providers, and stop")
     kernels.add_argument("--fail-under", type=float, metavar="RATIO", help="exit with 3 when a best/ours is below RATIO")
     host = top.add_argument_group("host")
@@ -123,7 +124,7 @@ def run(arguments: argparse.Namespace) -> int:
     dtype = DTYPES[arguments.dtype]
     if "kernels" in wanted and has_gpu:
         rounds = arguments.rounds or (9 if arguments.quick else 15)
-        results = kernels.run(out, cases, dtype, rounds, providers)
+        results = kernels.run(out, cases, dtype, rounds, providers, arguments.cold)
         document["kernels"] = [result.to_json() for result in results]
         failures += kernels.failed(results)
         if arguments.fail_under is not None:

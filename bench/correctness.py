@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bench.cases import Operation
-from bench.providers import Slot
+from bench.slots import Slot
 
 # Elements compared at a time, so that the float64 intermediates stay within a few GiB.
 GROUP_ELEMENTS = 2**26
@@ -45,7 +45,7 @@ def output_error(operation: Operation, slots: Sequence[Slot]) -> float:
     """``relative_error`` of the outputs of all ``slots`` against the float64 reference of their inputs."""
     worst = 0.0
     for group in _groups(slots):
-        inputs = [torch.stack(tensors).double() for tensors in zip(*(slot.inputs for slot in group))]
+        inputs = [torch.stack(tensors).double() for tensors in zip(*(slot.inputs for slot in group), strict=True)]
         expected = operation.reference(*inputs)
         worst = max(worst, relative_error(torch.stack([slot.out for slot in group]), expected))
     return worst
@@ -55,7 +55,7 @@ def allowed_error(operation: Operation, slots: Sequence[Slot]) -> float:
     """Twice the error that the plain PyTorch makes in the dtype of the slots, on the same inputs."""
     worst = 0.0
     for group in _groups(slots):
-        inputs = [torch.stack(tensors) for tensors in zip(*(slot.inputs for slot in group))]
+        inputs = [torch.stack(tensors) for tensors in zip(*(slot.inputs for slot in group), strict=True)]
         expected = operation.reference(*(tensor.double() for tensor in inputs))
         worst = max(worst, relative_error(operation.reference(*inputs), expected))
     return 2 * worst + FLOAT32_ROUNDINGS

@@ -1,8 +1,8 @@
 """Host time of one eager call: what Python, the dispatcher and the launch cost, whatever the kernel does.
 
-Method. Blocks of a few hundred asynchronous calls on [8, 2048], one block of every row per round, the order changing from round to
-round; the device is waited for outside the timed region; the median over the rounds. ``torch.relu`` of the input is the measure:
-one ATen op that allocates.
+Method. Blocks of a few hundred asynchronous calls on [8, 2048], one block of every row per round, the order changing from
+round to round; the device is waited for outside the timed region; the median over the rounds. ``torch.relu`` of the input is
+the measure: one ATen op that allocates.
 """
 
 from __future__ import annotations

@@ -18,20 +18,11 @@ import torch
 from torch import Tensor
 
 from bench.cases import Operation
+from bench.slots import Slot
 
 
 class Unavailable(Exception):
     """A provider that cannot be measured here, and why."""
-
-
-@dataclass(frozen=True)
-class Slot:
-    """The arguments of one call. ``copy_to`` and ``copy_from`` are half of the call's bytes each."""
-
-    inputs: tuple[Tensor, ...]
-    out: Tensor
-    copy_to: Tensor
-    copy_from: Tensor
 
 
 Call = Callable[[Slot], object]

@@ -1,69 +1,25 @@
 """Device time of one call, from replays of CUDA graphs.
 
-Each provider's calls are captured in a graph over rotating buffers; the replays of all providers are interleaved. Before each
-replay a buffer larger than L2 is read through, so that every provider starts with cold caches at every size (rotation over
-256 MiB alone does it only where a call moves megabytes), and so that the host has enqueued the replay before the device gets to it.
+Each provider's calls are captured in a graph over rotating buffers, and the replays of all providers are interleaved. Something
+runs on the device ahead of each replay, so that the host has enqueued the replay by the time the device gets to it: the
+start of the graph on the host is then in no figure.
+
+Rotation alone leaves L2 cold only where a call moves megabytes: 64 calls of 24 KB fit in it. That is how a decoding step meets
+its activations, which the layer before has just written. ``Evictor`` empties L2 ahead of each replay instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from bench.cases import Case
-from bench.providers import Call, Slot
+from bench.providers import Call
+from bench.slots import ROTATION_BYTES, Slot
 from bench.timing import Samples, round_order
 
-# What the rotating buffers hold in all: four times the L2 of the largest GPU that this was written on.
-ROTATION_BYTES = 256 * 2**20
-
-# Calls in one graph: enough to hide the start of a replay, few enough to capture quickly.
-MOST_CALLS = 64
-FEWEST_CALLS = 32
-
-# Above this, one call alone outlasts the start of a replay many times over.
-LARGE_BYTES = 2**30
-CALLS_WHEN_LARGE = 8
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How many buffers the calls of one graph rotate over, and how many calls there are."""
-
-    slots: int
-    calls: int
-
-
-def plan(bytes_per_call: int) -> Plan:
-    """Buffers and calls for a call that moves ``bytes_per_call``; every buffer is used equally often."""
-    if bytes_per_call <= 0:
-        raise ValueError(f"bytes_per_call is {bytes_per_call}, expected more than 0")
-    slots = min(MOST_CALLS, max(2, -(-ROTATION_BYTES // bytes_per_call)))
-    least = CALLS_WHEN_LARGE if bytes_per_call > LARGE_BYTES else FEWEST_CALLS
-    return Plan(slots, slots * -(-least // slots))
-
-
-def make_slots(case: Case, count: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> list[Slot]:
-    """``count`` sets of arguments, inputs drawn from a normal distribution, outputs not initialised.
-
-    Every tensor is an allocation of its own, as a caller's would be, and so is aligned to 512 bytes.
-    """
-    generator = torch.Generator(device=device).manual_seed(seed)
-    half = case.bytes(dtype.itemsize) // 2 // dtype.itemsize
-    slots = []
-    for _ in range(count):
-        inputs = tuple(
-            torch.randn(shape, dtype=dtype, device=device, generator=generator)
-            for shape in case.operation.input_shapes(case.tokens, case.d)
-        )
-        out = torch.empty((case.tokens, case.d), dtype=dtype, device=device)
-        copies = [torch.empty(half, dtype=dtype, device=device) for _ in range(2)]
-        # Zeros are not representative data: some memory systems move them faster.
-        copies[1].normal_(generator=generator)
-        slots.append(Slot(inputs, out, copies[0], copies[1]))
-    return slots
+# About 100 us at the clock of a recent GPU, several times what the host takes to start a graph of 64 kernels.
+SPIN_CYCLES = 200_000
 
 
 def capture(call: Call, slots: Sequence[Slot], calls: int, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
@@ -85,6 +41,11 @@ def capture(call: Call, slots: Sequence[Slot], calls: int, stream: torch.cuda.St
     return graph
 
 
+def spin() -> None:
+    """Occupy the device for some 100 us without touching memory."""
+    torch.cuda._sleep(SPIN_CYCLES)
+
+
 class Evictor:
     """Reads a buffer of four times the L2 (at least 256 MiB) through the caches.
 
@@ -104,11 +65,11 @@ def measure(
     graphs: Mapping[str, torch.cuda.CUDAGraph],
     calls: int,
     rounds: int,
-    evict: Evictor,
+    ahead: Callable[[], None],
     stream: torch.cuda.Stream,
     warm_up_ms: float = 30.0,
 ) -> dict[str, Samples]:
-    """Microseconds per call for each provider: ``rounds`` replays each, interleaved.
+    """Microseconds per call for each provider: ``rounds`` replays each, interleaved, after ``ahead()`` each.
 
     ``warm_up_ms`` of replays come first: an idle GPU has lowered its clocks, and the compiling before left it idle.
     """
@@ -122,7 +83,7 @@ def measure(
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
             for name in names:
-                evict()
+                ahead()
                 graphs[name].replay()
             end.record()
             end.synchronize()
@@ -130,9 +91,9 @@ def measure(
         for index in range(rounds):
             events = {}
             # One more than each replay gets, so that the host is ahead of the device from the first replay of the round.
-            evict()
+            ahead()
             for name in round_order(names, index):
-                evict()
+                ahead()
                 start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
                 start.record()
                 graphs[name].replay()
