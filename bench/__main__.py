@@ -9,14 +9,19 @@ from pathlib import Path
 
 # Nothing here imports torch or a peer before the folder of their compiled code is set.
 from bench.environment import compiled_code_in
+from bench.first_call import LIBRARIES
 
 OK, WRONG, USAGE, TOO_SLOW = 0, 1, 2, 3
+
+WHAT = ("kernels", "host", "compile", "cpu", "all")
 
 DESCRIPTION = """\
 Benchmarks of torch_jit_ops beside SGLang, FlashInfer, Inductor and a plain copy.
 
   kernels   device time of every op, in microseconds, with its share of the memory's bandwidth   (GPU)
   host      host time of one eager call, as a multiple of torch.relu                             (GPU or CPU)
+  compile   first call in a new process, cold and warm, beside the bare compiler                 (GPU or CPU)
+  cpu       time of the CPU kernels beside eager PyTorch and Inductor                            (CPU)
   all       everything that this machine can run
 """
 
@@ -27,6 +32,7 @@ examples:
   python -m bench kernels --op relu2 --tokens 640 --d 5120  a size of your own
   python -m bench kernels --providers jitk copy             without the peers
   python -m bench host --device cpu                         no GPU needed
+  python -m bench compile --libraries jitk                  how long a new kernel takes to build and to load
   python -m bench all --json results.json                   everything, every sample kept
 
 peers are measured when they can be imported (a folder on PYTHONPATH will do) and reported as missing when not:
@@ -41,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     """The arguments of ``python -m bench``."""
     form = argparse.RawDescriptionHelpFormatter
     top = argparse.ArgumentParser("python -m bench", description=DESCRIPTION, epilog=EPILOG, formatter_class=form)
-    top.add_argument("what", choices=("kernels", "host", "all"), help="which benchmark to run")
+    top.add_argument("what", choices=WHAT, help="which benchmark to run")
     top.add_argument("--quick", action="store_true", help="fewer sizes and fewer rounds")
     top.add_argument("--dtype", default="bf16", choices=("bf16", "fp16", "fp32"), help="element type (default: %(default)s)")
     top.add_argument("--json", type=Path, metavar="FILE", help="write every sample and the environment to FILE")
@@ -60,9 +66,12 @@ def parser() -> argparse.ArgumentParser:
     kernels.add_argument("--cold", action="store_true", help="empty L2 before each replay, which small calls otherwise stay in")
     kernels.add_argument("--list", action="store_true", help="show ops, sizes and providers, and stop")
     kernels.add_argument("--fail-under", type=float, metavar="RATIO", help="exit with 3 when a best/ours is below RATIO")
-    host = top.add_argument_group("host")
+    host = top.add_argument_group("host and compile")
     host.add_argument("--device", choices=("cuda", "cpu"), help="where to call (default: cuda if there is one)")
-    host.add_argument("--mode", nargs="+", choices=("inference", "grad"), default=["inference", "grad"], help="which modes")
+    host.add_argument("--libraries", nargs="+", choices=LIBRARIES, default=list(LIBRARIES), help="compile: only these")
+    host.add_argument(
+        "--mode", nargs="+", choices=("inference", "grad"), default=["inference", "grad"], help="host: which modes"
+    )
     return top
 
 
@@ -100,16 +109,18 @@ def run(arguments: argparse.Namespace) -> int:
     """Run what ``arguments`` ask for and return the exit status."""
     import torch
 
-    from bench import environment, host, kernels, report
+    from bench import compile, cpu, environment, host, kernels, report
     from bench.cases import DTYPES
+    from bench.results import failed
 
-    wanted = {"kernels", "host"} if arguments.what == "all" else {arguments.what}
     has_gpu = torch.cuda.is_available()
     device = torch.device(arguments.device or ("cuda" if has_gpu else "cpu"))
-    needs_gpu = arguments.what == "kernels" or (arguments.what == "host" and device.type == "cuda")
+    needs_gpu = arguments.what == "kernels" or (arguments.what in ("host", "compile") and device.type == "cuda")
     if needs_gpu and not has_gpu:
-        print("no CUDA device here; `python -m bench host --device cpu` runs without one", file=sys.stderr)
+        print("no CUDA device here; host, compile and cpu run without one (--device cpu)", file=sys.stderr)
         return USAGE
+    wanted = {"host", "compile", "cpu"} | ({"kernels"} if has_gpu else set())
+    wanted = wanted if arguments.what == "all" else {arguments.what}
     try:
         cases, providers = _select(arguments)
     except ValueError as error:
@@ -122,22 +133,26 @@ def run(arguments: argparse.Namespace) -> int:
     failures: list[str] = []
     slow: list[str] = []
     dtype = DTYPES[arguments.dtype]
-    if "kernels" in wanted and has_gpu:
-        rounds = arguments.rounds or (9 if arguments.quick else 15)
-        results = kernels.run(out, cases, dtype, rounds, providers, arguments.cold)
+    if "kernels" in wanted:
+        results = kernels.run(out, cases, dtype, arguments.rounds or (9 if arguments.quick else 15), providers, arguments.cold)
         document["kernels"] = [result.to_json() for result in results]
-        failures += kernels.failed(results)
+        failures += failed(results)
         if arguments.fail_under is not None:
-            rated = [result for result in results if result.ratio is not None]
-            slow = [
-                f"{item.case.op} {item.case.shape}: best/ours {item.ratio:.3f}"
-                for item in rated
-                if item.ratio < arguments.fail_under
-            ]
+            rated = [(result, result.ratio) for result in results if result.ratio is not None]
+            slow = [f"{item.name}: best/ours {ratio:.3f}" for item, ratio in rated if ratio < arguments.fail_under]
     if "host" in wanted:
         timings = host.run(out, device, dtype, 11 if arguments.quick else 31, arguments.mode)
         document["host"] = [timing.to_json() for timing in timings]
         failures += host.failed(host.ROWS, timings)
+    if "compile" in wanted:
+        waits = compile.run(out, device.type, compile.architecture(), 1 if arguments.quick else 3, arguments.libraries)
+        document["compile"] = waits.to_json()
+        failures += compile.failed(waits)
+    if "cpu" in wanted:
+        dtypes = [DTYPES[name] for name in ("bf16", "fp32")]
+        on_cpu = cpu.run(out, cpu.QUICK if arguments.quick else cpu.CASES, dtypes, 7 if arguments.quick else 15)
+        document["cpu"] = [{"dtype": str(of).removeprefix("torch."), **result.to_json()} for of, result in on_cpu]
+        failures += failed([result for _, result in on_cpu])
     if arguments.json:
         report.write_json(arguments.json, document)
     for line in failures + slow:

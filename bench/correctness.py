@@ -59,3 +59,9 @@ def allowed_error(operation: Operation, slots: Sequence[Slot]) -> float:
         expected = operation.reference(*(tensor.double() for tensor in inputs))
         worst = max(worst, relative_error(operation.reference(*inputs), expected))
     return 2 * worst + FLOAT32_ROUNDINGS
+
+
+def judge(operation: Operation, slots: Sequence[Slot], allowed: float) -> tuple[float, str | None]:
+    """The error of the outputs of ``slots``, and what is wrong with them, if anything is."""
+    error = output_error(operation, slots)
+    return error, None if error <= allowed else f"wrong result: relative error {error:.2g}, allowed {allowed:.2g}"

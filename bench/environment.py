@@ -34,9 +34,14 @@ CACHE_VARIABLES = {
 }
 
 
-def cache_environment(folder: Path) -> dict[str, str]:
-    """Environment variables that keep every library's compiled code below ``folder``."""
-    return {variable: str(folder / name) for variable, name in CACHE_VARIABLES.items()}
+# Without a compiler our ops run their reference, which must not be taken for a kernel; and compiler caches would be
+# what is timed.
+SWITCHES = {"JITK_FALLBACK": "error", "JITK_VERBOSE": "0", "TORCH_NO_COMPILER_WRAPPER": "1", "CCACHE_DISABLE": "1"}
+
+
+def bench_environment(folder: Path) -> dict[str, str]:
+    """Environment variables that keep every library's compiled code below ``folder``, and ``SWITCHES``."""
+    return {variable: str(folder / name) for variable, name in CACHE_VARIABLES.items()} | SWITCHES
 
 
 @contextlib.contextmanager
@@ -49,7 +54,7 @@ def compiled_code_in(folder: Path | None) -> Iterator[Path]:
         if folder is None:
             # Compiler workers may still write while the directory is removed; what they leave is in the system's /tmp.
             folder = Path(stack.enter_context(TemporaryDirectory(prefix="jitk-bench-", ignore_cleanup_errors=True)))
-        variables = cache_environment(folder.resolve())
+        variables = bench_environment(folder.resolve())
         before = {name: os.environ.get(name) for name in variables}
         os.environ.update(variables)
         try:
@@ -97,11 +102,19 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def nvcc_version() -> str | None:
-    from torch.utils.cpp_extension import CUDA_HOME
+def find_nvcc() -> Path | None:
+    """The nvcc that CUDA_HOME names, else the one of the usual folder, else the one on PATH, which may be a wrapper."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    for home in filter(None, homes):
+        if Path(home, "bin", "nvcc").is_file():
+            return Path(home, "bin", "nvcc")
+    found = shutil.which("nvcc")
+    return Path(found) if found else None
 
-    nvcc = Path(CUDA_HOME, "bin", "nvcc") if CUDA_HOME else Path("nvcc")
-    if shutil.which(str(nvcc)) is None:
+
+def nvcc_version() -> str | None:
+    nvcc = find_nvcc()
+    if nvcc is None:
         return None
     done = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=False)
     found = re.search(r"release \S+, V(\S+)", done.stdout)

@@ -7,6 +7,7 @@ the measure: one ATen op that allocates.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -16,6 +17,7 @@ from rich.console import Console
 from torch import Tensor
 
 from bench import report
+from bench.correctness import FLOAT32_ROUNDINGS, relative_error
 from bench.providers import flashinfer_function, jitk_packet, reason, sglang_function
 from bench.timing import Samples, interleave, us_per_call, without_garbage_collection
 
@@ -79,6 +81,11 @@ def _jitk_out(x: Tensor, out: Tensor) -> Callable[[], object]:
     return lambda: op(x, out=out)
 
 
+def _jitk_packet_out(x: Tensor, out: Tensor) -> Callable[[], object]:
+    op = jitk_packet("silu_and_mul")
+    return lambda: op(x, out=out)
+
+
 def _sglang(x: Tensor, out: Tensor) -> Callable[[], object]:
     function = sglang_function("silu_and_mul")
     return lambda: function(x)
@@ -107,6 +114,7 @@ ROWS: tuple[Row, ...] = (
     Row("jitk.silu_and_mul(x)", _jitk, goal=1.0, is_ours=True),
     Row("jitk.silu_and_mul.default(x)", _jitk_default, is_ours=True),
     Row("jitk.silu_and_mul.out(x, out=out)", _jitk_out, goal=0.75, is_ours=True),
+    Row("jitk.silu_and_mul(x, out=out)", _jitk_packet_out, is_ours=True),
     Row("SGLang silu_and_mul(x)", _sglang, is_peer=True),
     Row("SGLang silu_and_mul(x, out)", _sglang_out, is_peer=True),
     Row("FlashInfer silu_and_mul(x)", _flashinfer, is_peer=True),
@@ -136,6 +144,17 @@ class Result:
         }
 
 
+def _check(call: Callable[[], object], x: Tensor, out: Tensor) -> None:
+    """Raise ValueError when what ``call`` returns, or writes to ``out``, is not silu_and_mul of ``x``."""
+    out.fill_(math.nan)
+    returned = call()
+    actual = returned if isinstance(returned, Tensor) else out
+    error = relative_error(actual, _eager(x.double()))
+    allowed = 2 * relative_error(_eager(x), _eager(x.double())) + FLOAT32_ROUNDINGS
+    if not error <= allowed:
+        raise ValueError(f"wrong result: relative error {error:.2g}, allowed {allowed:.2g}")
+
+
 def measure(
     rows: Sequence[Row], device: torch.device, dtype: torch.dtype, mode: str, rounds: int, calls: int = CALLS_PER_BLOCK
 ) -> Result:
@@ -153,6 +172,8 @@ def measure(
                 # Compiling, and what a provider does only in its first calls.
                 for _ in range(3):
                     call()
+                if row.is_ours or row.is_peer:
+                    _check(call, x, out)
                 synchronize()
             except Exception as error:  # Whatever a provider raises, the others are still worth measuring.
                 missing[row.name] = reason(error)

@@ -30,12 +30,13 @@ Call = Callable[[Slot], object]
 
 @dataclass(frozen=True)
 class Provider:
-    """``bind(operation)`` gives the call that is timed. It writes ``slot.out``, or ``slot.copy_to`` for the copy."""
+    """``bind(operation)`` gives the call that is timed; its result is in ``slot.out`` when ``writes_out``."""
 
     name: str
     title: str
     bind: Callable[[Operation], Call]
     is_peer: bool = True
+    writes_out: bool = True
 
 
 def reason(error: BaseException) -> str:
@@ -75,6 +76,13 @@ def _bind_jitk(operation: Operation) -> Call:
 def _bind_copy(operation: Operation) -> Call:
     def call(slot: Slot) -> None:
         slot.copy_to.copy_(slot.copy_from)
+
+    return call
+
+
+def _bind_eager(operation: Operation) -> Call:
+    def call(slot: Slot) -> None:
+        operation.reference(*slot.inputs)
 
     return call
 
@@ -231,7 +239,8 @@ PROVIDERS: dict[str, Provider] = {
             "flashinfer-nopdl", "FlashInfer, into out, without PDL", functools.partial(_bind_flashinfer, enable_pdl=False)
         ),
         Provider("inductor", "torch.compile of the plain PyTorch, into out", _bind_inductor),
-        Provider("copy", "Tensor.copy_ of the same bytes", _bind_copy, is_peer=False),
+        Provider("eager", "the plain PyTorch, op by op, allocating", _bind_eager, writes_out=False),
+        Provider("copy", "Tensor.copy_ of the same bytes", _bind_copy, is_peer=False, writes_out=False),
     )
 }
 
