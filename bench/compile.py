@@ -1,7 +1,7 @@
 """Compile and load times, as a user meets them: a new process, with nothing cached and with everything cached.
 
-Method. The bare compiler on an empty kernel is the measure. Each round runs everything once, in an order that changes from round
-to round. A library runs in a new process with an empty cache folder, and then in another on the folder that the first filled.
+Method. The bare compiler on an empty kernel is the measure. Each round runs everything once, in an order that changes from
+round to round. A library runs in a new process with an empty cache folder, then in another on the folder that the first filled.
 ``first call`` is the call of the public op, which builds or loads all it needs; ``next op`` is the first call of another op
 after it, which needs one more variant and nothing else. CUDA itself is initialised before the clock starts.
 """
@@ -251,8 +251,11 @@ def duration(samples: Samples | None) -> str:
 
 
 def table(result: Result) -> tuple[list[str], list[list[str]]]:
-    """Columns and cells: a line for the compiler alone, then two for each library."""
-    columns = ["what", "import torch", "+ library", "first call", "next op", "processes started", "next op over bare"]
+    """Columns and cells: a line for the compiler alone, then two for each library.
+
+    ``processes`` are those that the first call and the next op started; ``x bare`` is the next op over the bare compiler.
+    """
+    columns = ["what", "import torch", "+ library", "first call", "next op", "processes", "x bare"]
     unit = result.bare.get(COMPILE)
     rows = []
     for what, taken in result.bare.items():

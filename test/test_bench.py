@@ -1,0 +1,540 @@
+"""The pieces of the benchmarks, on the CPU and without peers: statistics, checks, reports, and the command line."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import compile, correctness, cpu, environment, host, kernels, report, results
+from bench.__main__ import OK, TOO_SLOW, USAGE, WRONG, main
+from bench.cases import CASES, OPERATIONS, QUICK, Case, select
+from bench.providers import PROVIDERS, Provider, Unavailable, reason
+from bench.slots import FEWEST_CALLS, MOST_CALLS, ROTATION_BYTES, Slot, make_slots, plan
+from bench.timing import Samples, interleave, percentile, round_order, us_per_call
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+
+
+def printed(print_to) -> str:
+    """What ``print_to(console)`` prints to a pipe."""
+    file = io.StringIO()
+    print_to(report.console(file))
+    return file.getvalue()
+
+
+# Statistics and order
+
+
+def test_percentile_interpolates_between_neighbours():
+    assert percentile([4, 1, 3, 2], 50) == 2.5
+    assert percentile([10, 20], 10) == 11
+    assert percentile([7], 90) == 7
+    assert [percentile(range(11), percent) for percent in (0, 10, 90, 100)] == [0, 1, 9, 10]
+
+
+def test_percentile_refuses_what_has_none():
+    with pytest.raises(ValueError, match="no values"):
+        percentile([], 50)
+    with pytest.raises(ValueError, match="percent is 101, expected 0 to 100"):
+        percentile([1], 101)
+
+
+def test_samples_ignore_an_outlier():
+    taken = Samples((10.0,) * 20 + (1000.0,))
+    assert (taken.median, taken.low, taken.high, taken.spread) == (10, 10, 10, 0)
+    assert Samples((9.0, 10.0, 11.0)).spread == pytest.approx(0.16)
+
+
+def test_every_provider_meets_every_place_and_neighbour():
+    names = ["a", "b", "c"]
+    rounds = ["".join(round_order(names, index)) for index in range(6)]
+    assert rounds == ["abc", "bca", "cab", "cba", "acb", "bac"]
+    assert round_order([], 3) == []
+
+
+def test_interleave_measures_each_once_per_round():
+    seen = []
+    samples = interleave({name: (lambda name=name: seen.append(name) or len(seen)) for name in "ab"}, 3)
+    assert "".join(seen) == "abbaba"
+    assert samples == {"a": Samples((1, 4, 6)), "b": Samples((2, 3, 5))}
+    with pytest.raises(ValueError, match="rounds is 0"):
+        interleave({}, 0)
+
+
+def test_the_device_is_waited_for_outside_the_timed_region(monkeypatch):
+    log = []
+    clock = iter([0, 6_000])
+    monkeypatch.setattr("bench.timing.time.perf_counter_ns", lambda: log.append("clock") or next(clock))
+    assert us_per_call(lambda: log.append("call"), 3, lambda: log.append("wait")) == 2.0
+    assert log == ["wait", "clock", "call", "call", "call", "clock", "wait"]
+
+
+# Cases and arguments
+
+
+def test_bytes_count_each_argument_once():
+    assert Case("silu_and_mul", 4, 8).bytes(2) == (4 * 16 + 4 * 8) * 2
+    assert Case("relu2", 4, 8).bytes(4) == (4 * 8 + 4 * 8) * 4
+    assert Case("fused_add_relu", 4, 8).bytes(2) == 3 * 4 * 8 * 2
+
+
+@pytest.mark.parametrize("size", [1, 24_576, 2**20, 11_010_048, 25_165_824, 352_321_536, 2**31])
+def test_buffers_rotate_evenly_and_exceed_the_cache(size):
+    arranged = plan(size)
+    assert 2 <= arranged.slots <= MOST_CALLS
+    assert arranged.slots == MOST_CALLS or arranged.slots * size >= ROTATION_BYTES
+    assert arranged.calls % arranged.slots == 0
+    assert arranged.calls <= MOST_CALLS
+    assert arranged.calls >= FEWEST_CALLS or size > 2**30
+
+
+def test_plan_refuses_no_bytes():
+    with pytest.raises(ValueError, match="bytes_per_call is 0"):
+        plan(0)
+
+
+@pytest.mark.parametrize("op", list(OPERATIONS))
+def test_slots_hold_the_arguments_and_a_copy_of_the_same_bytes(op):
+    case = Case(op, 3, 10)
+    first, second = make_slots(case, 2, torch.bfloat16, CPU)
+    assert [tuple(tensor.shape) for tensor in first.inputs] == case.operation.input_shapes(3, 10)
+    assert first.out.shape == case.operation.reference(*first.inputs).shape
+    assert first.copy_to.nbytes + first.copy_from.nbytes == case.bytes(2)
+    assert not torch.equal(first.inputs[0], second.inputs[0])
+
+
+def test_select_narrows_and_makes_sizes_of_its_own():
+    assert all(case.op == "relu2" and case.tokens == 1 for case in select(CASES, ["relu2"], [1]))
+    assert select(CASES, ["relu2"], [640], [5120]) == (Case("relu2", 640, 5120),)
+    assert set(QUICK) <= set(CASES)
+    assert len(set(CASES)) == len(CASES)
+
+
+def test_select_names_what_it_does_not_know():
+    with pytest.raises(ValueError, match="unknown op rmsnrm; known: silu_and_mul, "):
+        select(CASES, ["rmsnrm"])
+    with pytest.raises(ValueError, match="name both --tokens and --d"):
+        select(CASES, [], [12345])
+
+
+# Correctness
+
+
+def outputs_of(op: str, compute) -> tuple[float, str | None]:
+    """The verdict on ``compute(inputs, out)`` in bf16."""
+    case = Case(op, 5, 64)
+    slots = make_slots(case, 3, torch.bfloat16, CPU)
+    allowed = correctness.allowed_error(case.operation, slots)
+    correctness.poison(slots)
+    for slot in slots:
+        compute(slot.inputs, slot.out)
+    return correctness.judge(case.operation, slots, allowed)
+
+
+@pytest.mark.parametrize("op", list(OPERATIONS))
+def test_the_reference_computed_in_float32_is_right(op):
+    reference = OPERATIONS[op].reference
+    assert outputs_of(op, lambda inputs, out: out.copy_(reference(*(tensor.float() for tensor in inputs))))[1] is None
+
+
+def test_an_element_that_is_not_written_is_found():
+    def all_but_one(inputs, out):
+        out[:4].copy_(OPERATIONS["relu2"].reference(inputs[0][:4]))
+        out[4, :-1].copy_(OPERATIONS["relu2"].reference(inputs[0][4, :-1]))
+
+    assert outputs_of("relu2", all_but_one)[1].startswith("wrong result: relative error inf, allowed 0.0")
+
+
+def test_swapped_halves_are_found():
+    silu_and_mul = OPERATIONS["silu_and_mul"].reference
+    assert outputs_of("silu_and_mul", lambda inputs, out: out.copy_(silu_and_mul(inputs[0].roll(64, -1))))[1]
+
+
+def test_the_other_gelu_is_found():
+    erf = OPERATIONS["gelu_and_mul"].reference
+    assert outputs_of("gelu_tanh_and_mul", lambda inputs, out: out.copy_(erf(inputs[0].float())))[1]
+
+
+# Providers
+
+
+def test_a_reason_is_one_line():
+    assert reason(Unavailable("not installed")) == "not installed"
+    assert reason(ValueError("\nfirst\nsecond")) == "ValueError: first"
+    assert reason(ValueError()) == "ValueError: no message"
+    assert len(reason(ValueError("x" * 1000))) == 300
+
+
+def test_a_peer_that_is_not_installed_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr("bench.providers.find_spec", lambda name: None)
+    for name in ("sglang", "flashinfer"):
+        with pytest.raises(Unavailable, match="not installed; get it with: pip install "):
+            PROVIDERS[name].bind(OPERATIONS["silu_and_mul"])
+
+
+# Reports
+
+
+def timed(us: float) -> Samples:
+    return Samples((us * 0.99, us, us * 1.01))
+
+
+def some_results() -> list[results.Result]:
+    not_there = {"sglang": "not installed", "flashinfer": "has no relu2"}
+    return [
+        results.Result(
+            Case("relu2", 1, 4096),
+            16384,
+            64,
+            {"jitk": timed(1.0), "inductor": timed(1.2), "copy": timed(1.25)},
+            None,
+            not_there,
+        ),
+        results.Result(
+            Case("relu2", 1024, 4096),
+            16777216,
+            32,
+            {"jitk": timed(5.0), "inductor": timed(4.0), "copy": timed(4.0)},
+            {"jitk": timed(5.0), "inductor": timed(3.5), "copy": timed(4.0)},
+            {"sglang": "not installed"},
+        ),
+        results.Result(
+            Case("relu2", 77, 2880),
+            887040,
+            64,
+            {"inductor": timed(1.5)},
+            None,
+            not_there,
+            {"jitk": "wrong result: relative error inf, allowed 0.01"},
+        ),
+    ]
+
+
+def test_kernel_table_is_pinned():
+    given, providers = some_results(), ("jitk", "sglang", "flashinfer", "inductor", "copy")
+
+    def show(out):
+        report.print_table(out, "relu2", results.columns(providers), [results.row(item, providers) for item in given])
+        report.print_notes(out, results.notes(given))
+        report.print_notes(out, results.summary(given))
+
+    assert printed(show) == (
+        "relu2\n"
+        "| (tokens, d)   | jitk | sglang | flashinfer | inductor | copy | best peer | best/ours | ours/copy | TB/s | spread |\n"
+        "|---------------|------|--------|------------|----------|------|-----------|-----------|-----------|------|--------|\n"
+        "| (1, 4096)     | 1.00 |      - |          - |     1.20 | 1.25 |  inductor |      1.20 |      0.80 | 0.02 |     2% |\n"
+        "| (1024, 4096)* | 5.00 |      - |          - |     4.00 | 4.00 |  inductor |      0.80 |      1.25 | 3.36 |     2% |\n"
+        "| (77, 2880)    |    - |      - |          - |     1.50 |    - |  inductor |         - |         - |    - |     2% |\n"
+        "  sglang: not installed\n"
+        "  flashinfer: has no relu2  [at (1, 4096), (77, 2880)]\n"
+        "  jitk: wrong result: relative error inf, allowed 0.01  [at (77, 2880)]\n"
+        "  * (1024, 4096): best/ours was 0.70 at first, measured again with more replays\n"
+        "\n"
+        "  best/ours: worst 0.800 at relu2 (1024, 4096); 1 of 2 cases at 1.00 or more, 1 within 2% of it\n"
+        "  below 1.00: relu2 (1024, 4096) 0.800 (inductor)\n"
+        "  ours/copy: worst 1.250 at relu2 (1024, 4096)\n"
+        "\n"
+    )
+
+
+def test_only_ours_makes_a_run_fail():
+    assert results.failed(some_results()) == ["jitk relu2 (77, 2880): wrong result: relative error inf, allowed 0.01"]
+    assert results.failed(some_results()[:2]) == []
+
+
+def test_ratios_beyond_the_noise_are_marked():
+    assert [report.ratio(value) for value in (1.5, 1.01, 0.99, 0.9, None)] == [
+        "[green]1.50[/green]",
+        "1.01",
+        "0.99",
+        "[red]0.90[/red]",
+        "-",
+    ]
+
+
+def test_a_reason_is_printed_once():
+    assert report.merge_reasons([("a", "x"), ("b", "y"), ("c", "x"), ("a", "x")]) == ["a, c: x", "b: y"]
+
+
+def test_json_holds_every_sample(tmp_path):
+    target = tmp_path / "results.json"
+    report.write_json(target, {"kernels": [item.to_json() for item in some_results()]})
+    first = json.loads(target.read_text())["kernels"][0]
+    assert first["us"]["jitk"]["values"] == [0.99, 1.0, 1.01]
+    assert (first["op"], first["tokens"], first["ratio"], first["best_peer"]) == ("relu2", 1, 1.2, "inductor")
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_the_environment_names_the_software():
+    facts = environment.describe()
+    assert torch.__version__ in facts["torch"]
+    assert {"CPU", "compilers", "peers", "revision", "date", "command"} <= set(facts)
+
+
+def test_compiled_code_goes_to_a_temporary_folder(monkeypatch):
+    monkeypatch.setenv("JITK_CACHE_DIR", "/kept")
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    with environment.compiled_code_in(None) as folder:
+        assert os.environ["JITK_CACHE_DIR"] == str(folder.resolve() / "jitk")
+        assert os.environ["JITK_FALLBACK"] == "error"
+    assert not folder.exists()
+    assert os.environ["JITK_CACHE_DIR"] == "/kept"
+    assert "TRITON_CACHE_DIR" not in os.environ
+
+
+# Host time
+
+
+def _right(x, out):
+    return lambda: out.copy_(host._eager(x))
+
+
+def _wrong(x, out):
+    return lambda: out.copy_(x[..., : out.shape[-1]])
+
+
+def _broken(x, out):
+    raise Unavailable("not built")
+
+
+STUBS = (
+    host.ROWS[0],
+    host.Row("right", _right, goal=0.0, is_ours=True),
+    host.Row("wrong", _wrong, is_ours=True),
+    host.Row("broken", _broken, is_ours=True),
+    host.Row("peer", _broken, is_peer=True),
+)
+
+
+def test_host_times_what_works_and_explains_the_rest():
+    out = io.StringIO()
+    taken = host.run(report.console(out), CPU, torch.bfloat16, 3, rows=STUBS, calls=5)
+    assert [result.mode for result in taken] == ["inference", "grad"]
+    for result in taken:
+        assert set(result.samples) == {host.RELU, "right"}
+        assert result.over_relu("right") > 0
+        assert result.missing["broken"] == "not built"
+        assert result.missing["wrong"].startswith("ValueError: wrong result: relative error ")
+    assert len(host.failed(STUBS, taken)) == 2
+    assert "peer" not in out.getvalue()
+
+
+def test_host_table_is_pinned():
+    given = host.Result("inference", "cuda", {host.RELU: timed(4.0), "right": timed(2.0)}, {"broken": "not built"})
+    shown = printed(lambda out: report.print_table(out, "host", *host.table(STUBS[:2] + STUBS[3:4], [given])))
+    assert shown == (
+        "host\n"
+        "| call          | inference: us | spread | x relu |    goal |\n"
+        "|---------------|---------------|--------|--------|---------|\n"
+        "| torch.relu(x) |          4.00 |     2% |   1.00 |         |\n"
+        "| right         |          2.00 |     2% |   0.50 | <= 0.00 |\n"
+        "| broken        |             - |      - |      - |         |\n"
+    )
+
+
+# CPU kernels
+
+
+def test_cpu_checks_before_it_times(monkeypatch):
+    def forgets_rows(operation):
+        return lambda slot: slot.out[1:].copy_(operation.reference(*(tensor[1:] for tensor in slot.inputs)))
+
+    monkeypatch.setitem(PROVIDERS, "jitk", Provider("jitk", "stub", forgets_rows, is_peer=False))
+    taken = cpu.measure(Case("relu2", 4, 64), torch.float32, 2, ("jitk", "eager", "copy"))
+    assert set(taken.samples) == {"eager", "copy"}
+    assert taken.wrong["jitk"].startswith("wrong result: relative error inf")
+    assert taken.best_peer == "eager"
+
+
+# Compile and load
+
+STUB_PACKAGE = """
+import subprocess, sys, torch
+
+library = torch.library.Library("jitk", "DEF")
+
+def build(x):
+    from pathlib import Path
+    import os
+    built = Path(os.environ["JITK_CACHE_DIR"]) / "built"
+    if not built.exists():
+        subprocess.run([sys.executable, "-S", "-c", ""], check=True)
+        built.parent.mkdir(parents=True)
+        built.touch()
+    return x
+
+for name in ("silu_and_mul", "gelu_and_mul"):
+    library.define(f"{name}(Tensor input) -> Tensor")
+    library.impl(name, build, "CPU")
+"""
+
+
+@pytest.fixture
+def stub_package(tmp_path, monkeypatch):
+    """A package of our name, found before ours, that starts one process when its cache is empty."""
+    (tmp_path / "torch_jit_ops.py").write_text(STUB_PACKAGE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_first_calls_are_timed_cold_and_warm(stub_package):
+    taken = compile.measure("cpu", "90a", 1, ["jitk"])
+    ours = taken.libraries["jitk"]
+    assert ours.missing is None
+    assert (ours.cold_children["first call"], ours.cold_children["next op"]) == (1, 0)
+    assert sum(ours.warm_children.values()) == 0
+    assert ours.cold["first call"].median > ours.warm["first call"].median > 0
+    assert taken.bare[compile.LINK].median > 0
+    json.dumps(taken.to_json())
+
+
+def test_a_library_that_fails_is_a_reason(tmp_path, monkeypatch):
+    (tmp_path / "torch_jit_ops.py").write_text("raise ImportError('broken on purpose')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    ours = compile.measure("cpu", "90a", 1, ["jitk"]).libraries["jitk"]
+    assert ours.missing == "exit status 1: ImportError: broken on purpose"
+
+
+def test_compile_report_is_pinned():
+    def stages(torch_s, library_s, first, following):
+        seconds = (torch_s, library_s, first, 0.00001, following, 0.00001)
+        return {stage: Samples((value,)) for stage, value in zip(compile.STAGES, seconds, strict=True)}
+
+    def children(first, following):
+        return dict(zip(compile.STAGES, (0, 0, first, 0, following, 0), strict=True))
+
+    ours = compile.FirstCall(
+        "jitk", stages(2, 0.02, 2.5, 1.2), stages(2, 0.02, 0.003, 0.0005), children(6, 3), children(0, 0), 0
+    )
+    peer = compile.FirstCall("sglang", stages(2, 4.8, 6.0, 0.0001), stages(2, 4.8, 0.1, 0.0001), children(9, 0), children(4, 0))
+    gone = compile.FirstCall("flashinfer", missing="not installed")
+    bare = {compile.COMPILE: Samples((1.0,)), compile.LINK: Samples((1.1,))}
+    given = compile.Result("cuda", "nvcc", bare, {item.library: item for item in (ours, peer, gone)})
+
+    def show(out):
+        report.print_table(out, "compile", *compile.table(given))
+        report.print_notes(out, compile.summary(given))
+
+    assert printed(show) == (
+        "compile\n"
+        "| what                        | import torch | + library | first call | next op | processes | x bare |\n"
+        "|-----------------------------|--------------|-----------|------------|---------|-----------|--------|\n"
+        "| bare nvcc, compile only     |              |           |            |  1.00 s |           |   1.00 |\n"
+        "| bare nvcc, compile and link |              |           |            |  1.10 s |           |   1.10 |\n"
+        "| jitk, nothing cached        |       2.00 s |  20.00 ms |     2.50 s |  1.20 s |     6 + 3 |   1.20 |\n"
+        "| jitk, all cached            |       2.00 s |  20.00 ms |    3.00 ms | 0.50 ms |     0 + 0 |   0.00 |\n"
+        "| sglang, nothing cached      |       2.00 s |    4.80 s |     6.00 s | 0.10 ms |     9 + 0 |   0.00 |\n"
+        "| sglang, all cached          |       2.00 s |    4.80 s |     0.10 s | 0.10 ms |     4 + 0 |   0.00 |\n"
+        "| flashinfer, nothing cached  |            - |         - |          - |       - |         - |      - |\n"
+        "| flashinfer, all cached      |            - |         - |          - |       - |         - |      - |\n"
+        "  new variant over the bare compiler: 1.20 (goal <= 1.25: met)\n"
+        "  loading a cached variant, ms: 0.49 (goal <= 1: met)\n"
+        "  processes started with all cached: 0.00 (goal <= 0: met)\n"
+        "  programs that strace saw in that whole process: 0\n"
+        "  import torch_jit_ops over import torch, ms: 20.00 (goal <= 30: met)\n"
+        "  sglang's first call over our new variant: 5.00 (goal >= 4: met)\n"
+        "\n"
+    )
+
+
+# Command line
+
+
+def test_help_teaches():
+    done = subprocess.run([sys.executable, "-m", "bench", "--help"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    for text in ("examples:", "python -m bench kernels --quick", "exit status: 0 done; 1 ", "--json FILE"):
+        assert text in done.stdout
+
+
+def test_kernels_without_a_gpu_is_a_usage_error(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["kernels"]) == USAGE
+    assert capsys.readouterr().err == "no CUDA device here; host, compile and cpu run without one (--device cpu)\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["host", "--device", "cpu", "--op", "nothing"], "unknown op nothing; known: silu_and_mul, "),
+        (["host", "--device", "cpu", "--providers", "nobody"], "unknown provider nobody; known: jitk, "),
+    ],
+)
+def test_a_name_that_does_not_exist_is_a_usage_error(arguments, message, capsys):
+    assert main(arguments) == USAGE
+    assert capsys.readouterr().err.startswith(message)
+
+
+@pytest.mark.parametrize("arguments", [[], ["nothing"], ["kernels", "--tokens", "0"]])
+def test_bad_arguments_exit_with_2(arguments):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == USAGE
+
+
+def test_list_shows_ops_and_providers(capsys):
+    assert main(["kernels", "--list"]) == OK
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in (*OPERATIONS, *PROVIDERS))
+
+
+@pytest.mark.parametrize(
+    ("given", "status"), [(some_results()[:1], OK), (some_results()[:2], TOO_SLOW), (some_results(), WRONG)]
+)
+def test_exit_status_tells_wrong_from_slow(given, status, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(environment, "describe", lambda: {"date": "today"})
+    monkeypatch.setattr(kernels, "run", lambda *arguments: given)
+    target = tmp_path / "results.json"
+    assert main(["kernels", "--fail-under", "0.95", "--json", str(target)]) == status
+    written = json.loads(target.read_text())
+    assert written["environment"] == {"date": "today"}
+    assert len(written["kernels"]) == len(given)
+
+
+def test_the_kernel_benchmark_keeps_going_past_a_provider_that_raises(monkeypatch):
+    """The whole of ``Bench.run`` but for the GPU: graphs that are loops, and timings that are given."""
+
+    class Graph:
+        def __init__(self, call, slots):
+            self.replay = lambda: [call(slot) for slot in slots]
+
+    def raises(operation):
+        raise RuntimeError("no such kernel\nand more")
+
+    def reference(operation):
+        def call(slot: Slot) -> None:
+            slot.out.copy_(operation.reference(*slot.inputs))
+
+        return call
+
+    rounds_seen = []
+
+    def measure(graphs, calls, rounds, ahead, stream):
+        rounds_seen.append(rounds)
+        return {name: timed(2.0 if name == "jitk" else 1.0) for name in graphs}
+
+    monkeypatch.setattr("bench.replay.capture", lambda call, slots, calls, stream: Graph(call, slots))
+    monkeypatch.setattr("bench.replay.measure", measure)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    monkeypatch.setitem(PROVIDERS, "jitk", Provider("jitk", "stub", reference, is_peer=False))
+    monkeypatch.setitem(PROVIDERS, "inductor", Provider("inductor", "stub", reference))
+    monkeypatch.setitem(PROVIDERS, "sglang", Provider("sglang", "stub", raises))
+    bench = object.__new__(kernels.Bench)
+    bench.device, bench.dtype, bench.rounds, bench.stream, bench.ahead = CPU, torch.bfloat16, 9, None, None
+    bench.providers = ("jitk", "sglang", "inductor", "copy")
+    taken = bench.run(Case("silu_and_mul", 3, 64))
+    assert set(taken.samples) == {"jitk", "inductor", "copy"}
+    assert taken.missing == {"sglang": "RuntimeError: no such kernel"}
+    assert taken.wrong == {}
+    assert taken.ratio == 0.5
+    assert rounds_seen == [9, 9 * kernels.MORE_ROUNDS]
+    assert taken.first is not None
