@@ -69,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
     host = top.add_argument_group("host and compile")
     host.add_argument("--device", choices=("cuda", "cpu"), help="where to call (default: cuda if there is one)")
     host.add_argument("--libraries", nargs="+", choices=LIBRARIES, default=list(LIBRARIES), help="compile: only these")
+    host.add_argument("--headers", action="store_true", help="compile: the cost of each header of include/jitk by itself")
     host.add_argument(
         "--mode", nargs="+", choices=("inference", "grad"), default=["inference", "grad"], help="host: which modes"
     )
@@ -145,7 +146,9 @@ def run(arguments: argparse.Namespace) -> int:
         document["host"] = [timing.to_json() for timing in timings]
         failures += host.failed(host.ROWS, timings)
     if "compile" in wanted:
-        waits = compile.run(out, device.type, compile.architecture(), 1 if arguments.quick else 3, arguments.libraries)
+        waits = compile.run(
+            out, device.type, compile.architecture(), 1 if arguments.quick else 3, arguments.libraries, arguments.headers
+        )
         document["compile"] = waits.to_json()
         failures += compile.failed(waits)
     if "cpu" in wanted:

@@ -30,15 +30,37 @@ from bench.timing import Samples, round_order
 
 OURS = "jitk"
 
-EMPTY_KERNEL = "#include <cuda_bf16.h>\n__global__ void empty() {}\n"
-EMPTY_FUNCTION = '#include <cstdint>\nextern "C" int32_t empty() { return 0; }\n'
-
-COMPILE, LINK = "compile only", "compile and link"
+COMPILE, LINK, HEADERS = "compile only", "compile and link", "with every header of jitk"
 
 # A child that hangs must not hang the benchmark: nothing here takes a tenth of it.
 TIMEOUT_S = 300
 
-GOALS = {"variant": 1.25, "warm_ms": 1.0, "import_ms": 30.0, "peer": 4.0}
+GOALS = {"headers": 1.25, "variant": 1.25, "warm_ms": 1.0, "import_ms": 30.0, "peer": 4.0}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A source that the bare compiler is timed on, and whether it is linked too."""
+
+    name: str
+    source: str
+    link: bool = False
+
+
+def units(device: str, each_header: bool = False) -> list[Unit]:
+    """An empty kernel (``cuda``) or function (``cpu``), alone, linked, and with our headers; or with each header alone."""
+    if device == "cuda":
+        suffixes, first, body = (".h", ".cuh"), "#include <cuda_bf16.h>\n", "__global__ void empty() {}\n"
+    else:
+        suffixes, first, body = (".h",), "#include <cstdint>\n", "int32_t empty() { return 0; }\n"
+    headers = [path.name for path in sorted((REPOSITORY / "include" / "jitk").glob("*")) if path.suffix in suffixes]
+    includes = {name: f"#include <jitk/{name}>\n" for name in headers}
+    found = [Unit(COMPILE, first + body), Unit(LINK, first + body, link=True)]
+    if includes:
+        found.append(Unit(HEADERS, first + "".join(includes.values()) + body))
+    if each_header:
+        found += [Unit(f"with jitk/{name}", first + line + body) for name, line in includes.items()]
+    return found
 
 
 @dataclass(frozen=True)
@@ -95,7 +117,8 @@ def run_child(command: Sequence[str], environment: dict[str, str], cwd: Path) ->
     """Standard output of ``command``.
 
     Raises:
-        Unavailable: it failed or took longer than ``TIMEOUT_S``; the message is the last line of its standard error.
+        Unavailable: it failed or took longer than ``TIMEOUT_S``; the message is the first compiler error that it printed, or
+            its last line, where Python names the exception.
     """
     try:
         done = subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
@@ -104,8 +127,9 @@ def run_child(command: Sequence[str], environment: dict[str, str], cwd: Path) ->
     except OSError as error:
         raise Unavailable(f"{command[0]}: {error}") from error
     if done.returncode != 0:
-        lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
-        raise Unavailable(f"exit status {done.returncode}: {lines[-1].strip() if lines else 'no message'}")
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        telling = [line for line in lines if "error: " in line] + lines[-1:]
+        raise Unavailable(f"exit status {done.returncode}: {telling[0] if telling else 'no message'}")
     return done.stdout
 
 
@@ -120,35 +144,34 @@ def architecture() -> str:
     return f"{major}{minor}{'a' if major >= 9 else ''}"
 
 
-def bare_command(device: str, what: str, folder: Path, architecture: str) -> list[str]:
-    """The compiler's command for an empty source in ``folder``, with the flags that a kernel gets.
+def bare_command(device: str, link: bool, architecture: str) -> list[str]:
+    """The compiler's command for ``empty.cu`` or ``empty.cpp``, with the flags that a kernel gets.
 
     Raises:
         Unavailable: the compiler is not there.
     """
-    step = ["-c"] if what == COMPILE else ["-shared"]
-    target = str(folder / ("empty.o" if what == COMPILE else "empty.so"))
+    common = ["-O3", "-std=c++17", f"-I{REPOSITORY / 'include'}", *(["-shared"] if link else ["-c"])]
     if device == "cuda":
         nvcc = find_nvcc()
         if nvcc is None:
             raise Unavailable("nvcc: not found by CUDA_HOME or PATH")
         code = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
-        return [str(nvcc), "-O3", "-std=c++17", code, "-Xcompiler", "-fPIC", *step, "empty.cu", "-o", target]
+        return [str(nvcc), *common, code, "-Xcompiler", "-fPIC", "empty.cu", "-o", "empty.out"]
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         raise Unavailable("g++: not found by CXX or PATH")
-    return [compiler, "-O3", "-std=c++17", "-fPIC", *step, "empty.cpp", "-o", target]
+    return [compiler, *common, "-fPIC", "empty.cpp", "-o", "empty.out"]
 
 
-def time_bare(device: str, what: str, architecture: str) -> float:
-    """Seconds of the bare compiler on an empty kernel (``cuda``) or function (``cpu``)."""
+def time_bare(device: str, unit: Unit, architecture: str) -> float:
+    """Seconds of the bare compiler on ``unit``, process start included."""
+    command = bare_command(device, unit.link, architecture)
     with tempfile.TemporaryDirectory(prefix="jitk-bench-") as name:
         folder = Path(name)
-        (folder / "empty.cu").write_text(EMPTY_KERNEL)
-        (folder / "empty.cpp").write_text(EMPTY_FUNCTION)
-        command = bare_command(device, what, folder, architecture)
+        (folder / ("empty.cu" if device == "cuda" else "empty.cpp")).write_text(unit.source)
+        environment = child_environment(folder)
         start = time.perf_counter()
-        run_child(command, child_environment(folder), folder)
+        run_child(command, environment, folder)
         return time.perf_counter() - start
 
 
@@ -215,22 +238,23 @@ class _Library:
         )
 
 
-def measure(device: str, architecture: str, rounds: int, libraries: Sequence[str]) -> Result:
+def measure(device: str, architecture: str, rounds: int, libraries: Sequence[str], each_header: bool = False) -> Result:
     """Measure the bare compiler and ``libraries`` on ``device``, ``rounds`` times each."""
-    bare: dict[str, list[float]] = {COMPILE: [], LINK: []}
+    bare: dict[str, list[float]] = {unit.name: [] for unit in units(device, each_header)}
     missing: dict[str, str] = {}
     collected = {name: _Library(name, device) for name in libraries}
 
-    def compiler(what: str) -> Callable[[], None]:
+    def compiler(unit: Unit) -> Callable[[], None]:
         def step() -> None:
             try:
-                bare[what].append(time_bare(device, what, architecture))
+                bare[unit.name].append(time_bare(device, unit, architecture))
             except Unavailable as error:
-                missing[what] = reason(error)
+                missing[unit.name] = reason(error)
 
         return step
 
-    steps = {what: compiler(what) for what in bare} | {name: library.measure for name, library in collected.items()}
+    steps = {unit.name: compiler(unit) for unit in units(device, each_header)}
+    steps |= {name: library.measure for name, library in collected.items()}
     for index in range(rounds):
         for name in round_order(list(steps), index):
             steps[name]()
@@ -287,12 +311,15 @@ def _verdict(text: str, value: float, goal: float, at_most: bool = True) -> str:
 def summary(result: Result) -> list[str]:
     """Our figures against their goals."""
     lines = []
+    bare = result.bare.get(COMPILE)
+    if bare and HEADERS in result.bare and result.device == "cuda":
+        text = "every header over the bare compiler:"
+        lines.append(_verdict(text, result.bare[HEADERS].median / bare.median, GOALS["headers"]))
     ours = result.libraries.get(OURS)
     if ours is None or not ours.cold:
         return lines
-    bare = result.bare.get(COMPILE)
     if sum(ours.cold_children.values()) == 0:
-        return ["jitk started no compiler with nothing cached: these ops have no kernel for this device"]
+        return [*lines, "jitk started no compiler with nothing cached: these ops have no kernel for this device"]
     if bare:
         lines.append(
             _verdict("new variant over the bare compiler:", ours.cold["next op"].median / bare.median, GOALS["variant"])
@@ -317,9 +344,17 @@ def summary(result: Result) -> list[str]:
     return lines
 
 
-def run(out: Console, device: str, architecture: str, rounds: int, libraries: Sequence[str] = LIBRARIES) -> Result:
+def run(
+    out: Console,
+    device: str,
+    architecture: str,
+    rounds: int,
+    libraries: Sequence[str] = LIBRARIES,
+    each_header: bool = False,
+) -> Result:
     """Measure and print. Peers have kernels for CUDA only."""
-    result = measure(device, architecture, rounds, [name for name in libraries if device == "cuda" or name == OURS])
+    chosen = [name for name in libraries if device == "cuda" or name == OURS]
+    result = measure(device, architecture, rounds, chosen, each_header)
     target = f"sm_{architecture}" if device == "cuda" else "this CPU"
     report.print_table(out, f"compile and load for {target}, median of {rounds}", *table(result))
     absent = {name: library.missing for name, library in result.libraries.items() if library.missing}

@@ -404,6 +404,14 @@ def test_a_library_that_fails_is_a_reason(tmp_path, monkeypatch):
     assert ours.missing == "exit status 1: ImportError: broken on purpose"
 
 
+def test_the_compilers_own_words_are_the_reason(tmp_path):
+    script = "import sys; sys.exit('a.cu(1): note\\na.cu(2): error: no such type\\ncompilation terminated.')"
+    with pytest.raises(Unavailable, match=r"^exit status 1: a\.cu\(2\): error: no such type$"):
+        compile.run_child([sys.executable, "-c", script], dict(os.environ), tmp_path)
+    with pytest.raises(Unavailable, match="no-such-compiler: "):
+        compile.run_child(["no-such-compiler"], dict(os.environ), tmp_path)
+
+
 def test_compile_report_is_pinned():
     def stages(torch_s, library_s, first, following):
         seconds = (torch_s, library_s, first, 0.00001, following, 0.00001)
@@ -417,7 +425,7 @@ def test_compile_report_is_pinned():
     )
     peer = compile.FirstCall("sglang", stages(2, 4.8, 6.0, 0.0001), stages(2, 4.8, 0.1, 0.0001), children(9, 0), children(4, 0))
     gone = compile.FirstCall("flashinfer", missing="not installed")
-    bare = {compile.COMPILE: Samples((1.0,)), compile.LINK: Samples((1.1,))}
+    bare = {compile.COMPILE: Samples((1.0,)), compile.LINK: Samples((1.1,)), compile.HEADERS: Samples((1.3,))}
     given = compile.Result("cuda", "nvcc", bare, {item.library: item for item in (ours, peer, gone)})
 
     def show(out):
@@ -426,16 +434,18 @@ def test_compile_report_is_pinned():
 
     assert printed(show) == (
         "compile\n"
-        "| what                        | import torch | + library | first call | next op | processes | x bare |\n"
-        "|-----------------------------|--------------|-----------|------------|---------|-----------|--------|\n"
-        "| bare nvcc, compile only     |              |           |            |  1.00 s |           |   1.00 |\n"
-        "| bare nvcc, compile and link |              |           |            |  1.10 s |           |   1.10 |\n"
-        "| jitk, nothing cached        |       2.00 s |  20.00 ms |     2.50 s |  1.20 s |     6 + 3 |   1.20 |\n"
-        "| jitk, all cached            |       2.00 s |  20.00 ms |    3.00 ms | 0.50 ms |     0 + 0 |   0.00 |\n"
-        "| sglang, nothing cached      |       2.00 s |    4.80 s |     6.00 s | 0.10 ms |     9 + 0 |   0.00 |\n"
-        "| sglang, all cached          |       2.00 s |    4.80 s |     0.10 s | 0.10 ms |     4 + 0 |   0.00 |\n"
-        "| flashinfer, nothing cached  |            - |         - |          - |       - |         - |      - |\n"
-        "| flashinfer, all cached      |            - |         - |          - |       - |         - |      - |\n"
+        "| what                                 | import torch | + library | first call | next op | processes | x bare |\n"
+        "|--------------------------------------|--------------|-----------|------------|---------|-----------|--------|\n"
+        "| bare nvcc, compile only              |              |           |            |  1.00 s |           |   1.00 |\n"
+        "| bare nvcc, compile and link          |              |           |            |  1.10 s |           |   1.10 |\n"
+        "| bare nvcc, with every header of jitk |              |           |            |  1.30 s |           |   1.30 |\n"
+        "| jitk, nothing cached                 |       2.00 s |  20.00 ms |     2.50 s |  1.20 s |     6 + 3 |   1.20 |\n"
+        "| jitk, all cached                     |       2.00 s |  20.00 ms |    3.00 ms | 0.50 ms |     0 + 0 |   0.00 |\n"
+        "| sglang, nothing cached               |       2.00 s |    4.80 s |     6.00 s | 0.10 ms |     9 + 0 |   0.00 |\n"
+        "| sglang, all cached                   |       2.00 s |    4.80 s |     0.10 s | 0.10 ms |     4 + 0 |   0.00 |\n"
+        "| flashinfer, nothing cached           |            - |         - |          - |       - |         - |      - |\n"
+        "| flashinfer, all cached               |            - |         - |          - |       - |         - |      - |\n"
+        "  every header over the bare compiler: 1.30 (goal <= 1.25: missed)\n"
         "  new variant over the bare compiler: 1.20 (goal <= 1.25: met)\n"
         "  loading a cached variant, ms: 0.49 (goal <= 1: met)\n"
         "  processes started with all cached: 0.00 (goal <= 0: met)\n"
