@@ -96,7 +96,7 @@ def run(
         of_dtype = [measure(case, dtype, rounds, providers) for case in cases]
         results += [(dtype, result) for result in of_dtype]
         title = f"CPU, {str(dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads: us per call"
-        rows = [[result.case.op, *row(result, providers)] for result in of_dtype]
-        report.print_table(out, title, ["op", *columns(providers)], rows, labels=2)
+        rows = [[result.case.op, *row(result, providers, "GB/s")] for result in of_dtype]
+        report.print_table(out, title, ["op", *columns(providers, "GB/s")], rows, labels=2)
         report.print_notes(out, notes(of_dtype))
     return results

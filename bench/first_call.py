@@ -39,6 +39,7 @@ def _functions(library: str) -> list:
     """silu_and_mul and gelu_and_mul of ``library``, each taking the input."""
     if library == "jitk":
         import torch
+
         import torch_jit_ops  # noqa: F401  (registers the ops)
 
         return [torch.ops.jitk.silu_and_mul, torch.ops.jitk.gelu_and_mul]

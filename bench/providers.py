@@ -13,6 +13,7 @@ import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ class Unavailable(Exception):
 
 
 Call = Callable[[Slot], object]
+Loaded = TypeVar("Loaded")
 
 
 @dataclass(frozen=True)
@@ -48,17 +50,37 @@ def reason(error: BaseException) -> str:
     return text if len(text) <= 300 else text[:297] + "..."
 
 
+@functools.cache
+def _attempt(load: Callable[[], Loaded]) -> tuple[Loaded | None, str]:
+    """What ``load`` returns, or None and why not. A second attempt would cost as much, and may fail for another reason."""
+    try:
+        return load(), ""
+    except Exception as error:  # Whatever stops a provider is the answer to why its column is empty.
+        return None, reason(error)
+
+
+def _loaded(load: Callable[[], Loaded]) -> Loaded:
+    """What ``load`` returns, tried once per process. Raises ``Unavailable`` each time if it failed."""
+    found, why = _attempt(load)
+    if found is None:
+        raise Unavailable(why)
+    return found
+
+
+def _import_jitk() -> types.ModuleType:
+    try:
+        return importlib.import_module("torch_jit_ops")
+    except Exception as error:
+        raise Unavailable(f"import torch_jit_ops: {reason(error)}") from error
+
+
 def jitk_packet(name: str) -> torch._ops.OpOverloadPacket:
     """``torch.ops.jitk.<name>``, with the package imported.
 
     Raises:
         Unavailable: the package or the op is not there.
     """
-    # Whatever stops the import is the answer to why this column is empty.
-    try:
-        importlib.import_module("torch_jit_ops")
-    except Exception as error:
-        raise Unavailable(f"import torch_jit_ops: {reason(error)}") from error
+    _loaded(_import_jitk)
     if not hasattr(torch.ops.jitk, name):
         raise Unavailable(f"torch.ops.jitk.{name} is not registered")
     return getattr(torch.ops.jitk, name)
@@ -112,7 +134,6 @@ def _require(module: str, install: str) -> None:
         raise Unavailable(f"not installed; get it with: {install}")
 
 
-@functools.cache
 def _sglang_functions() -> dict[str, Callable[..., Tensor]]:
     _require("sglang", "pip install sglang apache-tvm-ffi")
     try:
@@ -184,7 +205,7 @@ def sglang_function(name: str) -> Callable[..., Tensor]:
     Raises:
         Unavailable: SGLang is not there, or has no such op.
     """
-    functions = _sglang_functions()
+    functions = _loaded(_sglang_functions)
     if name not in functions:
         raise Unavailable(f"has no {name}")
     return functions[name]
@@ -199,12 +220,11 @@ def _bind_sglang(operation: Operation) -> Call:
     return call
 
 
-@functools.cache
 def _flashinfer_activation() -> types.ModuleType:
     _require("flashinfer", "pip install flashinfer-python")
     try:
         return importlib.import_module("flashinfer.activation")
-    except Exception as error:  # A broken installation of a peer is a reason to print, whatever it raises.
+    except Exception as error:
         raise Unavailable(f"import: {reason(error)}") from error
 
 
@@ -214,7 +234,7 @@ def flashinfer_function(name: str) -> Callable[..., Tensor]:
     Raises:
         Unavailable: FlashInfer is not there, or has no such op.
     """
-    module = _flashinfer_activation()
+    module = _loaded(_flashinfer_activation)
     if not hasattr(module, name):
         raise Unavailable(f"has no {name}")
     return getattr(module, name)

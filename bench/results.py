@@ -15,6 +15,8 @@ OURS, COPY = "jitk", "copy"
 # Run-to-run noise is about two percent.
 NOISE = 0.02
 
+PREFIXES = {"TB/s": 1e12, "GB/s": 1e9}
+
 
 @dataclass(frozen=True)
 class Result:
@@ -52,9 +54,9 @@ class Result:
         return None if ours is None or copy is None else ours / copy
 
     @property
-    def terabytes_per_second(self) -> float | None:
+    def bytes_per_second(self) -> float | None:
         ours = self.us(OURS)
-        return None if ours is None else self.bytes / ours / 1e6
+        return None if ours is None else self.bytes / ours * 1e6
 
     @property
     def spread(self) -> float:
@@ -76,7 +78,7 @@ class Result:
             "best_peer": self.best_peer,
             "ratio": self.ratio,
             "over_copy": self.over_copy,
-            "terabytes_per_second": self.terabytes_per_second,
+            "bytes_per_second": self.bytes_per_second,
             "missing": self.missing,
             "wrong": self.wrong,
             "relative_error": self.errors,
@@ -93,21 +95,21 @@ def peer_ratio(samples: dict[str, Samples]) -> float | None:
     return None if peer is None or OURS not in samples else samples[peer].median / samples[OURS].median
 
 
-def columns(providers: Sequence[str]) -> list[str]:
-    return ["(tokens, d)", *providers, "best peer", "best/ours", "ours/copy", "TB/s", "spread"]
+def columns(providers: Sequence[str], unit: str = "TB/s") -> list[str]:
+    return ["(tokens, d)", *providers, "best peer", "best/ours", "ours/copy", unit, "spread"]
 
 
-def row(result: Result, providers: Sequence[str]) -> list[str]:
+def row(result: Result, providers: Sequence[str], unit: str = "TB/s") -> list[str]:
     """Cells of one case, in the order of ``columns``; ``*`` marks a case that was measured twice."""
     over_copy = result.over_copy
-    bandwidth = result.terabytes_per_second
+    bandwidth = result.bytes_per_second
     return [
         result.case.shape + ("*" if result.first else ""),
         *(report.microseconds(result.us(name)) for name in providers),
         result.best_peer or "-",
         report.ratio(result.ratio),
         "-" if over_copy is None else f"{over_copy:.2f}",
-        "-" if bandwidth is None else f"{bandwidth:.2f}",
+        "-" if bandwidth is None else f"{bandwidth / PREFIXES[unit]:.2f}",
         report.percent(result.spread),
     ]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import compile, correctness, cpu, environment, host, kernels, report, results
+from bench import compile, correctness, cpu, environment, host, kernels, providers, report, results
 from bench.__main__ import OK, TOO_SLOW, USAGE, WRONG, main
 from bench.cases import CASES, OPERATIONS, QUICK, Case, select
 from bench.providers import PROVIDERS, Provider, Unavailable, reason
@@ -174,8 +174,22 @@ def test_a_reason_is_one_line():
     assert len(reason(ValueError("x" * 1000))) == 300
 
 
+def test_loading_is_tried_once():
+    tries = []
+
+    def load():
+        tries.append(1)
+        raise ImportError("no such thing")
+
+    for _ in range(2):
+        with pytest.raises(Unavailable, match=r"^ImportError: no such thing$"):
+            providers._loaded(load)
+    assert len(tries) == 1
+
+
 def test_a_peer_that_is_not_installed_says_how_to_get_it(monkeypatch):
-    monkeypatch.setattr("bench.providers.find_spec", lambda name: None)
+    monkeypatch.setattr(providers, "find_spec", lambda name: None)
+    monkeypatch.setattr(providers, "_attempt", providers._attempt.__wrapped__)
     for name in ("sglang", "flashinfer"):
         with pytest.raises(Unavailable, match="not installed; get it with: pip install "):
             PROVIDERS[name].bind(OPERATIONS["silu_and_mul"])
@@ -220,10 +234,10 @@ def some_results() -> list[results.Result]:
 
 
 def test_kernel_table_is_pinned():
-    given, providers = some_results(), ("jitk", "sglang", "flashinfer", "inductor", "copy")
+    given, names = some_results(), ("jitk", "sglang", "flashinfer", "inductor", "copy")
 
     def show(out):
-        report.print_table(out, "relu2", results.columns(providers), [results.row(item, providers) for item in given])
+        report.print_table(out, "relu2", results.columns(names), [results.row(item, names) for item in given])
         report.print_notes(out, results.notes(given))
         report.print_notes(out, results.summary(given))
 
