@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Nothing here imports torch or a peer before the folder of their compiled code is set.
 from bench.environment import compiled_code_in
 from bench.first_call import LIBRARIES
 
-OK, WRONG, USAGE, TOO_SLOW = 0, 1, 2, 3
+if TYPE_CHECKING:
+    from bench.cases import Case
+
+OK, WRONG, USAGE, TOO_SLOW, INTERRUPTED = 0, 1, 2, 3, 130
 
 WHAT = ("kernels", "host", "compile", "cpu", "all")
 
@@ -94,7 +99,7 @@ def _list() -> None:
         print(f"{provider.name:<18} {provider.title}{'' if provider.name in DEFAULT_PROVIDERS else '  (not by default)'}")
 
 
-def _select(arguments: argparse.Namespace):
+def _select(arguments: argparse.Namespace) -> tuple[tuple[Case, ...], tuple[str, ...]]:
     """Cases and providers of the kernel benchmark. Raises ValueError for names that do not exist."""
     from bench.cases import CASES, QUICK, select
     from bench.providers import DEFAULT_PROVIDERS, PROVIDERS
@@ -116,48 +121,65 @@ def run(arguments: argparse.Namespace) -> int:
 
     has_gpu = torch.cuda.is_available()
     device = torch.device(arguments.device or ("cuda" if has_gpu else "cpu"))
-    needs_gpu = arguments.what == "kernels" or (arguments.what in ("host", "compile") and device.type == "cuda")
+    needs_gpu = arguments.what == "kernels" or (arguments.what != "cpu" and device.type == "cuda")
     if needs_gpu and not has_gpu:
         print("no CUDA device here; host, compile and cpu run without one (--device cpu)", file=sys.stderr)
         return USAGE
-    wanted = {"host", "compile", "cpu"} | ({"kernels"} if has_gpu else set())
-    wanted = wanted if arguments.what == "all" else {arguments.what}
     try:
         cases, providers = _select(arguments)
     except ValueError as error:
         print(error, file=sys.stderr)
         return USAGE
+
+    quick, dtype = arguments.quick, DTYPES[arguments.dtype]
     out = report.console()
+    failures: list[str] = []
+    slow: list[str] = []
+
+    # Each returns what goes into the JSON file.
+    def run_kernels() -> object:
+        results = kernels.run(out, cases, dtype, arguments.rounds or (9 if quick else 15), providers, arguments.cold)
+        failures.extend(failed(results))
+        if arguments.fail_under is not None:
+            rated = [(result, result.ratio) for result in results if result.ratio is not None]
+            slow.extend(f"{item.name}: best/ours {ratio:.3f}" for item, ratio in rated if ratio < arguments.fail_under)
+        return [result.to_json() for result in results]
+
+    def run_host() -> object:
+        results = host.run(out, device, dtype, 11 if quick else 31, arguments.mode)
+        failures.extend(host.failed(host.ROWS, results))
+        return [result.to_json() for result in results]
+
+    def run_compile() -> object:
+        rounds = 1 if quick else 3
+        result = compile.run(out, device.type, compile.architecture(), rounds, arguments.libraries, arguments.headers)
+        failures.extend(compile.failed(result))
+        return result.to_json()
+
+    def run_cpu() -> object:
+        dtypes = [DTYPES[name] for name in ("bf16", "fp32")]
+        results = cpu.run(out, cpu.QUICK if quick else cpu.CASES, dtypes, 7 if quick else 15)
+        failures.extend(failed([result for _, result in results]))
+        return [{"dtype": str(of).removeprefix("torch."), **result.to_json()} for of, result in results]
+
+    parts = {"kernels": run_kernels, "host": run_host, "compile": run_compile, "cpu": run_cpu}
+    if arguments.what == "all":
+        wanted = [name for name in parts if name != "kernels" or device.type == "cuda"]
+    else:
+        wanted = [arguments.what]
     facts = environment.describe()
     report.print_environment(out, facts)
     document: dict[str, object] = {"environment": facts}
-    failures: list[str] = []
-    slow: list[str] = []
-    dtype = DTYPES[arguments.dtype]
-    if "kernels" in wanted:
-        results = kernels.run(out, cases, dtype, arguments.rounds or (9 if arguments.quick else 15), providers, arguments.cold)
-        document["kernels"] = [result.to_json() for result in results]
-        failures += failed(results)
-        if arguments.fail_under is not None:
-            rated = [(result, result.ratio) for result in results if result.ratio is not None]
-            slow = [f"{item.name}: best/ours {ratio:.3f}" for item, ratio in rated if ratio < arguments.fail_under]
-    if "host" in wanted:
-        timings = host.run(out, device, dtype, 11 if arguments.quick else 31, arguments.mode)
-        document["host"] = [timing.to_json() for timing in timings]
-        failures += host.failed(host.ROWS, timings)
-    if "compile" in wanted:
-        waits = compile.run(
-            out, device.type, compile.architecture(), 1 if arguments.quick else 3, arguments.libraries, arguments.headers
-        )
-        document["compile"] = waits.to_json()
-        failures += compile.failed(waits)
-    if "cpu" in wanted:
-        dtypes = [DTYPES[name] for name in ("bf16", "fp32")]
-        on_cpu = cpu.run(out, cpu.QUICK if arguments.quick else cpu.CASES, dtypes, 7 if arguments.quick else 15)
-        document["cpu"] = [{"dtype": str(of).removeprefix("torch."), **result.to_json()} for of, result in on_cpu]
-        failures += failed([result for _, result in on_cpu])
-    if arguments.json:
-        report.write_json(arguments.json, document)
+    took: dict[str, float] = {}
+    for name in wanted:
+        start = time.perf_counter()
+        document[name] = parts[name]()
+        took[name] = time.perf_counter() - start
+        document["seconds"] = took
+        # After each part: what is measured is kept whatever the next one meets.
+        if arguments.json:
+            report.write_json(arguments.json, document)
+    report.print_notes(out, ["took " + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in took.items())])
     for line in failures + slow:
         print(line, file=sys.stderr)
     return WRONG if failures else TOO_SLOW if slow else OK
@@ -168,8 +190,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.list:
         _list()
         return OK
-    with compiled_code_in(arguments.cache):
-        return run(arguments)
+    try:
+        with compiled_code_in(arguments.cache):
+            return run(arguments)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

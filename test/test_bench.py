@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bench import compile, correctness, cpu, environment, host, kernels, providers, report, results
-from bench.__main__ import OK, TOO_SLOW, USAGE, WRONG, main
+from bench.__main__ import INTERRUPTED, OK, TOO_SLOW, USAGE, WRONG, main
 from bench.cases import CASES, OPERATIONS, QUICK, Case, select
 from bench.providers import PROVIDERS, Provider, Unavailable, reason
 from bench.slots import FEWEST_CALLS, MOST_CALLS, ROTATION_BYTES, Slot, make_slots, plan
@@ -522,6 +522,19 @@ def test_exit_status_tells_wrong_from_slow(given, status, monkeypatch, tmp_path,
     written = json.loads(target.read_text())
     assert written["environment"] == {"date": "today"}
     assert len(written["kernels"]) == len(given)
+    assert "took kernels 0 s" in capsys.readouterr().out
+
+
+def test_what_is_measured_is_kept_when_a_later_part_stops(monkeypatch, tmp_path):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(environment, "describe", lambda: {"date": "today"})
+    monkeypatch.setattr(host, "run", lambda *arguments: [host.Result("grad", "cpu", {host.RELU: timed(1.0)})])
+    monkeypatch.setattr(compile, "run", stop)
+    target = tmp_path / "results.json"
+    assert main(["all", "--device", "cpu", "--json", str(target)]) == INTERRUPTED
+    assert json.loads(target.read_text())["host"][0]["us"][host.RELU]["median"] == 1.0
 
 
 def test_the_kernel_benchmark_keeps_going_past_a_provider_that_raises(monkeypatch):
