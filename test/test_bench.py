@@ -470,6 +470,13 @@ def test_compile_report_is_pinned():
     )
 
 
+def test_the_cpu_has_no_goal_for_the_compiler():
+    seconds = {stage: Samples((0.1,)) for stage in compile.STAGES}
+    ours = compile.FirstCall("jitk", seconds, seconds, dict.fromkeys(compile.STAGES, 1), dict.fromkeys(compile.STAGES, 0))
+    bare = {compile.COMPILE: Samples((0.02,)), compile.HEADERS: Samples((0.06,))}
+    assert compile.summary(compile.Result("cpu", "g++", bare, {"jitk": ours}))[0].startswith("loading a cached variant, ms: ")
+
+
 # Command line
 
 
