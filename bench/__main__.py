@@ -115,7 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run what ``arguments`` ask for and return the exit status."""
     import torch
 
-    from bench import compile, cpu, environment, host, kernels, report
+    from bench import bare_compiler, compile, cpu, environment, host, kernels, report
     from bench.cases import DTYPES
     from bench.results import failed
 
@@ -152,7 +152,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     def run_compile() -> object:
         rounds = 1 if quick else 3
-        result = compile.run(out, device.type, compile.architecture(), rounds, arguments.libraries, arguments.headers)
+        result = compile.run(out, device.type, bare_compiler.architecture(), rounds, arguments.libraries, arguments.headers)
         failures.extend(compile.failed(result))
         return result.to_json()
 

@@ -9,12 +9,9 @@ after it, which needs one more variant and nothing else. CUDA itself is initiali
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -22,45 +19,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench import report
-from bench.environment import REPOSITORY, bench_environment, find_nvcc
+from bench import bare_compiler, report
+from bench.bare_compiler import COMPILE, HEADERS
+from bench.child import child_environment, run_child
 from bench.first_call import LIBRARIES, STAGES
 from bench.providers import Unavailable, reason
 from bench.timing import Samples, round_order
 
 OURS = "jitk"
 
-COMPILE, LINK, HEADERS = "compile only", "compile and link", "with every header of jitk"
-
-# A child that hangs must not hang the benchmark: nothing here takes a tenth of it.
-TIMEOUT_S = 300
-
 GOALS = {"headers": 1.25, "variant": 1.25, "warm_ms": 1.0, "import_ms": 30.0, "peer": 4.0}
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A source that the bare compiler is timed on, and whether it is linked too."""
-
-    name: str
-    source: str
-    link: bool = False
-
-
-def units(device: str, each_header: bool = False) -> list[Unit]:
-    """An empty kernel (``cuda``) or function (``cpu``), alone, linked, and with our headers; or with each header alone."""
-    if device == "cuda":
-        suffixes, first, body = (".h", ".cuh"), "#include <cuda_bf16.h>\n", "__global__ void empty() {}\n"
-    else:
-        suffixes, first, body = (".h",), "#include <cstdint>\n", "int32_t empty() { return 0; }\n"
-    headers = [path.name for path in sorted((REPOSITORY / "include" / "jitk").glob("*")) if path.suffix in suffixes]
-    includes = {name: f"#include <jitk/{name}>\n" for name in headers}
-    found = [Unit(COMPILE, first + body), Unit(LINK, first + body, link=True)]
-    if includes:
-        found.append(Unit(HEADERS, first + "".join(includes.values()) + body))
-    if each_header:
-        found += [Unit(f"with jitk/{name}", first + line + body) for name, line in includes.items()]
-    return found
 
 
 @dataclass(frozen=True)
@@ -105,74 +73,6 @@ class Result:
             "libraries": [library.to_json() for library in self.libraries.values()],
             "missing": self.missing,
         }
-
-
-def child_environment(cache: Path) -> dict[str, str]:
-    """The environment of a measured process: this checkout importable, and all that is compiled goes below ``cache``."""
-    path = [*filter(None, [os.environ.get("PYTHONPATH")]), str(REPOSITORY)]
-    return os.environ | bench_environment(cache) | {"PYTHONPATH": os.pathsep.join(path)}
-
-
-def run_child(command: Sequence[str], environment: dict[str, str], cwd: Path) -> str:
-    """Standard output of ``command``.
-
-    Raises:
-        Unavailable: it failed or took longer than ``TIMEOUT_S``; the message is the first compiler error that it printed, or
-            its last line, where Python names the exception.
-    """
-    try:
-        done = subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-    except subprocess.TimeoutExpired as error:
-        raise Unavailable(f"still running after {TIMEOUT_S} s: {' '.join(command)}") from error
-    except OSError as error:
-        raise Unavailable(f"{command[0]}: {error}") from error
-    if done.returncode != 0:
-        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        telling = [line for line in lines if "error: " in line] + lines[-1:]
-        raise Unavailable(f"exit status {done.returncode}: {telling[0] if telling else 'no message'}")
-    return done.stdout
-
-
-def architecture() -> str:
-    """The architecture to compile for, as nvcc spells it: that of the GPU, and Hopper's where there is none."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return "90a"
-    major, minor = torch.cuda.get_device_capability()
-    # From Hopper on, kernels are built for the very architecture.
-    return f"{major}{minor}{'a' if major >= 9 else ''}"
-
-
-def bare_command(device: str, link: bool, architecture: str) -> list[str]:
-    """The compiler's command for ``empty.cu`` or ``empty.cpp``, with the flags that a kernel gets.
-
-    Raises:
-        Unavailable: the compiler is not there.
-    """
-    common = ["-O3", "-std=c++17", f"-I{REPOSITORY / 'include'}", *(["-shared"] if link else ["-c"])]
-    if device == "cuda":
-        nvcc = find_nvcc()
-        if nvcc is None:
-            raise Unavailable("nvcc: not found by CUDA_HOME or PATH")
-        code = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
-        return [str(nvcc), *common, code, "-Xcompiler", "-fPIC", "empty.cu", "-o", "empty.out"]
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        raise Unavailable("g++: not found by CXX or PATH")
-    return [compiler, *common, "-fPIC", "empty.cpp", "-o", "empty.out"]
-
-
-def time_bare(device: str, unit: Unit, architecture: str) -> float:
-    """Seconds of the bare compiler on ``unit``, process start included."""
-    command = bare_command(device, unit.link, architecture)
-    with tempfile.TemporaryDirectory(prefix="jitk-bench-") as name:
-        folder = Path(name)
-        (folder / ("empty.cu" if device == "cuda" else "empty.cpp")).write_text(unit.source)
-        environment = child_environment(folder)
-        start = time.perf_counter()
-        run_child(command, environment, folder)
-        return time.perf_counter() - start
 
 
 def first_call(library: str, device: str, cache: Path) -> dict[str, dict[str, float]]:
@@ -240,20 +140,20 @@ class _Library:
 
 def measure(device: str, architecture: str, rounds: int, libraries: Sequence[str], each_header: bool = False) -> Result:
     """Measure the bare compiler and ``libraries`` on ``device``, ``rounds`` times each."""
-    bare: dict[str, list[float]] = {unit.name: [] for unit in units(device, each_header)}
+    bare: dict[str, list[float]] = {unit.name: [] for unit in bare_compiler.units(device, each_header)}
     missing: dict[str, str] = {}
     collected = {name: _Library(name, device) for name in libraries}
 
-    def compiler(unit: Unit) -> Callable[[], None]:
+    def compiler(unit: bare_compiler.Unit) -> Callable[[], None]:
         def step() -> None:
             try:
-                bare[unit.name].append(time_bare(device, unit, architecture))
+                bare[unit.name].append(bare_compiler.time_bare(device, unit, architecture))
             except Unavailable as error:
                 missing[unit.name] = reason(error)
 
         return step
 
-    steps = {unit.name: compiler(unit) for unit in units(device, each_header)}
+    steps = {unit.name: compiler(unit) for unit in bare_compiler.units(device, each_header)}
     steps |= {name: library.measure for name, library in collected.items()}
     for index in range(rounds):
         for name in round_order(list(steps), index):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import compile, correctness, cpu, environment, host, kernels, providers, report, results
+from bench import bare_compiler, child, compile, correctness, cpu, environment, host, kernels, providers, report, results
 from bench.__main__ import INTERRUPTED, OK, TOO_SLOW, USAGE, WRONG, main
 from bench.cases import CASES, OPERATIONS, QUICK, Case, select
 from bench.providers import PROVIDERS, Provider, Unavailable, reason
@@ -407,7 +407,7 @@ def test_first_calls_are_timed_cold_and_warm(stub_package):
     assert (ours.cold_children["first call"], ours.cold_children["next op"]) == (1, 0)
     assert sum(ours.warm_children.values()) == 0
     assert ours.cold["first call"].median > ours.warm["first call"].median > 0
-    assert taken.bare[compile.LINK].median > 0
+    assert taken.bare[bare_compiler.LINK].median > 0
     json.dumps(taken.to_json())
 
 
@@ -421,9 +421,9 @@ def test_a_library_that_fails_is_a_reason(tmp_path, monkeypatch):
 def test_the_compilers_own_words_are_the_reason(tmp_path):
     script = "import sys; sys.exit('a.cu(1): note\\na.cu(2): error: no such type\\ncompilation terminated.')"
     with pytest.raises(Unavailable, match=r"^exit status 1: a\.cu\(2\): error: no such type$"):
-        compile.run_child([sys.executable, "-c", script], dict(os.environ), tmp_path)
+        child.run_child([sys.executable, "-c", script], dict(os.environ), tmp_path)
     with pytest.raises(Unavailable, match="no-such-compiler: "):
-        compile.run_child(["no-such-compiler"], dict(os.environ), tmp_path)
+        child.run_child(["no-such-compiler"], dict(os.environ), tmp_path)
 
 
 def test_compile_report_is_pinned():
@@ -439,7 +439,7 @@ def test_compile_report_is_pinned():
     )
     peer = compile.FirstCall("sglang", stages(2, 4.8, 6.0, 0.0001), stages(2, 4.8, 0.1, 0.0001), children(9, 0), children(4, 0))
     gone = compile.FirstCall("flashinfer", missing="not installed")
-    bare = {compile.COMPILE: Samples((1.0,)), compile.LINK: Samples((1.1,)), compile.HEADERS: Samples((1.3,))}
+    bare = {bare_compiler.COMPILE: Samples((1.0,)), bare_compiler.LINK: Samples((1.1,)), bare_compiler.HEADERS: Samples((1.3,))}
     given = compile.Result("cuda", "nvcc", bare, {item.library: item for item in (ours, peer, gone)})
 
     def show(out):
@@ -473,7 +473,7 @@ def test_compile_report_is_pinned():
 def test_the_cpu_has_no_goal_for_the_compiler():
     seconds = {stage: Samples((0.1,)) for stage in compile.STAGES}
     ours = compile.FirstCall("jitk", seconds, seconds, dict.fromkeys(compile.STAGES, 1), dict.fromkeys(compile.STAGES, 0))
-    bare = {compile.COMPILE: Samples((0.02,)), compile.HEADERS: Samples((0.06,))}
+    bare = {bare_compiler.COMPILE: Samples((0.02,)), bare_compiler.HEADERS: Samples((0.06,))}
     assert compile.summary(compile.Result("cpu", "g++", bare, {"jitk": ours}))[0].startswith("loading a cached variant, ms: ")
 
 
