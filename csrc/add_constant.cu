@@ -8,8 +8,8 @@ namespace jitk {
 
 template <int32_t kConstant>
 __global__ void add_constant_kernel(int32_t* __restrict__ dst, const int32_t* __restrict__ src, int64_t count) {
-  device::PDLTriggerSecondary<true>();
   device::PDLWaitPrimary<true>();
+  device::PDLTriggerSecondary<true>();
   const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (i < count) dst[i] = static_cast<int32_t>(static_cast<uint32_t>(src[i]) + static_cast<uint32_t>(kConstant));
 }

@@ -395,7 +395,7 @@ class Op:
             self._define_references()
             return runtime.REFERENCE
         export = self._export(self.kernels[backend], overload)
-        expected = self.overloads()[overload].cpp()
+        expected = self.kernels[backend].pattern.cpp_signature(self.overloads()[overload])
         if loaded.signature(export) != expected:
             raise RuntimeError(
                 f"{self.qualified_name}: the C++ function {export} does not fit the schema\n"

@@ -56,10 +56,6 @@ class Signature:
         returns = "Tensor" if self.results == 1 else f"({', '.join(['Tensor'] * self.results)})"
         return f"{name}({', '.join(parts)}) -> {returns}"
 
-    def cpp(self) -> str:
-        """The signature that the C++ function must have, in the letters of export.h."""
-        return "".join(argument.kind + ("?" if argument.optional else "") for argument in self.arguments) + f">{self.results}"
-
     def with_outputs(self, names: Sequence[str]) -> Signature:
         """The ``.out`` form: the results become keyword-only arguments that are written."""
         outputs = tuple(Argument(name, "T", written=True, keyword_only=True) for name in names)

@@ -10,6 +10,8 @@ placeholder        value                                           in C++
 ``{x.dim}``        number of dimensions                            ``2``
 ``{n}``            an int, a bool, or a str with fixed choices     ``5``, ``true``, ``neox``
 =================  ==============================================  ======================
+
+An argument that is a placeholder by itself, ``{n}``, is a template argument, and is not passed to the function again.
 """
 
 from __future__ import annotations
@@ -97,10 +99,20 @@ class VariantPattern:
         lines = []
         for argument in signature.arguments:
             flags = ("?" if argument.optional else "") + ("!" if argument.written else "")
+            flags += "<" if argument.name in self.template_arguments() else ""
             lines.append(f"arg {argument.kind}{flags} {argument.name} {','.join(argument.choices)}".rstrip())
         lines += [f"key {part.argument} {part.what} {part.dim}" for part in self.placeholders]
         lines.append(f"results {signature.results}")
         return "\n".join(lines)
+
+    def template_arguments(self) -> set[str]:
+        """Names of the arguments that the C++ function takes as template arguments alone."""
+        return {self.signature.arguments[part.argument].name for part in self.placeholders if part.what == "value"}
+
+    def cpp_signature(self, signature: Signature) -> str:
+        """The signature that the C++ function of an overload must have, in the letters of export.h."""
+        passed = [argument for argument in signature.arguments if argument.name not in self.template_arguments()]
+        return "".join(argument.kind + ("?" if argument.optional else "") for argument in passed) + f">{signature.results}"
 
     def values(self, key: Sequence[int]) -> tuple[Value, ...]:
         """The placeholders' values from the runtime's key, without its leading device.

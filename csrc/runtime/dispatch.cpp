@@ -222,6 +222,8 @@ struct Argument {
   char kind;  // T i f b s l, as in export.h
   bool optional;
   bool written;
+  bool passed;  // to the C++ function; a value that is a template argument is not
+  int32_t place;  // among the values: those that are passed come first
   std::string name;
   std::vector<std::string> choices;  // of a str
 };
@@ -258,6 +260,7 @@ struct Slot {
   std::string reference;  // jitk::_reference_silu_and_mul_out
   bool on_cuda = false;
   int32_t results = 0;
+  int32_t passed = 0;
   std::vector<Argument> arguments;
   std::vector<KeyPart> key;
 
@@ -321,7 +324,6 @@ class Call {
 
   const int64_t* key() const { return key_; }
   const Value* values() const { return values_; }
-  int32_t count() const { return read_; }
   int32_t device_id() const { return device_id_; }
   // From here on somebody else frees the stack.
   void abandon() { read_ = 0; }
@@ -333,7 +335,7 @@ class Call {
 
   void read(int32_t i) {
     const Argument& argument = slot_.arguments[static_cast<size_t>(i)];
-    Value& value = values_[i];
+    Value& value = values_[argument.place];
     value.length = 0;
     value.integer = 0;
     read_ = i + 1;
@@ -343,7 +345,7 @@ class Call {
     }
     const StableIValue cell = inner(i);
     switch (argument.kind) {
-      case 'T': read_tensor(argument, reinterpret_cast<AtenTensorHandle>(cell), i); break;
+      case 'T': read_tensor(argument, reinterpret_cast<AtenTensorHandle>(cell), value, views_[i]); break;
       case 'i':
         value.kind = ValueKind::kInt;
         memcpy(&value.integer, &cell, sizeof(value.integer));
@@ -356,13 +358,12 @@ class Call {
         value.kind = ValueKind::kBool;
         memcpy(&value.boolean, &cell, sizeof(value.boolean));
         break;
-      case 's': read_string(argument, reinterpret_cast<StringHandle>(cell), i); break;
-      default: read_list(reinterpret_cast<StableListHandle>(cell), i); break;
+      case 's': read_string(argument, reinterpret_cast<StringHandle>(cell), value); break;
+      default: read_list(reinterpret_cast<StableListHandle>(cell), value); break;
     }
   }
 
-  void read_tensor(const Argument& argument, AtenTensorHandle tensor, int32_t i) {
-    jitk::TensorView& view = views_[i];
+  void read_tensor(const Argument& argument, AtenTensorHandle tensor, Value& value, jitk::TensorView& view) {
     view_of(tensor, &view);
     view.name_ = argument.name.c_str();
     // A read must not materialise a copy-on-write tensor.
@@ -370,21 +371,21 @@ class Call {
                                       ? torch_get_mutable_data_ptr(tensor, &view.data_)
                                       : torch_get_const_data_ptr(tensor, const_cast<const void**>(&view.data_));
     if (status != AOTI_TORCH_SUCCESS) throw std::runtime_error(slot_.name + ": argument '" + argument.name + "' has no storage");
-    values_[i].kind = ValueKind::kTensor;
-    values_[i].tensor = &view;
+    value.kind = ValueKind::kTensor;
+    value.tensor = &view;
     if (slot_.on_cuda && device_id_ < 0 && view.device_.device_type == jitk::kDLCUDA) {
       key_[0] = device_id_ = view.device_.device_id;
     }
   }
 
-  void read_string(const Argument& argument, StringHandle string, int32_t i) {
+  void read_string(const Argument& argument, StringHandle string, Value& value) {
     const char* text = nullptr;
     size_t length = 0;
     check(torch_string_length(string, &length), "read a string");
     check(torch_string_c_str(string, &text), "read a string");
-    values_[i].kind = ValueKind::kString;
-    values_[i].text = text;
-    values_[i].length = static_cast<int32_t>(length);
+    value.kind = ValueKind::kString;
+    value.text = text;
+    value.length = static_cast<int32_t>(length);
     if (argument.choices.empty()) return;
     std::string all;
     for (const std::string& choice : argument.choices) {
@@ -395,7 +396,7 @@ class Call {
                              std::string(text, length) + "'");
   }
 
-  void read_list(StableListHandle list, int32_t i) {
+  void read_list(StableListHandle list, Value& value) {
     size_t size = 0;
     check(torch_list_size(list, &size), "read a list");
     auto* items = new int64_t[size + 1];
@@ -405,14 +406,14 @@ class Call {
       check(torch_list_get_item(list, at, &item), "read a list");
       memcpy(items + at, &item, sizeof(item));
     }
-    values_[i].kind = ValueKind::kIntList;
-    values_[i].list = items;
-    values_[i].length = static_cast<int32_t>(size);
+    value.kind = ValueKind::kIntList;
+    value.list = items;
+    value.length = static_cast<int32_t>(size);
   }
 
   int64_t key_part(const KeyPart& part) const {
     const Argument& argument = slot_.arguments[static_cast<size_t>(part.argument)];
-    const Value& value = values_[part.argument];
+    const Value& value = values_[argument.place];
     if (value.kind == ValueKind::kNone) return INT64_MIN;
     switch (part.what) {
       case KeyPart::kDType: {
@@ -444,7 +445,7 @@ class Call {
 
   void free(int32_t i) {
     const Argument& argument = slot_.arguments[static_cast<size_t>(i)];
-    if (values_[i].kind == ValueKind::kNone && argument.optional && stack_[i] == 0) return;
+    if (argument.optional && stack_[i] == 0) return;
     const StableIValue cell = inner(i);
     if (argument.kind == 'T') aoti_torch_delete_tensor_object(reinterpret_cast<AtenTensorHandle>(cell));
     if (argument.kind == 's') torch_delete_string(reinterpret_cast<StringHandle>(cell));
@@ -526,7 +527,7 @@ void dispatch(int32_t number, StableIValue* stack) {
     if (__builtin_expect(variant == nullptr, 0)) variant = build(slot, call.key());
     if (__builtin_expect(variant->entry != nullptr, 1)) {
       Value results[kMaxResults];
-      if (__builtin_expect(variant->entry(&host, call.values(), call.count(), results) != 0, 0)) {
+      if (__builtin_expect(variant->entry(&host, call.values(), slot.passed, results) != 0, 0)) {
         throw std::runtime_error(slot.name + ": " + reported_error);
       }
       for (int32_t i = 0; i < slot.results; ++i) made[i] = reinterpret_cast<StableIValue>(results[i].handle);
@@ -561,12 +562,13 @@ std::vector<std::string> split(const std::string& text, char separator) {
   return parts;
 }
 
-// Lines of "arg KIND[?][!] NAME CHOICE,CHOICE", "key ARGUMENT dtype|size|dim|value DIM" and "results COUNT". Made by variant.py.
+// Lines of "arg KIND[?][!][<] NAME CHOICE,CHOICE", "key ARGUMENT dtype|size|dim|value DIM" and "results COUNT". Made by variant.py.
 void read_plan(const char* plan, Slot& slot) {
   for (const std::string& line : split(plan, '\n')) {
     const std::vector<std::string> words = split(line, ' ');
     if (words[0] == "arg") {
-      Argument argument{words[1][0], words[1].find('?') != std::string::npos, words[1].find('!') != std::string::npos, words[2], {}};
+      const auto has = [&](char flag) { return words[1].find(flag) != std::string::npos; };
+      Argument argument{words[1][0], has('?'), has('!'), !has('<'), 0, words[2], {}};
       if (words.size() > 3) argument.choices = split(words[3], ',');
       slot.arguments.push_back(argument);
     } else if (words[0] == "key") {
@@ -575,6 +577,13 @@ void read_plan(const char* plan, Slot& slot) {
     } else if (words[0] == "results") {
       slot.results = std::stoi(words[1]);
     }
+  }
+  for (Argument& argument : slot.arguments) {
+    if (argument.passed) argument.place = slot.passed++;
+  }
+  int32_t place = slot.passed;
+  for (Argument& argument : slot.arguments) {
+    if (!argument.passed) argument.place = place++;
   }
   if (slot.arguments.size() > kMaxArguments || slot.key.size() > kMaxKeyParts || slot.results > kMaxResults) {
     throw std::runtime_error(slot.name + ": an op has at most " + std::to_string(kMaxArguments) + " arguments, " +
