@@ -231,7 +231,10 @@ class _Part:
             plan = variant.parse_variant(op, export, signature).plan(signature)
             # A function of a CUDA file may take CPU tensors as well, or be told by its own checks that it may not.
             who = export if self.label.partition("<")[0] == export else f"{self.label}.{export}"
-            for dispatch_key in ("CUDA", "CPU") if self.backend == "cuda" else ("CPU",):
+            dispatch_keys = ("CUDA", "CPU") if self.backend == "cuda" else ("CPU",)
+            if not any(argument.kind == "T" for argument in signature.arguments):
+                dispatch_keys = ("CompositeExplicitAutograd",)  # without a tensor there is no device to go by
+            for dispatch_key in dispatch_keys:
                 runtime.register(who, NAMESPACE, op, dispatch_key, "", plan, functools.partial(self._answer, export))
             functions[export] = getattr(getattr(torch.ops, NAMESPACE), op).default
         return functions

@@ -73,13 +73,19 @@ JITK_DEVICE T cos(T a) {
 
 // e^-x is infinite below -88, where 1 / (1 + e^-x) is 0: right, without a branch.
 JITK_DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
-// One instruction, within 1 ulp; subnormal results are kept. CUDA's own 1.0f / x branches, and __fdividef(1.0f, x) is 0 from 2^126 on.
-JITK_DEVICE float reciprocal_fast(float x) {
+// One instruction each, within 2 ulp. Subnormal operands and results are taken for 0; CUDA's own functions, which keep them, take 3 to 10.
+JITK_DEVICE float exp2_fast(float x) {
   float result;
-  asm("rcp.approx.f32 %0, %1;" : "=f"(result) : "f"(x));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 }
-JITK_DEVICE float sigmoid_fast(float x) { return reciprocal_fast(1.0f + __expf(-x)); }
+JITK_DEVICE float reciprocal_fast(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+// Both terms of 1 + e^-x are taken 1/16 as large, or the reciprocal would be subnormal, and so 0, where the sigmoid is not.
+JITK_DEVICE float sigmoid_fast(float x) { return 0.0625f * reciprocal_fast(0.0625f + exp2_fast(fmaf(x, -log2e, -4.0f))); }
 JITK_DEVICE float silu(float x) { return x * sigmoid(x); }
 JITK_DEVICE float silu_fast(float x) { return x * sigmoid_fast(x); }
 // log(1 + e^x), which above 20 is x to the last bit of a float.
