@@ -1,4 +1,5 @@
-// The 8-bit floats, apart from dtype.cuh because few kernels use them and CUDA's own header for them takes time to compile.
+// The 8-bit floats, apart from dtype.cuh because few kernels use them and they take time to compile: about 4 percent of a small
+// kernel's, most of it in CUDA's header (nvcc 13.0, 2026-11).
 //
 //   out = cast<fp8x2_e4m3_t>(fp32x2_t{x.x * inverse, x.y * inverse});
 //   cast<fp32x2_t>(out), cast<bf16x2_t>(out)

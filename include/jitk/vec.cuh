@@ -13,6 +13,7 @@
 
 #include <jitk/arch.cuh>  // kMaxVecBytes
 
+#include <cstddef>      // size_t
 #include <type_traits>  // the words of a size
 
 namespace jitk {
@@ -22,7 +23,7 @@ struct alignas(32) Words8 {
   uint32_t word[8];
 };
 
-template <uint32_t kBytes>
+template <size_t kBytes>
 using words_t = std::conditional_t<
     kBytes == 32, Words8,
     std::conditional_t<
@@ -74,7 +75,7 @@ JITK_DEVICE void store_streaming(const Words8& x, void* to) {
 
 namespace device {
 
-template <typename T, uint32_t N>
+template <typename T, size_t N>
 class AlignedVector {
   using Words = details::words_t<sizeof(T) * N>;  // in place of the elements, for CUDA's bf16x2_t would be copied one by one
   static_assert(N > 0 && (N & (N - 1)) == 0, "a vector has a power of two of elements");
@@ -96,14 +97,14 @@ class AlignedVector {
 
   JITK_DEVICE void fill(T value) {
 #pragma unroll
-    for (uint32_t i = 0; i < N; ++i) data()[i] = value;
+    for (size_t i = 0; i < N; ++i) data()[i] = value;
   }
 
-  JITK_DEVICE T& operator[](uint32_t i) { return data()[i]; }
-  JITK_DEVICE const T& operator[](uint32_t i) const { return data()[i]; }
+  JITK_DEVICE T& operator[](size_t i) { return data()[i]; }
+  JITK_DEVICE const T& operator[](size_t i) const { return data()[i]; }
   JITK_DEVICE T* data() { return reinterpret_cast<T*>(&words_); }
   JITK_DEVICE const T* data() const { return reinterpret_cast<const T*>(&words_); }
-  JITK_HOST_DEVICE static constexpr uint32_t size() { return N; }
+  JITK_HOST_DEVICE static constexpr size_t size() { return N; }
 
  private:
   Words words_;
