@@ -170,8 +170,8 @@ struct SizePattern {
   SymbolicDims* dims = nullptr;
 
   SizePattern() = default;
-  SizePattern(int64_t value) : number(value) {}
-  SizePattern(int value) : number(value) {}
+  template <typename Int, typename std::enable_if<std::is_integral<Int>::value, int>::type = 0>
+  SizePattern(Int value) : number(static_cast<int64_t>(value)) {}
   SizePattern(SymbolicSize& size, int64_t factor = 1) : number(factor), symbol(&size) {}
   SizePattern(SymbolicDims& leading) : dims(&leading) {}
 };
@@ -229,8 +229,8 @@ class TensorMatcher {
   TensorMatcher&& with_device() && {
     if constexpr (sizeof...(kTypes) > 0) {
       device_options_ = {details::DeviceOptions<kTypes...>::value, sizeof...(kTypes)};
-    } else if (device_ != nullptr && device_->options().count > 0) {
-      device_options_ = {};  // the symbol's own options hold
+    } else if (device_ != nullptr && (device_->has_value() || device_->options().count > 0)) {
+      device_options_ = {};  // the symbol's own value or options hold
     }
     return static_cast<TensorMatcher&&>(*this);
   }
@@ -425,7 +425,9 @@ class TensorMatcher {
         break;
       case Problem::kStride:
         text << "stride of dimension " << problem.dim << " is " << view.strides_[problem.dim] << ", expected ";
-        if (strides_[at].symbol != nullptr) {
+        if (strides_[at].symbol != nullptr && !strides_[at].symbol->has_value()) {
+          text << "a multiple of " << strides_[at].number;
+        } else if (strides_[at].symbol != nullptr) {
           const SymbolicSize& size = *strides_[at].symbol;
           text << size.value() * strides_[at].number << " (" << size.get_name() << " was bound by '" << size.bound_by() << "')";
         } else {
