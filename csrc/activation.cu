@@ -9,7 +9,7 @@
 #include <jitk/dtype.cuh>  // cast
 #include <jitk/launch.cuh>
 #include <jitk/math.cuh>
-#include <jitk/vec.cuh>  // AlignedVector
+#include <jitk/vec.cuh>  // AlignedVector, to_floats
 
 #include <jitk/fast_divisor.h>
 
@@ -125,10 +125,12 @@ __global__ void __launch_bounds__(kMaxThreads) rows_kernel(const __grid_constant
     Vector x, y, result;
     x.load(params.a, row * params.a_stride + column);
     if constexpr (Op::kBinary) y.load(params.b, row * params.b_stride + column);
+    float xs[kVec], ys[kVec] = {};
+    to_floats(x, xs);
+    if constexpr (Op::kBinary) to_floats(y, ys);
 #pragma unroll
-    for (uint32_t i = 0; i < kVec; ++i) {
-      result[i] = cast<T>(Op::template apply<T>(cast<fp32_t>(x[i]), Op::kBinary ? cast<fp32_t>(y[i]) : 0.0f));
-    }
+    for (uint32_t i = 0; i < kVec; ++i) xs[i] = Op::template apply<T>(xs[i], ys[i]);
+    from_floats(xs, result);
     result.store(params.out, row * params.out_stride + column);
   } else if (item - params.vectors < params.tail) {
     const uint32_t i = params.vectors * kVec + (item - params.vectors);

@@ -162,7 +162,11 @@ struct DTypeTrait<fp16x2_t> : details::TypeFacts<fp16x2_t, void, fp16_t, 2, fp32
 template <>
 struct DTypeTrait<bf16x2_t> : details::TypeFacts<bf16x2_t, void, bf16_t, 2, fp32x2_t> {
   JITK_DEVICE static bf16x2_t round(fp32x2_t x) { return __float22bfloat162_rn(x); }
-  JITK_DEVICE static fp32x2_t widen(bf16x2_t x) { return __bfloat1622float2(x); }
+  // A bf16 is the upper half of a float: a shift and a mask, where the intrinsic takes the halves apart first.
+  JITK_DEVICE static fp32x2_t widen(bf16x2_t x) {
+    const uint32_t bits = reinterpret_cast<const uint32_t&>(x);
+    return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u)};
+  }
   JITK_DEVICE static bf16x2_t abs(bf16x2_t x) { return __habs2(x); }
   JITK_DEVICE static bf16x2_t add(bf16x2_t x, bf16x2_t y) { return __hadd2(x, y); }
   JITK_DEVICE static bf16x2_t max(bf16x2_t x, bf16x2_t y) { return __hmax2(x, y); }

@@ -11,7 +11,8 @@
 // Left out: tails (a second loop of single elements) and the sharing of vectors among threads (tile.cuh).
 #pragma once
 
-#include <jitk/arch.cuh>  // kMaxVecBytes
+#include <jitk/arch.cuh>   // kMaxVecBytes
+#include <jitk/dtype.cuh>  // to_floats
 
 #include <cstddef>      // size_t
 #include <type_traits>  // the words of a size
@@ -109,6 +110,35 @@ class AlignedVector {
  private:
   Words words_;
 };
+
+// The elements as floats and back, in pairs where the type packs, which takes half of the instructions. Rounds once, to nearest even.
+template <typename T, size_t N>
+JITK_DEVICE void to_floats(const AlignedVector<T, N>& vector, float (&values)[N]) {
+  if constexpr (N % 2 == 0 && sizeof(T) == 2) {
+#pragma unroll
+    for (size_t i = 0; i < N; i += 2) {
+      const fp32x2_t pair = cast<fp32x2_t>(*reinterpret_cast<const packed_t<T>*>(vector.data() + i));
+      values[i] = pair.x;
+      values[i + 1] = pair.y;
+    }
+  } else {
+#pragma unroll
+    for (size_t i = 0; i < N; ++i) values[i] = cast<fp32_t>(vector[i]);
+  }
+}
+
+template <typename T, size_t N>
+JITK_DEVICE void from_floats(const float (&values)[N], AlignedVector<T, N>& vector) {
+  if constexpr (N % 2 == 0 && sizeof(T) == 2) {
+#pragma unroll
+    for (size_t i = 0; i < N; i += 2) {
+      *reinterpret_cast<packed_t<T>*>(vector.data() + i) = cast<packed_t<T>>(fp32x2_t{values[i], values[i + 1]});
+    }
+  } else {
+#pragma unroll
+    for (size_t i = 0; i < N; ++i) vector[i] = cast<T>(values[i]);
+  }
+}
 
 }  // namespace device
 
