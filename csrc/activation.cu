@@ -93,7 +93,7 @@ struct AddRelu {
   }
 };
 
-constexpr uint32_t kMaxThreads = 512;
+constexpr uint32_t kMaxThreads = 256;
 
 // Strides between rows count vectors, and no offset within a launch passes 32 bits: at sizes that just fill the GPU the kernel waits for
 // its own address arithmetic.
@@ -141,11 +141,10 @@ __global__ void __launch_bounds__(kMaxThreads) rows_kernel(const __grid_constant
   }
 }
 
-// One vector a thread; more were slower at every size. A few vectors finish sooner in small blocks spread over the SMs, many in large ones,
-// of which there are fewer to start: 20 and 1 percent on an H200 (132 SMs of 2048 threads; 2026-11-20).
+// One vector a thread; two were slower at every size. What does not fill the GPU finishes sooner in small blocks: 10 percent at one token,
+// while 512 threads lost 2 to 5 percent at half a million vectors (H200, 132 SMs of 2048 threads; 2026-11-20).
 uint32_t threads_for(int64_t items, DLDevice device) {
-  const int64_t resident = int64_t{host::runtime::get_sm_count(device.device_id)} * 2048;
-  return items <= resident / 16 ? 128 : items <= resident ? 256 : kMaxThreads;
+  return items <= int64_t{host::runtime::get_sm_count(device.device_id)} * 128 ? 128 : kMaxThreads;
 }
 
 // Rows at a place in memory; `stride` counts elements.
@@ -171,35 +170,35 @@ void run(Span a, Span b, Span out, int64_t rows, int64_t width, DLDevice device)
   constexpr uint32_t kWide = device::kMaxVecBytes / sizeof(T);
   constexpr uint32_t kNarrow = 4 / sizeof(T);
   auto kernel = rows_kernel<T, Op, 1>;
-  int64_t vec = 1;
+  int32_t shift = 0;  // log2 of the vector's elements: a launch takes 3 us, and a 64-bit division 1 percent of that
   if (places % device::kMaxVecBytes == 0) {
     kernel = rows_kernel<T, Op, kWide>;
-    vec = kWide;
+    shift = __builtin_ctz(kWide);
   } else if (places % 4 == 0) {
     kernel = rows_kernel<T, Op, kNarrow>;
-    vec = kNarrow;
+    shift = __builtin_ctz(kNarrow);
   }
 
   const cudaStream_t stream = LaunchKernel::resolve_device(device);
-  const int64_t columns_per_launch = kMaxItems * vec;
-  const int64_t longest = max(max(a.stride, b.stride), max(out.stride, min(width, columns_per_launch))) / vec;
-  const int64_t rows_per_launch = max(kMaxItems / max(longest, int64_t{1}), int64_t{1});
+  const int64_t columns_per_launch = kMaxItems << shift;
+  const int64_t longest = max(max(a.stride, b.stride), max(out.stride, min(width, columns_per_launch))) >> shift;
+  const int64_t rows_per_launch = rows * longest <= kMaxItems ? rows : max(kMaxItems / longest, int64_t{1});
   for (int64_t column = 0; column < width; column += columns_per_launch) {
     const int64_t columns = min(width - column, columns_per_launch);
     for (int64_t row = 0; row < rows; row += rows_per_launch) {
-      const int64_t vectors = min(rows - row, rows_per_launch) * (columns / vec);
-      const int64_t tail = columns % vec;
+      const int64_t vectors = min(rows - row, rows_per_launch) * (columns >> shift);
+      const int64_t tail = columns - (columns >> shift << shift);
       const Params params{a.at<T>(row, column),
                           b.at<T>(row, column),
                           out.at<T>(row, column),
-                          static_cast<uint32_t>(a.stride / vec),
-                          static_cast<uint32_t>(b.stride / vec),
-                          static_cast<uint32_t>(out.stride / vec),
-                          FastDivisor(static_cast<uint64_t>(columns / vec)),
+                          static_cast<uint32_t>(a.stride >> shift),
+                          static_cast<uint32_t>(b.stride >> shift),
+                          static_cast<uint32_t>(out.stride >> shift),
+                          FastDivisor(static_cast<uint64_t>(columns >> shift)),
                           static_cast<uint32_t>(vectors),
                           static_cast<uint32_t>(tail)};
       const uint32_t threads = threads_for(vectors + tail, device);
-      LaunchKernel(div_ceil(vectors + tail, threads), threads, stream).enable_pdl()(kernel, params);
+      LaunchKernel(div_ceil(static_cast<uint32_t>(vectors + tail), threads), threads, stream).enable_pdl()(kernel, params);
     }
   }
 }

@@ -1,8 +1,8 @@
 """The device half of ``include/jitk``: every header by itself, the PTX that comes out, and what it computes.
 
 The tests above ``needs_gpu`` need nvcc and no GPU. ``headers/device_tests.cu`` is compiled with the flags that PyTorch's
-``cpp_extension`` gives to nvcc, which switch the operators of the half types off. Expected values are exact: integers and fractions
-of Python, rounded once.
+``cpp_extension`` gives to nvcc, which switch the operators of the half types off. Expected values are exact: Python's integers and
+fractions, rounded once.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The host half of ``include/jitk``: what a kernel's launcher calls before there is a GPU.
 
-``headers/host_tests.cpp`` is compiled once by the host compiler against the headers and pybind11, and nothing else. Users read the
-texts of errors, so they are pinned whole; ``EXPECTTEST_ACCEPT=1`` rewrites them after an intended change.
+``headers/host_tests.cpp`` is compiled once by the host compiler against the headers and pybind11, and nothing else. Users read
+the texts of errors, so they are pinned whole; ``EXPECTTEST_ACCEPT=1`` rewrites them after an intended change.
 """
 
 from __future__ import annotations

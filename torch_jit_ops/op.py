@@ -219,6 +219,12 @@ class Op:
         """
         return self.packet.out
 
+    def arguments(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """All arguments of a call in the order of the schema, defaults included."""
+        bound = inspect.signature(self.reference).bind(*args, **kwargs)
+        bound.apply_defaults()
+        return list(bound.arguments.values())
+
     def overloads(self) -> dict[str, Signature]:
         """The signature of each overload, ``""`` and ``"out"``."""
         forms = {"": self.signature}
@@ -363,9 +369,7 @@ class Op:
 
     def _prefetch(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         try:
-            bound = inspect.signature(self.reference).bind_partial(*args, **{k: v for k, v in kwargs.items() if k not in self.outputs})
-            bound.apply_defaults()
-            values = list(bound.arguments.values())
+            values = self.arguments(*args, **{name: value for name, value in kwargs.items() if name not in self.outputs})
             device = next(value.device for value in values if isinstance(value, Tensor))
             kernel = self.kernels[device.type]
             key = [device.index if device.type == "cuda" else -1, *kernel.pattern.words_of(values)]

@@ -46,4 +46,5 @@ def _live_line(what: str) -> Iterator[None]:
 
 
 def _say(text: str) -> None:
-    print(f"jitk: {text}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"jitk: {text}\n")  # in one piece, as threads speak at once
+    sys.stderr.flush()

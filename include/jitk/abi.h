@@ -18,6 +18,9 @@ constexpr uint32_t kAbiVersion = 1;
 // Names and values are DLPack's, so that kernels written against it keep their spelling.
 enum DLDeviceType : int32_t { kDLCPU = 1, kDLCUDA = 2, kDLCUDAHost = 3, kDLMetal = 8, kDLROCM = 10, kDLOneAPI = 14, kDLExtDev = 12 };
 
+constexpr DLDeviceType kDLGPU = kDLCUDA;
+constexpr DLDeviceType kDLGPUHost = kDLCUDAHost;
+
 struct DLDevice {
   DLDeviceType device_type;
   int32_t device_id;
@@ -72,6 +75,7 @@ struct TensorView {
 
   void* data_ptr() const { return data_; }
   int32_t dim() const { return ndim_; }
+  int32_t ndim() const { return ndim_; }
   int64_t size(int64_t i) const { return sizes_[i < 0 ? i + ndim_ : i]; }
   int64_t stride(int64_t i) const { return strides_[i < 0 ? i + ndim_ : i]; }
   IntList shape() const { return {sizes_, ndim_}; }

@@ -163,6 +163,8 @@ bool is_type(DLDataType dtype) {
   return dtype == dtype_of<T>();
 }
 
+inline size_t dtype_bytes(DLDataType dtype) { return dtype.bits / 8; }
+
 // One entry of a shape or stride pattern: a number, -1, a symbol, a multiple of a symbol, or leading dimensions.
 struct SizePattern {
   int64_t number = -1;  // without a symbol: the value, or -1 for any; with one: the factor

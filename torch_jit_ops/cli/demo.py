@@ -1,0 +1,177 @@
+"""Build a small Llama-style model twice, in plain PyTorch and with jitk ops, run both eagerly and through
+torch.compile(fullgraph=True), check every result against plain PyTorch in float64, and time them.
+
+The kernels compile on their first call, which is shown. A second run finds them in the cache. Runs on the GPU if there is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# The op of each gated activation, and the same in plain PyTorch.
+_ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "silu": (lambda x: torch.ops.jitk.silu_and_mul(x), F.silu),
+    "gelu": (lambda x: torch.ops.jitk.gelu_and_mul(x), F.gelu),
+    "gelu_tanh": (lambda x: torch.ops.jitk.gelu_tanh_and_mul(x), lambda x: F.gelu(x, approximate="tanh")),
+}
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Size:
+    """Llama 3 8B's proportions, scaled down."""
+
+    hidden: int = 512
+    intermediate: int = 1792
+    layers: int = 2
+    heads: int = 8
+    kv_heads: int = 2
+    vocabulary: int = 4096
+
+
+class Attention(nn.Module):
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        self.head_dim = size.hidden // size.heads
+        self.splits = (size.heads * self.head_dim, size.kv_heads * self.head_dim, size.kv_heads * self.head_dim)
+        self.qkv = nn.Linear(size.hidden, sum(self.splits), bias=False)
+        self.out = nn.Linear(size.hidden, size.hidden, bias=False)
+
+    def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in self.qkv(x).split(self.splits, -1))
+        y = F.scaled_dot_product_attention(_rotate(q, rotation), _rotate(k, rotation), v, is_causal=True, enable_gqa=True)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    cos, sin = rotation
+    first, second = x.chunk(2, -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+
+class Mlp(nn.Module):
+    """``down(activation(gate) * up)``; gate and up come from one matrix product, side by side."""
+
+    def __init__(self, size: Size, gated: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(size.hidden, 2 * size.intermediate, bias=False)
+        self.down = nn.Linear(size.intermediate, size.hidden, bias=False)
+        self.gated = gated
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.gated(self.gate_up(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, size: Size, gated: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(size.hidden)
+        self.attention = Attention(size)
+        self.mlp_norm = nn.RMSNorm(size.hidden)
+        self.mlp = Mlp(size, gated)
+
+    def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotation)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Llama(nn.Module):
+    def __init__(self, size: Size, gated: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(size.vocabulary, size.hidden)
+        self.blocks = nn.ModuleList(Block(size, gated) for _ in range(size.layers))
+        self.norm = nn.RMSNorm(size.hidden)
+        self.head = nn.Linear(size.hidden, size.vocabulary, bias=False)
+        head_dim = size.hidden // size.heads
+        self.register_buffer("frequencies", 10000.0 ** (-torch.arange(0, head_dim, 2) / head_dim), persistent=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        angles = torch.outer(torch.arange(tokens.shape[1], device=tokens.device), self.frequencies)
+        rotation = torch.stack((angles.cos(), angles.sin())).to(x.dtype)
+        for block in self.blocks:
+            x = block(x, rotation)
+        return self.head(self.norm(x))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default, help="default here: %(default)s")
+    parser.add_argument("--dtype", choices=_DTYPES, default="bfloat16" if default == "cuda" else "float32", help="default: %(default)s")
+    parser.add_argument("--activation", choices=_ACTIVATIONS, default="silu", help="default: %(default)s")
+    parser.add_argument("--tokens", type=int, default=128, help="length of the sequence (default: %(default)s)")
+
+
+def run(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    torch.manual_seed(0)
+    size, device, dtype = Size(), torch.device(options.device), _DTYPES[options.dtype]
+    op, activation = _ACTIVATIONS[options.activation]
+
+    def plain(x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, -1)
+        return activation(gate) * up
+
+    model = Llama(size, plain).to(device, dtype).eval()
+    with_jitk = Llama(size, op).to(device, dtype).eval()
+    with_jitk.load_state_dict(model.state_dict())
+    truth_model = Llama(size, plain).to(device, torch.float64).eval()
+    truth_model.load_state_dict(model.state_dict())
+    tokens = torch.randint(size.vocabulary, (2, options.tokens), device=device)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+
+    console = Console()
+    console.print(
+        f"a Llama of {size.layers} layers, hidden {size.hidden}, intermediate {size.intermediate}, {parameters / 1e6:.0f} M parameters, "
+        f"{options.dtype}, on {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'the CPU'}; PyTorch {torch.__version__}"
+    )
+    console.print("compiling what is not in the caches, which takes the most of the time:")
+    with torch.inference_mode():
+        truth = truth_model(tokens)
+        candidates: dict[str, Callable[[Tensor], Tensor]] = {
+            "plain, eager": model,
+            "jitk, eager": with_jitk,
+            "plain, torch.compile": torch.compile(model, fullgraph=True),
+            "jitk, torch.compile fullgraph": torch.compile(with_jitk, fullgraph=True),
+        }
+        results = {}
+        for name, forward in candidates.items():
+            start = time.perf_counter()
+            error = ((forward(tokens).double() - truth).norm() / truth.norm()).item()
+            results[name] = (time.perf_counter() - start, error)
+        times = _interleaved(candidates, tokens)
+
+    allowed = 2 * results["plain, eager"][1]
+    table = Table("model", "first call", "per call", "error against float64", box=None, pad_edge=False)
+    for name, (first, error) in results.items():
+        right = error <= allowed
+        table.add_row(name, f"{first:.2f} s", f"{times[name] * 1e3:.2f} ms", f"{error:.1e}{'' if right else '  WRONG'}")
+    console.print(table)
+    wrong = [name for name, (_, error) in results.items() if not error <= allowed]
+    if wrong:
+        console.print(f"failed: the error may be at most twice that of plain PyTorch in {options.dtype}, {allowed:.1e}")
+        return 1
+    console.print("all agree: no error is above twice that of plain PyTorch")
+    return 0
+
+
+def _interleaved(candidates: dict[str, Callable[[Tensor], Tensor]], tokens: Tensor, rounds: int = 9) -> dict[str, float]:
+    """Median seconds per call, the candidates in turn, so that a noisy moment meets all of them."""
+    taken: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, forward in candidates.items():
+            start = time.perf_counter()
+            forward(tokens)
+            if tokens.is_cuda:
+                torch.cuda.synchronize()
+            taken[name].append(time.perf_counter() - start)
+    return {name: sorted(values)[rounds // 2] for name, values in taken.items()}
