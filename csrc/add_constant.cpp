@@ -16,7 +16,9 @@ void add_constant_out(TensorView src, TensorView out) {
   constexpr int64_t kGrain = 32768;  // elements: fewer are done before a second thread has started
   // 3. Run. Unsigned, because an overflow of int32_t is undefined.
   parallel_for(src.numel(), kGrain, [=](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) to[i] = static_cast<int32_t>(static_cast<uint32_t>(from[i]) + static_cast<uint32_t>(kConstant));
+    for (int64_t i = begin; i < end; ++i) {
+      to[i] = static_cast<int32_t>(static_cast<uint32_t>(from[i]) + static_cast<uint32_t>(kConstant));
+    }
   });
 }
 
