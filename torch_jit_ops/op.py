@@ -326,7 +326,9 @@ class Op:
                 args = [leaves.get(id(value), value) for value in args]
                 kwargs = {name: leaves.get(id(value), value) for name, value in kwargs.items()}
                 wanted = list(leaves.values())
-            results = [(result, grad) for result, grad in zip(_as_tuple(self.reference(*args, **kwargs)), grads, strict=True) if grad is not None]
+            pairs = zip(_as_tuple(self.reference(*args, **kwargs)), grads, strict=True)
+            # A result that has no derivative, such as integers, may still come with a gradient of zeros.
+            results = [(result, grad) for result, grad in pairs if grad is not None and result.requires_grad]
             outputs = [result for result, _ in results]
             found = torch.autograd.grad(outputs, wanted, [grad for _, grad in results], create_graph=again, allow_unused=True)
         remaining = iter(found)
