@@ -1,0 +1,41 @@
+"""Settings of the whole suite: they must be in the environment before PyTorch is imported.
+
+``JITK_TEST_CACHE_DIR``  keep the compiled kernels here; default: a folder that goes when the session ends
+``JITK_TEST_DEVICES``    such as ``cpu,cuda``; default: cpu, and cuda where there is one
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+_FOLDER = tempfile.mkdtemp(prefix="jitk-test-")
+os.environ["JITK_CACHE_DIR"] = os.environ.get("JITK_TEST_CACHE_DIR") or os.path.join(_FOLDER, "kernels")
+os.environ["JITK_VERBOSE"] = "0"
+os.environ["JITK_FALLBACK"] = "error"  # a suite that tests references against themselves would pass
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(_FOLDER, "inductor")
+# These caches ignore a changed fake or schema (pytorch#160472).
+os.environ["TORCHINDUCTOR_FX_GRAPH_CACHE"] = "0"
+os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
+os.environ["CI"] = "1"  # PyTorch then raises where an op breaks the promises of its schema, and warns otherwise
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import user_library  # noqa: E402, F401  (its ops join the registry, so every generic test covers them)
+
+
+@pytest.fixture(autouse=True)
+def _repeatable() -> Iterator[None]:
+    """The same random numbers for each test; and new memory holds NaN, not the right results of an earlier test."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch._dynamo.reset()
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(_FOLDER, ignore_errors=True)

@@ -1,0 +1,156 @@
+"""Judges the results of an op by its reference.
+
+Truth is the reference in float64. An element may be wrong by twice as much as the same reference in the op's own dtype gets
+wrong elements of that magnitude. Errors count in units in the last place, as an absolute bound would let small results be
+anything; and the bound is taken from many elements, as any single one can be exact by chance. Where infinities, NaNs or an
+underflow on the way decide, the op may follow the truth or the reference in its dtype.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from cases import Outcome, call, copy_with_storage, map_tensors, samples_of, with_extremes
+from torch import Tensor
+
+from torch_jit_ops import Op, Sample
+
+_NEIGHBOURS = 64  # on each side, of similar magnitude, whose errors bound an element's
+_FLUSHED = torch.finfo(torch.float32).smallest_normal  # computing in fp32, hardware may flush what is smaller to zero
+# The truth is not exact either: float64 leaves nothing of 1 + erf(x) below x = -8.3. Errors below this part of the largest
+# result are not looked at, unless the values are extreme, where the largest says nothing about the rest.
+_UNKNOWN = 2.0**-48
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Errors of the reference in the op's dtype, in order of magnitude."""
+
+    magnitude: Tensor
+    bound: Tensor
+
+    def at(self, magnitude: Tensor) -> Tensor:
+        if self.magnitude.numel() == 0:
+            return torch.zeros_like(magnitude)
+        index = torch.searchsorted(self.magnitude, magnitude.contiguous()).clamp_(max=self.magnitude.numel() - 1)
+        return self.bound[index]
+
+
+def verify(op: Op, device: str, dtype: torch.dtype, sample: Sample, actual: Outcome, extreme: bool = False) -> None:
+    """Fail unless ``actual``, the op's outcome for ``sample``, is as right as the reference.
+
+    Args:
+        op, device, dtype: where to find the samples that show how wrong the reference is.
+        sample: the arguments as they were before the call.
+        actual: what came of it.
+        extreme: the arguments hold extreme values, where the reference is worse.
+    """
+    plain = call(op, copy_with_storage(sample), op.reference)
+    true = call(op, _widened(sample), op.reference)
+    assert actual.names == plain.names
+    bounds = _errors(op, device, dtype, extreme)
+    for place, (name, tensor) in enumerate(actual):
+        expected = plain.tensors[place]
+        assert tensor.shape == expected.shape, f"{name}: shape {list(tensor.shape)}, expected {list(expected.shape)}"
+        assert tensor.dtype == expected.dtype, f"{name}: {tensor.dtype}, expected {expected.dtype}"
+        assert tensor.device == expected.device, f"{name}: on {tensor.device}, expected {expected.device}"
+        truth = true.tensors[place].detach()
+        _compare(name, tensor.detach(), truth, expected.detach(), bounds[place], _noise(truth, extreme))
+
+
+def _widened(sample: Sample) -> Sample:
+    return map_tensors(sample, lambda tensor: tensor.detach().double() if tensor.is_floating_point() else tensor.clone())
+
+
+@functools.cache
+def _errors(op: Op, device: str, dtype: torch.dtype, extreme: bool) -> list[Errors]:
+    """For each tensor of an outcome."""
+    pairs: list[list[tuple[Tensor, Tensor]]] = []
+    for seed in range(3):
+        for given in samples_of(op, device, dtype, seed):
+            sample = with_extremes(given, dtype, seed + 1) if extreme else given
+            true = call(op, _widened(sample), op.reference).tensors
+            plain = call(op, copy_with_storage(sample), op.reference).tensors
+            pairs.append([_measured(tensor, truth, extreme) for tensor, truth in zip(plain, true, strict=True)])
+    return [_bounds(*(torch.cat(part) for part in zip(*place, strict=True))) for place in zip(*pairs, strict=True)]
+
+
+def _measured(tensor: Tensor, truth: Tensor, extreme: bool) -> tuple[Tensor, Tensor]:
+    if not tensor.is_floating_point():
+        return torch.empty(0), torch.empty(0)
+    finite = torch.isfinite(tensor) & torch.isfinite(truth.to(tensor.dtype))
+    return truth[finite].abs(), _error(tensor, truth, _noise(truth, extreme))[finite]
+
+
+def _bounds(magnitude: Tensor, error: Tensor) -> Errors:
+    order = magnitude.argsort()
+    window = 2 * _NEIGHBOURS + 1
+    bound = error[order]
+    if bound.numel() > 0:
+        bound = torch.nn.functional.max_pool1d(bound[None], window, stride=1, padding=_NEIGHBOURS)[0]
+    return Errors(magnitude[order], bound)
+
+
+def _noise(truth: Tensor, extreme: bool) -> float:
+    """Absolute errors that say nothing."""
+    if extreme or not truth.is_floating_point() or truth.numel() == 0:
+        return _FLUSHED
+    return max(_FLUSHED, _UNKNOWN * float(truth.nan_to_num(0.0, 0.0, 0.0).abs().max()))
+
+
+def _error(tensor: Tensor, truth: Tensor, noise: float) -> Tensor:
+    """In units in the last place of the truth."""
+    format = torch.finfo(tensor.dtype)
+    exponent = torch.frexp(truth.abs().clamp(min=format.smallest_normal)).exponent - 1
+    return ((tensor.double() - truth).abs() - noise).clamp(min=0) / (torch.exp2(exponent.double()) * format.eps)
+
+
+def _kind(tensor: Tensor) -> Tensor:
+    """0 finite, 1 inf, 2 -inf, 3 NaN."""
+    return tensor.isposinf().int() + 2 * tensor.isneginf().int() + 3 * tensor.isnan().int()
+
+
+def _compare(name: str, actual: Tensor, truth: Tensor, plain: Tensor, bounds: Errors, noise: float) -> None:
+    if not actual.is_floating_point():
+        _report(name, (actual != truth.to(actual.dtype)) & (actual != plain), actual, truth, plain)
+        return
+    rounded = truth.to(actual.dtype)
+    kind = _kind(actual)
+    _report(name, (kind != _kind(rounded)) & (kind != _kind(plain)), actual, truth, plain)
+
+    as_truth = (kind == 0) & torch.isfinite(rounded)
+    allowed = 2 * torch.maximum(bounds.at(truth.abs()), torch.where(torch.isfinite(plain), _error(plain, truth, noise), 0.0))
+    # A correctly rounded result is right whatever the reference does; the little more is what fp32 adds before it rounds.
+    allowed = allowed.clamp(min=0.5 + 2.0**-8)
+    error = _error(actual, truth, noise)
+    worst = torch.where(as_truth, error - allowed, -torch.inf)
+    _report(name, worst > 0, actual, truth, plain, worst, error, allowed)
+    # Finite like the reference, where the truth rounds to infinity: there is no error to measure but the distance between them.
+    as_plain = (kind == 0) & ~torch.isfinite(rounded)
+    _report(name, as_plain & (_error(actual, plain.double(), noise) > 2), actual, truth, plain)
+
+
+def _report(
+    name: str,
+    wrong: Tensor,
+    actual: Tensor,
+    truth: Tensor,
+    plain: Tensor,
+    by: Tensor | None = None,
+    error: Tensor | None = None,
+    allowed: Tensor | None = None,
+) -> None:
+    if not wrong.any():
+        return
+    flat = int((by if by is not None else wrong.double()).argmax())
+    place = [int(index) for index in torch.unravel_index(torch.tensor(flat), wrong.shape)]
+    text = (
+        f"{name}: {int(wrong.sum())} of {wrong.numel()} elements are wrong; the worst, at {place}: "
+        f"got {actual.flatten()[flat].item()!r}, truth {truth.flatten()[flat].item()!r}, "
+        f"plain PyTorch {plain.flatten()[flat].item()!r}"
+    )
+    if error is not None and allowed is not None:
+        text += f"; wrong by {error.flatten()[flat].item():.3g} ulp, allowed {allowed.flatten()[flat].item():.3g}"
+    raise AssertionError(text)

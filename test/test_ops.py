@@ -1,0 +1,179 @@
+"""What every op promises, on every device, in every dtype, for every sample."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import oracle
+import pytest
+import torch
+from cases import (
+    OPS,
+    Case,
+    assert_only_written_inside,
+    assert_same_bits,
+    call,
+    copy_with_storage,
+    devices,
+    has_gradient,
+    has_out,
+    is_first,
+    is_first_of_op,
+    map_tensors,
+    over,
+    poisoned,
+    samples_of,
+    storage_bits,
+    tensors_of,
+    with_extremes,
+)
+from torch import Tensor
+
+from torch_jit_ops import Op, Sample
+
+
+@contextlib.contextmanager
+def kernel_alone(op: Op) -> Iterator[None]:
+    """No help from the reference while the block runs: what comes out is the kernel's own work."""
+
+    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
+        raise AssertionError("the reference ran instead of the kernel")
+
+    reference, op.reference = op.reference, refuse
+    try:
+        yield
+    finally:
+        op.reference = reference
+
+
+def made_by_out(op: Op, sample: Sample, outs: tuple[Tensor, ...]) -> None:
+    op.out(*sample.args, **sample.kwargs, **dict(zip(op.outputs, outs, strict=True)))
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.qualified_name)
+def test_has_samples_of_each_dtype(op: Op) -> None:
+    assert op.samples is not None, f"{op.qualified_name} declares no samples, so nothing tests it"
+    assert set(op.kernels) & set(devices()), f"{op.qualified_name} has no kernel that this machine can run"
+    for dtype in op.dtypes:
+        samples = samples_of(op, "cpu", dtype)
+        assert len(samples) > 1, f"{op.qualified_name} has {len(samples)} samples for {dtype}"
+        assert all(sample.note for sample in samples), "each sample says why it is there"
+        assert any(tensor.dtype == dtype for sample in samples for tensor in tensors_of(sample)), f"no sample is {dtype}"
+
+
+@over()
+def test_is_as_right_as_the_reference(case: Case) -> None:
+    given = case.sample()
+    with kernel_alone(case.op):
+        actual = call(case.op, copy_with_storage(given))
+    oracle.verify(case.op, case.device, case.dtype, given, actual)
+
+
+@over(has_out)
+def test_out_form_makes_the_same_bits(case: Case) -> None:
+    sample = case.sample()
+    expected = call(case.op, sample)
+    outs = tuple(poisoned(tensor.shape, tensor.dtype, case.device) for tensor in expected.tensors)
+    before = copy_with_storage(Sample(outs))
+    with kernel_alone(case.op):
+        made_by_out(case.op, sample, outs)
+    for name, out, tensor, old in zip(case.op.outputs, outs, expected.tensors, before.args, strict=True):
+        assert_same_bits(out, tensor, name)
+        assert_only_written_inside(out, old, name)
+
+
+@over()
+def test_results_are_new_contiguous_tensors(case: Case) -> None:
+    sample = case.sample()
+    results = call(case.op, sample).tensors[: case.op.signature.results]
+    places = {tensor.untyped_storage().data_ptr() for tensor in tensors_of(sample)}
+    for tensor in results:
+        assert tensor.is_contiguous()
+        assert tensor.numel() == 0 or tensor.untyped_storage().data_ptr() not in places
+
+
+@over()
+def test_writes_nothing_but_what_the_schema_says(case: Case) -> None:
+    given = case.sample()
+    passed = copy_with_storage(given)
+    call(case.op, passed)
+    written = {argument.name for argument in case.op.signature.arguments if argument.written}
+    names = [argument.name for argument in case.op.signature.arguments]
+    for name, old, new in zip(names, given.args, passed.args, strict=False):
+        if isinstance(old, Tensor) and name not in written:
+            assert torch.equal(storage_bits(old), storage_bits(new)), f"argument {name!r} was changed"
+
+
+@over()
+def test_same_bits_every_time(case: Case) -> None:
+    sample = case.sample()
+    first = call(case.op, copy_with_storage(sample))
+    for _ in range(3):
+        again = call(case.op, copy_with_storage(sample))
+        for (name, tensor), (_, expected) in zip(again, first, strict=True):
+            assert_same_bits(tensor, expected, name)
+
+
+@over(is_first)
+def test_extreme_values(case: Case) -> None:
+    sample = with_extremes(case.sample(), case.dtype)
+    with kernel_alone(case.op):
+        actual = call(case.op, copy_with_storage(sample))
+    oracle.verify(case.op, case.device, case.dtype, sample, actual, extreme=True)
+
+
+# --- derivatives ----------------------------------------------------------------------------------
+
+
+def takes_two_tensors(case: Case) -> bool:
+    return len(tensors_of(case.sample())) > 1
+
+
+def differentiable(sample: Sample) -> Sample:
+    return map_tensors(sample, lambda tensor: tensor.detach().clone().requires_grad_(tensor.is_floating_point()))
+
+
+def gradients(op: Op, sample: Sample, function: Any = None) -> list[Tensor | None]:
+    results = [tensor for tensor in call(op, sample, function).tensors if tensor.requires_grad]
+    weights = [torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1)).to(tensor) for tensor in results]
+    torch.autograd.backward(results, weights)
+    return [tensor.grad for tensor in tensors_of(sample) if tensor.is_floating_point()]
+
+
+@over(has_gradient)
+def test_gradient_is_that_of_plain_pytorch(case: Case) -> None:
+    sample = case.sample()
+    actual = gradients(case.op, differentiable(sample))
+    expected = gradients(case.op, differentiable(sample), case.op.reference)
+    assert any(grad is not None for grad in expected)
+    for index, (grad, plain) in enumerate(zip(actual, expected, strict=True)):
+        assert (grad is None) == (plain is None)
+        if grad is not None and plain is not None:
+            assert_same_bits(grad, plain, f"gradient {index}")
+
+
+@over(has_gradient, is_first_of_op)
+def test_gradcheck(case: Case) -> None:
+    sample = differentiable(map_tensors(case.sample(), lambda tensor: tensor.double()))
+    inputs = tensors_of(sample)
+
+    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+        rest = iter(tensors)
+        again = map_tensors(sample, lambda _: next(rest))
+        return tuple(tensor for tensor in call(case.op, again).tensors if tensor.is_floating_point())
+
+    assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
+
+
+@over(has_gradient, is_first_of_op, takes_two_tensors)
+def test_only_wanted_gradients_are_computed(case: Case) -> None:
+    sample = case.sample()
+    for chosen in range(len(tensors_of(sample))):
+        again = differentiable(sample)
+        for index, tensor in enumerate(tensors_of(again)):
+            tensor.requires_grad_(index == chosen)
+        grads = gradients(case.op, again)
+        assert [grad is not None for grad in grads] == [index == chosen for index in range(len(grads))]

@@ -1,0 +1,109 @@
+// Kernels for the test library: plain loops over rows, any row stride.
+#include <jitk/dtype.h>   // to_float, from_float
+#include <jitk/result.h>  // Tensor, empty
+#include <jitk/rows.h>    // Rows
+
+#include <userlib/mode.h>
+
+#include <optional>
+#include <tuple>
+
+namespace userlib {
+
+using namespace jitk;
+using namespace jitk::host;
+
+template <typename T>
+T* row_of(TensorView view, const Rows& rows, int64_t row) {
+  return static_cast<T*>(view.data_ptr()) + row * rows.stride;
+}
+
+template <typename T>
+void scale_rows(TensorView input, TensorView weight) {
+  SymbolicDims tokens{"tokens"};
+  SymbolicSize hidden{"hidden"};
+  Rows rows;
+  TensorMatcher({tokens, hidden}).with_rows(rows).with_dtype<T>().verify(input);
+  TensorMatcher({hidden}).with_dtype<T>().verify(weight);
+  const T* scale = static_cast<const T*>(weight.data_ptr());
+  for (int64_t row = 0; row < rows.count; ++row) {
+    T* data = row_of<T>(input, rows, row);
+    for (int64_t i = 0; i < rows.width; ++i) data[i] = from_float<T>(to_float(data[i]) * to_float(scale[i]));
+  }
+}
+
+template <typename T>
+Tensor accumulate(TensorView total, TensorView x) {
+  SymbolicDims tokens{"tokens"};
+  SymbolicSize hidden{"hidden"};
+  Rows sums, added;
+  TensorMatcher({tokens, hidden}).with_rows(sums).with_dtype<T>().verify(total);
+  TensorMatcher({tokens, hidden}).with_rows(added).with_dtype<T>().verify(x);
+  RuntimeCheck(sums.width > 0, "argument 'total' must have columns: the largest of none is undefined");
+  const IntList sizes = total.shape();
+  Tensor largest = empty({sizes.data, sizes.count - 1}, total.dtype(), total.device());
+  T* result = static_cast<T*>(largest.data_ptr());
+  for (int64_t row = 0; row < sums.count; ++row) {
+    T* data = row_of<T>(total, sums, row);
+    const T* more = row_of<T>(x, added, row);
+    for (int64_t i = 0; i < sums.width; ++i) {
+      data[i] += more[i];
+      if (i == 0 || data[i] > result[row] || data[i] != data[i]) result[row] = data[i];  // a NaN stays, as in PyTorch
+    }
+  }
+  return largest;
+}
+
+template <typename T>
+void split_sign_out(TensorView x, TensorView positive, TensorView negative) {
+  SymbolicDims shape{"shape"};
+  Rows from, to, signs;
+  TensorMatcher({shape}).with_rows(from).with_dtype<T>().verify(x);
+  TensorMatcher({shape}).with_rows(to).with_dtype<T>().verify(positive);
+  TensorMatcher({shape}).with_rows(signs).with_dtype<bool>().verify(negative);
+  for (int64_t row = 0; row < from.count; ++row) {
+    const T* data = row_of<T>(x, from, row);
+    for (int64_t i = 0; i < from.width; ++i) {
+      row_of<bool>(negative, signs, row)[i] = data[i] < 0;
+      row_of<T>(positive, to, row)[i] = data[i] < 0 ? 0 : data[i];
+    }
+  }
+}
+
+template <typename T>
+std::tuple<Tensor, Tensor> split_sign(TensorView x) {
+  Tensor positive = empty_like(x);
+  Tensor negative = empty(x.shape(), dtype_of<bool>(), x.device());
+  split_sign_out<T>(x, positive, negative);
+  return {static_cast<Tensor&&>(positive), static_cast<Tensor&&>(negative)};
+}
+
+template <typename T, Mode kMode>
+void affine_out(TensorView x, TensorView weight, std::optional<TensorView> bias, double factor, TensorView out) {
+  SymbolicDims tokens{"tokens"};
+  SymbolicSize hidden{"hidden"};
+  Rows from, to;
+  TensorMatcher({tokens, hidden}).with_rows(from).with_dtype<T>().verify(x);
+  TensorMatcher({hidden}).with_dtype<T>().verify(weight);
+  if (bias) TensorMatcher({hidden}).with_dtype<T>().verify(*bias);
+  TensorMatcher({tokens, hidden}).with_rows(to).with_dtype<T>().verify(out);
+  const T* scale = static_cast<const T*>(weight.data_ptr());
+  const T* shift = bias ? static_cast<const T*>(bias->data_ptr()) : nullptr;
+  for (int64_t row = 0; row < from.count; ++row) {
+    const T* data = row_of<T>(x, from, row);
+    T* result = row_of<T>(out, to, row);
+    for (int64_t i = 0; i < from.width; ++i) {
+      const T product = static_cast<T>(factor) * data[i] * scale[kMode == straight ? i : from.width - 1 - i];
+      result[i] = shift != nullptr ? product + shift[i] : product;
+    }
+  }
+}
+
+template <typename T, Mode kMode>
+Tensor affine(TensorView x, TensorView weight, std::optional<TensorView> bias, double factor) {
+  Tensor out = empty_like(x);
+  affine_out<T, kMode>(x, weight, bias, factor, out);
+  return out;
+}
+
+}  // namespace userlib

@@ -1,0 +1,8 @@
+// How affine reads its weight: a header of the user's own, found through OpLibrary(include=...).
+#pragma once
+
+namespace userlib {
+
+enum Mode { straight, reverse };
+
+}  // namespace userlib
