@@ -71,6 +71,10 @@ def is_first_of_op(case: Case) -> bool:
     return case.index == 0 and case.dtype == case.op.dtypes[-1]
 
 
+def is_floating(case: Case) -> bool:
+    return case.dtype.is_floating_point
+
+
 def has_out(case: Case) -> bool:
     return bool(case.op.outputs)
 

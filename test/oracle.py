@@ -9,6 +9,7 @@ underflow on the way decide, the op may follow the truth or the reference in its
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +59,25 @@ def verify(op: Op, device: str, dtype: torch.dtype, sample: Sample, actual: Outc
         assert tensor.device == expected.device, f"{name}: on {tensor.device}, expected {expected.device}"
         truth = true.tensors[place].detach()
         _compare(name, tensor.detach(), truth, expected.detach(), bounds[place], _noise(truth, extreme))
+
+
+def average_errors(op: Op, device: str, dtype: torch.dtype, actual: Callable[[Sample], Outcome]) -> list[tuple[float, float]]:
+    """Of each floating-point tensor of an outcome, over all samples: the error of ``actual`` and that of the reference.
+
+    Tells rounding from cutting off, which the largest errors cannot. Where the reference errs by units it has lost its digits to
+    cancellation; such elements count as one unit.
+    """
+    sums: dict[int, list[list[Tensor]]] = {}
+    for sample in samples_of(op, device, dtype):
+        true = call(op, _widened(sample), op.reference).tensors
+        plain = call(op, copy_with_storage(sample), op.reference).tensors
+        mine = actual(copy_with_storage(sample)).tensors
+        for place, truth in enumerate(true):
+            if truth.is_floating_point():
+                noise = _noise(truth, extreme=False)
+                pair = [_error(tensors[place].detach(), truth, noise).flatten().clamp(max=1) for tensors in (mine, plain)]
+                sums.setdefault(place, []).append(pair)
+    return [tuple(float(torch.cat(part).mean()) for part in zip(*pairs, strict=True)) for pairs in sums.values()]
 
 
 def _widened(sample: Sample) -> Sample:

@@ -21,6 +21,7 @@ from cases import (
     has_out,
     is_first,
     is_first_of_op,
+    is_floating,
     map_tensors,
     over,
     poisoned,
@@ -69,6 +70,12 @@ def test_is_as_right_as_the_reference(case: Case) -> None:
     with kernel_alone(case.op):
         actual = call(case.op, copy_with_storage(given))
     oracle.verify(case.op, case.device, case.dtype, given, actual)
+
+
+@over(is_first, is_floating)
+def test_is_as_exact_on_average(case: Case) -> None:
+    for error, plain in oracle.average_errors(case.op, case.device, case.dtype, lambda sample: call(case.op, sample)):
+        assert error <= 1.1 * plain, f"on average {error:.3f} ulp wrong, plain PyTorch {plain:.3f}"
 
 
 @over(has_out)
