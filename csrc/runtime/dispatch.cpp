@@ -371,10 +371,21 @@ class Call {
                                       ? torch_get_mutable_data_ptr(tensor, &view.data_)
                                       : torch_get_const_data_ptr(tensor, const_cast<const void**>(&view.data_));
     if (status != AOTI_TORCH_SUCCESS) throw std::runtime_error(slot_.name + ": argument '" + argument.name + "' has no storage");
+    if (argument.written) refuse_overlap(view);
     value.kind = ValueKind::kTensor;
     value.tensor = &view;
     if (slot_.on_cuda && device_id_ < 0 && view.device_.device_type == jitk::kDLCUDA) {
       key_[0] = device_id_ = view.device_.device_id;
+    }
+  }
+
+  // An expanded tensor: what a kernel writes to one row would be written to all.
+  void refuse_overlap(const jitk::TensorView& view) const {
+    for (int32_t i = 0; i < view.ndim_; ++i) {
+      if (view.strides_[i] == 0 && view.sizes_[i] > 1 && view.numel() > 0) {
+        throw std::runtime_error(slot_.name + ": argument '" + view.name_ + "' is written, but its elements overlap\n  dimension " +
+                                 std::to_string(i) + " has size " + std::to_string(view.sizes_[i]) + " and stride 0");
+      }
     }
   }
 
