@@ -161,7 +161,7 @@ def copy_with_storage(sample: Sample) -> Sample:
 
 def bits(tensor: Tensor) -> Tensor:
     """Bytes that compare equal only if the tensors do to the last bit, NaNs included."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
 
 
 def storage_bits(tensor: Tensor) -> Tensor:
