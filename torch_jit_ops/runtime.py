@@ -82,6 +82,7 @@ def library() -> ctypes.CDLL:
     loaded = build.load(unit()).library
     loaded.jitk_register.argtypes = [ctypes.c_int32, *[ctypes.c_char_p] * 7, ctypes.c_size_t]
     loaded.jitk_add_variant.argtypes = [ctypes.c_int32, ctypes.POINTER(ctypes.c_int64), ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t]
+    loaded.jitk_set_several_devices(torch.cuda.device_count() > 1)
     return loaded
 
 

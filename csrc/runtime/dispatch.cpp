@@ -88,10 +88,7 @@ struct Numbering {
   }
 };
 
-const Numbering& numbering() {
-  static const Numbering once;
-  return once;
-}
+const Numbering numbering;
 
 // --- Python, on the slow paths ---------------------------------------------------------------------------------------------------------
 
@@ -151,10 +148,10 @@ void view_of(AtenTensorHandle tensor, jitk::TensorView* view) {
   view->sizes_ = sizes;
   view->strides_ = strides;
   view->ndim_ = static_cast<int32_t>(ndim);
-  view->dtype_ = numbering().from_torch(dtype);
-  if (device_type == numbering().cuda) {
+  view->dtype_ = numbering.from_torch(dtype);
+  if (device_type == numbering.cuda) {
     view->device_ = {jitk::kDLCUDA, device_index};
-  } else if (device_type == numbering().cpu) {
+  } else if (device_type == numbering.cpu) {
     view->device_ = {jitk::kDLCPU, 0};
   } else {
     view->device_ = {jitk::kDLExtDev, device_index};
@@ -180,17 +177,25 @@ int allocate(const int64_t* sizes, int32_t ndim, jitk::DLDataType dtype, jitk::D
       strides[i] = step;
       step *= sizes[i] > 1 ? sizes[i] : 1;
     }
-    const int32_t torch_dtype = numbering().to_torch(dtype);
-    const int32_t device_type = device.device_type == jitk::kDLCUDA ? numbering().cuda : numbering().cpu;
+    const int32_t torch_dtype = numbering.to_torch(dtype);
+    const int32_t device_type = device.device_type == jitk::kDLCUDA ? numbering.cuda : numbering.cpu;
     AtenTensorHandle tensor = nullptr;
     if (aoti_torch_empty_strided(ndim, sizes, strides, torch_dtype, device_type, device.device_id, &tensor) != AOTI_TORCH_SUCCESS) {
       reported_error = explain_allocation(sizes, ndim, dtype, device);
       return 1;
     }
-    view_of(tensor, view);
-    view->name_ = nullptr;
-    check(torch_get_mutable_data_ptr(tensor, &view->data_), "give the memory of a tensor");
     *handle = tensor;
+    int64_t* tensor_sizes = nullptr;
+    int64_t* tensor_strides = nullptr;
+    check(aoti_torch_get_sizes(tensor, &tensor_sizes), "give the sizes of a tensor");
+    check(aoti_torch_get_strides(tensor, &tensor_strides), "give the strides of a tensor");
+    check(torch_get_mutable_data_ptr(tensor, &view->data_), "give the memory of a tensor");
+    view->sizes_ = tensor_sizes;
+    view->strides_ = tensor_strides;
+    view->ndim_ = ndim;
+    view->dtype_ = dtype;
+    view->device_ = device;
+    view->name_ = nullptr;
     return 0;
   } catch (const std::exception& error) {
     reported_error = error.what();
@@ -477,11 +482,14 @@ class Call {
   std::vector<const int64_t*> lists_;
 };
 
+// Unless there is only one GPU, which Python knows.
+bool several_devices = true;
+
 // Makes the tensors' device current, as a kernel's launch, allocation and occupancy queries expect.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int32_t device_id) {
-    if (device_id < 0) return;
+    if (device_id < 0 || !several_devices) return;
     int32_t current = -1;
     check(aoti_torch_get_current_device_index(&current), "tell the current device");
     if (current != device_id) check(aoti_torch_create_device_guard(device_id, &guard_), "change the device");
@@ -638,6 +646,8 @@ JITK_RUNTIME int jitk_register(int32_t number, const char* who, const char* ns, 
     return failure(problem.what(), error, capacity);
   }
 }
+
+JITK_RUNTIME void jitk_set_several_devices(int several) { several_devices = several != 0; }
 
 // Puts a variant into the table before anybody asks for it. `key` is the device and then the placeholders' values.
 JITK_RUNTIME int jitk_add_variant(int32_t number, const int64_t* key, jitk::Entry entry, char* error, size_t capacity) {
