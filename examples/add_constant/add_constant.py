@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import torch
+
 from torch_jit_ops import Module, cache_once, load_jit, make_cpp_args
 
 

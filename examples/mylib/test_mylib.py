@@ -7,6 +7,7 @@ import os
 import mylib
 import pytest
 import torch
+
 from torch_jit_ops import Op, SampleMaker
 
 os.environ["JITK_FALLBACK"] = "error"  # or a machine without a compiler would compare the function with itself
@@ -21,7 +22,8 @@ def test_the_kernel_computes_the_function(op: Op, dtype: torch.dtype, device: st
         doubles = [arg.double() if isinstance(arg, torch.Tensor) else arg for arg in sample.args]
         expected = op.reference(*doubles)
         result = op(*sample.args)
-        torch.testing.assert_close(result.double(), expected, rtol=torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps, msg=sample.note)
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(result.double(), expected, rtol=eps, atol=eps, msg=sample.note)
         out = torch.full_like(result, torch.nan)
         op.out(*sample.args, out=out)
         assert torch.equal(out, result), sample.note

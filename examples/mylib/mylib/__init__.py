@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from torch import Tensor
+
 from torch_jit_ops import OpLibrary, Sample, SampleMaker
 
 _HERE = Path(__file__).parent
