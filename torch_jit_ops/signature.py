@@ -13,6 +13,9 @@ import torch
 
 _SCHEMA_TYPES = {"T": "Tensor", "i": "SymInt", "f": "float", "b": "bool", "s": "str", "l": "SymInt[]"}
 _KINDS: dict[Any, str] = {torch.Tensor: "T", int: "i", float: "f", bool: "b", str: "s"}
+# In functions of PyTorch 2.11 to 2.13 that get the arguments of a functionalised op as **kwargs: an .out overload with one of these
+# cannot be compiled ("got multiple values for argument 'mode'").
+_TAKEN = ("mode", "dispatch_key")
 _SUPPORTED = "Tensor, int, float, bool, str, Literal of strings, list[int], and each of them | None"
 
 
@@ -75,7 +78,7 @@ def signature_of(function: Callable[..., Any], mutates: Sequence[str] = ()) -> S
 
     Raises:
         TypeError: an annotation is missing or has no place in a schema.
-        ValueError: ``mutates`` names no tensor argument.
+        ValueError: ``mutates`` names no tensor argument, or an argument has a name that PyTorch cannot take.
     """
     who = f"{function.__module__}.{function.__qualname__}"
     try:
@@ -86,6 +89,11 @@ def signature_of(function: Callable[..., Any], mutates: Sequence[str] = ()) -> S
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             raise TypeError(f"{who}: '*{parameter.name}' cannot be part of a schema; list the arguments")
+        if parameter.name in _TAKEN:
+            raise ValueError(
+                f"{who}: an argument cannot be called {parameter.name!r}: torch.compile passes arguments of an op that writes "
+                "by name, next to one of its own of that name"
+            )
         if parameter.name not in hints:
             raise TypeError(f"{who}: argument {parameter.name!r} needs a type annotation: {_SUPPORTED}")
         argument = _argument(who, parameter.name, hints[parameter.name])
