@@ -37,7 +37,7 @@ def _affine(make: SampleMaker) -> Iterator[Sample]:
     for sample in _rows(make):
         width = sample.args[0].shape[-1]
         yield Sample(sample.args, note=f"{sample.note}, defaults")
-        options = {"factor": 0.5, "mode": "reverse"}
+        options = {"factor": 0.5, "direction": "reverse"}
         yield Sample((*sample.args, make.randn(width)), options, note=f"{sample.note}, everything given")
 
 
@@ -71,15 +71,15 @@ def split_sign(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.clamp(min=0), x < 0
 
 
-@library.op(cpu="rows.cpp", variant="userlib::affine<{x.dtype}, userlib::{mode}>", dtypes=(torch.float32,), samples=_affine)
+@library.op(cpu="rows.cpp", variant="userlib::affine<{x.dtype}, userlib::{direction}>", dtypes=(torch.float32,), samples=_affine)
 def affine(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     *,
     factor: float = 1.0,
-    mode: Literal["straight", "reverse"] = "straight",
+    direction: Literal["straight", "reverse"] = "straight",
 ) -> Tensor:
-    """``factor * x * weight + bias``, with the weight read from its end in mode ``reverse``."""
-    y = factor * x * (weight if mode == "straight" else weight.flip(-1))
+    """``factor * x * weight + bias``, with the weight read from its end in direction ``reverse``."""
+    y = factor * x * (weight if direction == "straight" else weight.flip(-1))
     return y if bias is None else y + bias

@@ -3,7 +3,7 @@
 #include <jitk/result.h>  // Tensor, empty
 #include <jitk/rows.h>    // Rows
 
-#include <userlib/mode.h>
+#include <userlib/direction.h>  // straight, reverse
 
 #include <optional>
 #include <tuple>
@@ -78,7 +78,7 @@ std::tuple<Tensor, Tensor> split_sign(TensorView x) {
   return {static_cast<Tensor&&>(positive), static_cast<Tensor&&>(negative)};
 }
 
-template <typename T, Mode kMode>
+template <typename T, Direction kDirection>
 void affine_out(TensorView x, TensorView weight, std::optional<TensorView> bias, double factor, TensorView out) {
   SymbolicDims tokens{"tokens"};
   SymbolicSize hidden{"hidden"};
@@ -93,16 +93,16 @@ void affine_out(TensorView x, TensorView weight, std::optional<TensorView> bias,
     const T* data = row_of<T>(x, from, row);
     T* result = row_of<T>(out, to, row);
     for (int64_t i = 0; i < from.width; ++i) {
-      const T product = static_cast<T>(factor) * data[i] * scale[kMode == straight ? i : from.width - 1 - i];
+      const T product = static_cast<T>(factor) * data[i] * scale[kDirection == straight ? i : from.width - 1 - i];
       result[i] = shift != nullptr ? product + shift[i] : product;
     }
   }
 }
 
-template <typename T, Mode kMode>
+template <typename T, Direction kDirection>
 Tensor affine(TensorView x, TensorView weight, std::optional<TensorView> bias, double factor) {
   Tensor out = empty_like(x);
-  affine_out<T, kMode>(x, weight, bias, factor, out);
+  affine_out<T, kDirection>(x, weight, bias, factor, out);
   return out;
 }
 

@@ -3,6 +3,6 @@
 
 namespace userlib {
 
-enum Mode { straight, reverse };
+enum Direction { straight, reverse };
 
 }  // namespace userlib
