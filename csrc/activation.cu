@@ -1,8 +1,9 @@
 // Activations in one pass over memory: each element is read once and written once, whatever is computed in between.
 //
-// A gated activation is a function of two tensors that happen to lie side by side: gate and up are the halves of a row. So one kernel
-// serves every op here: out[r][c] = op(a[r][c], b[r][c]), with a stride between rows for each. It is bound by memory: what matters is
-// 16-byte accesses, enough of them in flight, and that the launch overlaps the end of the kernel before it (PDL).
+// A gated activation is a function of two tensors that happen to lie side by side: gate and up are the halves of a row. So one
+// kernel
+// serves every op here: out[r][c] = op(a[r][c], b[r][c]), with a stride between rows for each. It is bound by memory: what
+// matters is 16-byte accesses, enough of them in flight, and that the launch overlaps the end of the kernel before it (PDL).
 #include <jitk/result.h>  // Tensor, empty
 #include <jitk/rows.h>    // Rows, TensorMatcher
 
@@ -19,8 +20,9 @@ namespace {
 // 32-bit indices within a launch: a larger tensor takes several.
 constexpr int64_t kMaxItems = int64_t{1} << 30;
 
-// Half types are rounded to 8 or 11 bits in the end, so the hardware's exponential and reciprocal do: the largest error of an op against
-// float64 stays that of PyTorch's own op in the same type (test_ops.py compares them). fp32 takes the accurate functions.
+// Half types are rounded to 8 or 11 bits in the end, so the hardware's exponential and reciprocal do: the largest error of an
+// op against float64 stays that of PyTorch's own op in the same type (test_ops.py compares them). fp32 takes the accurate
+// functions.
 template <typename T>
 constexpr bool kIsHalf = sizeof(T) == 2;
 
@@ -35,8 +37,8 @@ JITK_DEVICE float times_sigmoid(float x, float u) {
 template <typename T>
 JITK_DEVICE float times_normal_cdf(float x) {
   if constexpr (kIsHalf<T>) {
-    // Phi(-|x|) = exp(-x^2 / 2) p(t), t = 1 / (1 + 0.38 |x|), relative error below 3.6e-5 down to -14, where it leaves the range of a float.
-    // erff would make the kernel compute-bound.
+    // Phi(-|x|) = exp(-x^2 / 2) p(t), t = 1 / (1 + 0.38 |x|), relative error below 3.6e-5 down to -14, where it leaves the
+    // range of a float. erff would make the kernel compute-bound.
     const float t = device::math::reciprocal_fast(fmaf(0.38f, fabsf(x), 1.0f));
     float p = fmaf(t, -0.089929727f, 0.188878994f);
     p = fmaf(t, p, 0.091978476f);
@@ -95,8 +97,8 @@ struct AddRelu {
 
 constexpr uint32_t kMaxThreads = 256;
 
-// Strides between rows count vectors, and no offset within a launch passes 32 bits: at sizes that just fill the GPU the kernel waits for
-// its own address arithmetic.
+// Strides between rows count vectors, and no offset within a launch passes 32 bits: at sizes that just fill the GPU the kernel
+// waits for its own address arithmetic.
 struct Params {
   const void* a;
   const void* b;
@@ -141,8 +143,8 @@ __global__ void __launch_bounds__(kMaxThreads) rows_kernel(const __grid_constant
   }
 }
 
-// One vector a thread; two were slower at every size. What does not fill the GPU finishes sooner in small blocks: 10 percent at one token,
-// while 512 threads lost 2 to 5 percent at half a million vectors (H200, 132 SMs of 2048 threads; 2026-11-20).
+// One vector a thread; two were slower at every size. What does not fill the GPU finishes sooner in small blocks: 10 percent at
+// one token, while 512 threads lost 2 to 5 percent at half a million vectors (H200, 132 SMs of 2048 threads; 2026-11-20).
 uint32_t threads_for(int64_t items, DLDevice device) {
   return items <= int64_t{host::runtime::get_sm_count(device.device_id)} * 128 ? 128 : kMaxThreads;
 }
@@ -229,7 +231,8 @@ void pointwise(TensorView x, TensorView y, TensorView out) {
   TensorMatcher({shape}).with_rows(to).with_dtype<T>().with_device(device).verify(out);
   if (xs.dense() && ys.dense() && to.dense()) xs = xs.flat(), ys = ys.flat(), to = to.flat();
 
-  run<T, Op>({x.data_ptr(), xs.stride}, {y.data_ptr(), ys.stride}, {out.data_ptr(), to.stride}, to.count, to.width, device.unwrap());
+  run<T, Op>({x.data_ptr(), xs.stride}, {y.data_ptr(), ys.stride}, {out.data_ptr(), to.stride}, to.count, to.width,
+             device.unwrap());
 }
 
 template <typename T, typename Op>

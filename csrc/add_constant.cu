@@ -26,8 +26,8 @@ void add_constant_out(TensorView src, TensorView out) {
   constexpr int32_t kThreads = 256;
   // 3. Launch.
   LaunchKernel(div_ceil(count, kThreads), kThreads, device.unwrap())
-      .enable_pdl()(add_constant_kernel<kConstant>, static_cast<int32_t*>(out.data_ptr()), static_cast<const int32_t*>(src.data_ptr()),
-                    count);
+      .enable_pdl()(add_constant_kernel<kConstant>, static_cast<int32_t*>(out.data_ptr()),
+                    static_cast<const int32_t*>(src.data_ptr()), count);
 }
 
 template <int32_t kConstant>

@@ -64,8 +64,8 @@ def verify(op: Op, device: str, dtype: torch.dtype, sample: Sample, actual: Outc
 def average_errors(op: Op, device: str, dtype: torch.dtype, actual: Callable[[Sample], Outcome]) -> list[tuple[float, float]]:
     """Of each floating-point tensor of an outcome, over all samples: the errors of ``actual`` and of the reference.
 
-    Tells rounding from cutting off, which the largest errors cannot. Where the reference errs by units it has lost its digits to
-    cancellation; such elements count as one unit.
+    Tells rounding from cutting off, which the largest errors cannot. Where the reference errs by units it has lost its digits
+    to cancellation; such elements count as one unit.
     """
     sums: dict[int, list[list[Tensor]]] = {}
     for sample in samples_of(op, device, dtype):

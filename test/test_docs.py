@@ -1,8 +1,8 @@
 """The documents: what they show runs, and what they name exists.
 
-In ``README.md`` and ``docs/*.md`` a fenced block whose first line is a comment that holds a path, ``// mylib/csrc/scale.cu``, is
-that file, whole. A Python block whose first line is ``# runs`` is a program: those of a document run one after another, each in
-a process of its own, in a folder with the document's files. A ``text`` block behind it is what it prints.
+In ``README.md`` and ``docs/*.md`` a fenced block whose first line is a comment that holds a path, ``// mylib/csrc/scale.cu``,
+is that file, whole. A Python block whose first line is ``# runs`` is a program: those of a document run one after another, each
+in a process of its own, in a folder with the document's files. A ``text`` block behind it is what it prints.
 """
 
 from __future__ import annotations

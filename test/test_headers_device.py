@@ -1,8 +1,8 @@
 """The device half of ``include/jitk``: every header by itself, the PTX that comes out, and what it computes.
 
 The tests above ``needs_gpu`` need nvcc and no GPU. ``headers/device_tests.cu`` is compiled with the flags that PyTorch's
-``cpp_extension`` gives to nvcc, which switch the operators of the half types off. Expected values are exact: Python's integers and
-fractions, rounded once.
+``cpp_extension`` gives to nvcc, which switch the operators of the half types off. Expected values are exact: Python's integers
+and fractions, rounded once.
 """
 
 from __future__ import annotations
@@ -233,7 +233,7 @@ def check_cast(actual: list[Any], sources: list[Any], to: str, element: str) -> 
     for got, source in zip(actual, sources, strict=True):
         if to in ("int32_t", "int64_t"):
             bits = 31 if to == "int32_t" else 63
-            if isinstance(source, float) and not math.isfinite(source) or not -(2**bits) <= int(source) < 2**bits:
+            if (isinstance(source, float) and not math.isfinite(source)) or not -(2**bits) <= int(source) < 2**bits:
                 continue  # C++ leaves it open
             fits = got == int(source)
             expected: Any = int(source)

@@ -1,4 +1,4 @@
-"""simd.h at every instruction set that this machine runs, against torch: conversions to the bit, functions in units in the last place."""
+"""simd.h at every instruction set of this machine: conversions to torch's bit, functions in units in the last place."""
 
 from __future__ import annotations
 

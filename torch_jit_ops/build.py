@@ -1,8 +1,8 @@
 """Compiles variants and loads them: from the store if it can, through ``torch.utils.cpp_extension.load`` if it must.
 
-``load(unit)`` is the whole interface. A hit starts no process and imports no ``cpp_extension``. A miss compiles in a private staging
-folder under a name that is used once, loads the result, and publishes it by a rename. ``cpp_extension`` never sees a folder or a name
-twice, so its own versioning and locks stay out of play.
+``load(unit)`` is the whole interface. A hit starts no process and imports no ``cpp_extension``. A miss compiles in a private
+staging folder under a name that is used once, loads the result, and publishes it by a rename. ``cpp_extension`` never sees a
+folder or a name twice, so its own versioning and locks stay out of play.
 """
 
 from __future__ import annotations
@@ -297,12 +297,17 @@ def _system_folders(unit: Unit) -> list[Path]:
     return folders
 
 
-_ERROR_LINE = re.compile(r"^(?P<file>[^\s:(][^:(]*)(?:\((?P<nv>\d+)\)|:(?P<gcc>\d+)(?::\d+)?): (?:fatal |catastrophic )?error:? ?(?P<text>.*)$")
+_ERROR_LINE = re.compile(
+    r"^(?P<file>[^\s:(][^:(]*)(?:\((?P<nv>\d+)\)|:(?P<gcc>\d+)(?::\d+)?): (?:fatal |catastrophic )?error:? ?(?P<text>.*)$"
+)
 
 
 def _distill(unit: Unit, log: str, staging: Path) -> str:
     """The first errors of a compiler's log, with the text of the full log kept beside."""
-    roots = sorted(((str(folder.resolve()) + os.sep, folder.name) for folder in (*unit.include, include_dir())), key=lambda pair: -len(pair[0]))
+    roots = sorted(
+        ((str(folder.resolve()) + os.sep, folder.name) for folder in (*unit.include, include_dir())),
+        key=lambda pair: -len(pair[0]),
+    )
     errors: list[str] = []
     for line in log.splitlines():
         found = _ERROR_LINE.match(line.strip())
@@ -320,4 +325,3 @@ def _distill(unit: Unit, log: str, staging: Path) -> str:
     target = f"sm_{unit.arch.replace('.', '')}" if unit.backend == "cuda" else unit.arch
     shown = "\n".join(f"  {line}" for line in errors[:3])
     return f"{unit.label} did not compile ({unit.backend}, {target})\n{shown}\n  full log: {staging / 'build.log'}"
-

@@ -1,8 +1,8 @@
 """The store of built variants: content-addressed, private, and safe without a lock.
 
-A variant's folder is found by two digests. The first is of everything that is known before compiling: the translation unit, the flags,
-the architecture, the ABI. The second is of the files that the compiler really read. So a changed header rebuilds its readers and
-nothing else, and no path or time stamp matters.
+A variant's folder is found by two digests. The first is of everything that is known before compiling: the translation unit, the
+flags, the architecture, the ABI. The second is of the files that the compiler really read. So a changed header rebuilds its
+readers and nothing else, and no path or time stamp matters.
 
     <root>/<op>-<digest>/<digest of the files read>/   variant.json, the library, the translation unit, the log
     <root>/staging/   builds under way; a finished one is renamed into its place
@@ -177,7 +177,8 @@ class Store:
         others = state.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
         if state.st_uid not in (os.getuid(), 0) or others:
             raise UntrustedCache(
-                f"the kernel cache {self.root} can be written by others (owner {state.st_uid}, mode {stat.S_IMODE(state.st_mode):o}); "
+                f"the kernel cache {self.root} can be written by others (owner {state.st_uid}, "
+                f"mode {stat.S_IMODE(state.st_mode):o}); "
                 f"kernels from it could be anybody's code\n"
                 f"  remedy: chmod 700 {self.root}, or set JITK_CACHE_DIR to a folder of your own, or set JITK_CACHE_TRUST=1"
             )
@@ -189,7 +190,7 @@ def default_store() -> Store:
 
 
 def dependencies_of(files: Sequence[Path], roots: Mapping[str, Path], ignore: Callable[[Path], bool]) -> list[Dependency]:
-    """Name each file by the root that holds it. Files outside of every root, unless ``ignore`` says so, are named from ``/``."""
+    """Name each file by the root that holds it; what no root holds, and ``ignore`` does not drop, by its path from ``/``."""
     found: dict[tuple[str, str], Dependency] = {}
     resolved = {name: folder.resolve() for name, folder in roots.items() if name != "system"}
     for file in files:

@@ -1,11 +1,13 @@
 """Compiles C++ functions and calls them, without declaring an op: the form of SGLang's guide to JIT kernels.
 
     args = make_cpp_args(constant)
-    module = load_jit("add_constant", *args, cuda_files=["add_constant.cuh"], cuda_wrappers=[("add_constant", f"add_constant<{args}>")])
+    wrappers = [("add_constant", f"add_constant<{args}>")]
+    module = load_jit("add_constant", *args, cuda_files=["add_constant.cuh"], cuda_wrappers=wrappers)
     module.add_constant(dst, src)
 
-A function is an op all the same, in the namespace ``jitk_modules``: its C++ signature is the schema. It works in eager and inside
-``torch.compile``. What a declared op has beyond that, a fallback, a derivative, a fake, comes from its PyTorch function, which is not here.
+A function is an op all the same, in the namespace ``jitk_modules``: its C++ signature is the schema. It works in eager and
+inside ``torch.compile``. What a declared op has beyond that, a fallback, a derivative, a fake, comes from its PyTorch function,
+which is not here.
 """
 
 from __future__ import annotations
@@ -61,13 +63,15 @@ def _cpp(arg: CppArg) -> str:
 def cache_once(function: Function) -> Function:
     """Keep a function's results by its arguments, for functions that return a module of ``load_jit``.
 
-    Inside ``torch.compile`` the function runs while the graph is traced, which ``functools.lru_cache`` would have the compiler trace.
+    Inside ``torch.compile`` the function runs while the graph is traced, which ``functools.lru_cache`` would have the compiler
+    trace.
     """
     names: dict[Any, str] = {}
     results = types.SimpleNamespace()
     lock = threading.RLock()
 
-    # The compiler takes a name for a constant, and then reads the attribute as it would any other; it could not guard the module itself.
+    # The compiler takes a name for a constant, and then reads the attribute as it would any other; it could not guard the
+    # module itself.
     @torch.compiler.assume_constant_result
     def ensure(keywords: tuple[str, ...], values: tuple[Any, ...]) -> str:
         with lock:
@@ -83,7 +87,7 @@ def cache_once(function: Function) -> Function:
     @functools.wraps(function)
     def cached(*args: Any, **kwargs: Any) -> Any:
         # To the compiler a key of a dict is a constant: this is where a symbolic int becomes one.
-        values = tuple(tuple({value: None})[0] for value in (*args, *kwargs.values()))
+        values = tuple(next(iter({value: None})) for value in (*args, *kwargs.values()))
         return getattr(results, ensure(tuple(kwargs), values))
 
     return cached  # type: ignore[return-value]
@@ -120,12 +124,15 @@ def load_jit(
     Args:
         name: for folders, progress and errors.
         args: what distinguishes this instantiation in them, usually ``*make_cpp_args(...)``.
-        cuda_files, cpp_files: for nvcc and for the C++ compiler. Relative paths start at the file that calls, or its folder ``csrc``.
-        cuda_wrappers, cpp_wrappers: pairs of the name in Python and the C++ function, such as ``("scale", "scale<bf16_t>")``. Arguments
-            may be TensorView, numbers, bool, strings, lists of ints, and std::optional of them; results Tensor, a tuple of it, or none.
+        cuda_files, cpp_files: for nvcc and for the C++ compiler. Relative paths start at the file that calls, or its folder
+            ``csrc``.
+        cuda_wrappers, cpp_wrappers: pairs of the name in Python and the C++ function, such as ``("scale", "scale<bf16_t>")``.
+            Arguments may be TensorView, numbers, bool, strings, lists of ints, and std::optional of them; results Tensor, a
+            tuple of it, or none.
         extra_cuda_cflags, extra_cflags: further flags of the two compilers.
         extra_include_paths: further folders for ``#include``.
-        mutates: for each function, the positions of the arguments that it writes. Default: every tensor if it returns nothing, else none.
+        mutates: for each function, the positions of the arguments that it writes. Default: every tensor if it returns nothing,
+            else none.
         fakes: for each function, what tracing calls instead of it. A function that returns nothing needs none.
 
     Returns:
@@ -218,7 +225,9 @@ class _Part:
             flags=self.flags,
         )
 
-    def define(self, digest: str, mutates: Mapping[str, Sequence[int]], fakes: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:
+    def define(
+        self, digest: str, mutates: Mapping[str, Sequence[int]], fakes: Mapping[str, Callable[..., Any]]
+    ) -> dict[str, Any]:
         loaded = build.load(self.unit(_default_arch(self.backend)))
         functions = {}
         for export, _ in self.wrappers:
@@ -246,7 +255,7 @@ class _Part:
 
 
 def _signature(label: str, export: str, text: str, written: Sequence[int] | None) -> Signature:
-    """The schema's arguments from the text that export.h writes: letters, ``?`` behind an optional one, ``>`` and the number of results."""
+    """The schema from the text that export.h writes: letters, ``?`` behind an optional one, ``>`` and the number of results."""
     letters, _, results = text.partition(">")
     kinds: list[tuple[str, bool]] = []
     for letter in letters:

@@ -9,8 +9,8 @@
     torch.ops.mylib.scale(x, 2.0)            the kernel, compiled on its first call
     torch.ops.mylib.scale.out(x, 2.0, out=y)
 
-The function gives the op its schema, its fake, the fallback for devices without a kernel and machines without a compiler, its derivative,
-and the truth that tests compare with. Defining ops compiles and loads nothing.
+The function gives the op its schema, its fake, the fallback for devices without a kernel and machines without a compiler, its
+derivative, and the truth that tests compare with. Defining ops compiles and loads nothing.
 """
 
 from __future__ import annotations
@@ -90,16 +90,18 @@ class OpLibrary:
         """Make the decorated function an op.
 
         Args:
-            variant: the C++ instantiation to compile; ``variant.py`` lists its placeholders. A mapping from backend where they differ.
-                The out form is the function of the same name with ``_out`` behind it; both come from one compilation.
-            cuda, cpu: the file with the backend's kernel, in the library's ``csrc``. A backend without one runs the function itself.
-            dtypes: those for which the kernel is compiled, of every tensor whose dtype ``variant`` uses. Others run the function itself.
+            variant: the C++ instantiation to compile; ``variant.py`` lists its placeholders. A mapping from backend where they
+                differ. The out form is the function of the same name with ``_out`` behind it; both come from one compilation.
+            cuda, cpu: the file with the backend's kernel, in the library's ``csrc``. A backend without one runs the function
+                itself.
+            dtypes: those for which the kernel is compiled, of every tensor whose dtype ``variant`` uses. Others run the
+                function itself.
             mutates: tensor arguments that are written. Such an op returns what it returns, and has no out form.
             outputs: names of the out form's arguments: by default ``("out",)`` for one result; needed for several.
             samples: makes the arguments that tests and benchmarks call the op with.
             fake: what tracing calls instead of the function.
-            backward: called with the gradients of the results and then all arguments; returns the gradient, or None, of each tensor.
-                Without it the function is computed again and differentiated.
+            backward: called with the gradients of the results and then all arguments; returns the gradient, or None, of each
+                tensor. Without it the function is computed again and differentiated.
             flags: further compiler flags for a backend, such as ``{"cuda": ["--use_fast_math"]}``.
 
         Raises:
@@ -145,7 +147,9 @@ def _output_names(who: str, signature: Signature, names: Sequence[str] | None) -
         return ()
     if names is None:
         if signature.results > 1:
-            raise ValueError(f"{who} returns {signature.results} tensors: name the out form's arguments, outputs=('out', 'scale')")
+            raise ValueError(
+                f"{who} returns {signature.results} tensors: name the out form's arguments, outputs=('out', 'scale')"
+            )
         names = ("out",)
     if len(names) != signature.results:
         raise ValueError(f"{who} returns {signature.results} tensors, but outputs names {len(names)}: {', '.join(names)}")
@@ -235,9 +239,16 @@ class Op:
     def unit(self, backend: str, values: Sequence[variant.Value], arch: str) -> build.Unit:
         """The translation unit for the placeholders' values: every overload in one library."""
         kernel = self.kernels[backend]
-        lines = [f"// {self.qualified_name}", "#include <jitk/export.h>", f'#include "{kernel.source}"', "using namespace jitk;"]
+        lines = [
+            f"// {self.qualified_name}",
+            "#include <jitk/export.h>",
+            f'#include "{kernel.source}"',
+            "using namespace jitk;",
+        ]
         for overload in self.overloads():
-            lines.append(f"JITK_EXPORT({self._export(kernel, overload)}, {kernel.pattern.instantiate(values, overload and '_out')})")
+            lines.append(
+                f"JITK_EXPORT({self._export(kernel, overload)}, {kernel.pattern.instantiate(values, overload and '_out')})"
+            )
         return build.Unit(
             name=f"{self.library.namespace}.{self.name}",
             label=f"{self.library.namespace}::{kernel.pattern.instantiate(values).removeprefix(self.library.namespace + '::')}",
@@ -252,7 +263,7 @@ class Op:
     def _export(kernel: Kernel, overload: str) -> str:
         return kernel.pattern.export_name() + (overload and "_out")
 
-    # --- definition ---------------------------------------------------------------------------------------------------------------------
+    # --- definition -------------------------------------------------------------------------------
 
     def _define(self, definitions: torch.library.Library) -> None:
         tags = (torch.Tag.pt2_compliant_tag,)
@@ -263,7 +274,8 @@ class Op:
         implementations = {"": self._run_reference}
         if self.outputs:
             # The functional form is defined first: a packet tries its overloads in this order, and a miss costs 4 us.
-            # Without torch.Tag.out: with it Inductor 2.13 plans the buffer, but fails on a dynamic size (ir.FallbackKernel.create).
+            # Without torch.Tag.out: with it Inductor 2.13 plans the buffer, but fails on a dynamic size
+            # (ir.FallbackKernel.create).
             definitions.define(self.overloads()["out"].schema(f"{self.name}.out"), tags=tags)
             torch.library.register_fake(f"{self.qualified_name}.out", _nothing, lib=definitions)
             implementations["out"] = self._run_out_reference
@@ -279,7 +291,7 @@ class Op:
     def _dotted(self, overload: str) -> str:
         return f"{self.name}.{overload}" if overload else self.name
 
-    # --- what the function gives --------------------------------------------------------------------------------------------------------
+    # --- what the function gives ------------------------------------------------------------------
 
     def _run_reference(self, *args: Any, **kwargs: Any) -> Any:
         """The reference with results as a kernel returns them: contiguous, and no views of the arguments."""
@@ -318,7 +330,9 @@ class Op:
         if self._backward is not None:
             given = iter(_as_tuple(self._backward(*grads, *args, **kwargs)))
             return tuple(next(given) if isinstance(value, Tensor) else None for value in inputs)
-        wanted = [value for value, needed in zip(inputs, ctx.needs_input_grad, strict=False) if isinstance(value, Tensor) and needed]
+        wanted = [
+            value for value, needed in zip(inputs, ctx.needs_input_grad, strict=False) if isinstance(value, Tensor) and needed
+        ]
         again = torch.is_grad_enabled()  # a graph of the gradient itself is asked for
         with torch.enable_grad():
             if not again:
@@ -335,7 +349,7 @@ class Op:
         needs = ctx.needs_input_grad
         return tuple(next(remaining) if isinstance(value, Tensor) and needs[i] else None for i, value in enumerate(inputs))
 
-    # --- the way to the kernel --------------------------------------------------------------------------------------------------------
+    # --- the way to the kernel --------------------------------------------------------------------
 
     def _boot_call(self, overload: str, reference: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The first call: hand the op over to the C++ dispatcher, then call it again."""
@@ -347,7 +361,7 @@ class Op:
         return getattr(self.packet, overload or "default")(*args, **kwargs)
 
     def take_over(self, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> None:
-        """Have the C++ dispatcher serve the op. The variant for ``args`` starts to build while the dispatcher itself may be built."""
+        """Have the C++ dispatcher serve the op. Meanwhile the variant for ``args`` starts to build."""
         with self._boot_lock:
             if not self._boot:
                 return
@@ -406,7 +420,8 @@ class Op:
             raise RuntimeError(
                 f"{self.qualified_name}: the C++ function {export} does not fit the schema\n"
                 f"  expected  {expected}\n  got       {loaded.signature(export)}\n"
-                f"  (T Tensor, i int, f float, b bool, s str, l list of int, ? optional, > results)\n  in {self.kernels[backend].source}"
+                f"  (T Tensor, i int, f float, b bool, s str, l list of int, ? optional, > results)\n"
+                f"  in {self.kernels[backend].source}"
             )
         return loaded.entry(export)
 

@@ -1,7 +1,7 @@
 """Loads the C++ dispatcher (csrc/runtime/dispatch.cpp) and answers its misses.
 
-Python talks to it through two C functions; it talks to Python through ops of the namespace ``jitk``, as both directions then work in any
-thread and without a binding to a version of Python.
+Python talks to it through two C functions; it talks to Python through ops of the namespace ``jitk``, as both directions then
+work in any thread and without a binding to a version of Python.
 """
 
 from __future__ import annotations
@@ -81,7 +81,13 @@ def library() -> ctypes.CDLL:
     """
     loaded = build.load(unit()).library
     loaded.jitk_register.argtypes = [ctypes.c_int32, *[ctypes.c_char_p] * 7, ctypes.c_size_t]
-    loaded.jitk_add_variant.argtypes = [ctypes.c_int32, ctypes.POINTER(ctypes.c_int64), ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t]
+    loaded.jitk_add_variant.argtypes = [
+        ctypes.c_int32,
+        ctypes.POINTER(ctypes.c_int64),
+        ctypes.c_void_p,
+        ctypes.c_char_p,
+        ctypes.c_size_t,
+    ]
     loaded.jitk_set_several_devices(torch.cuda.device_count() > 1)
     return loaded
 

@@ -13,8 +13,8 @@ import torch
 
 _SCHEMA_TYPES = {"T": "Tensor", "i": "SymInt", "f": "float", "b": "bool", "s": "str", "l": "SymInt[]"}
 _KINDS: dict[Any, str] = {torch.Tensor: "T", int: "i", float: "f", bool: "b", str: "s"}
-# In functions of PyTorch 2.11 to 2.13 that get the arguments of a functionalised op as **kwargs: an .out overload with one of these
-# cannot be compiled ("got multiple values for argument 'mode'").
+# In functions of PyTorch 2.11 to 2.13 that get the arguments of a functionalised op as **kwargs: an .out overload with one of
+# these cannot be compiled ("got multiple values for argument 'mode'").
 _TAKEN = ("mode", "dispatch_key")
 _SUPPORTED = "Tensor, int, float, bool, str, Literal of strings, list[int], and each of them | None"
 

@@ -1,7 +1,7 @@
 """Finds the compilers, and says what is missing and how to get it.
 
-Nothing here starts a process while a cached kernel is loaded: identities of compilers are remembered in the cache, beside the size and
-time stamp of the program that was asked.
+Nothing here starts a process while a cached kernel is loaded: identities of compilers are remembered in the cache, beside the
+size and time stamp of the program that was asked.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ def _candidate_homes() -> Iterator[tuple[Path, str]]:
     on_path = shutil.which("nvcc")
     if on_path is not None:
         yield _home_behind(Path(on_path)), "nvcc on PATH"
-    for site in dict.fromkeys((sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), str(Path(torch.__file__).parents[1]))):
+    for site in dict.fromkeys(
+        (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), str(Path(torch.__file__).parents[1]))
+    ):
         for folder in sorted(Path(site, "nvidia").glob("cu[0-9]*"), reverse=True):
             yield folder, "wheels"
         if Path(site, "nvidia", "cuda_nvcc").is_dir():  # the layout of the CUDA 12 wheels
@@ -115,7 +117,7 @@ def host_compiler() -> Path:
 
 
 def compiler_identity(program: Path, memory: Path) -> str:
-    """What ``program --version`` says, asked once for each size and time stamp of the program and kept in the folder ``memory``."""
+    """What ``program --version`` says. The folder ``memory`` keeps it for the program's size and time stamp."""
     state = program.stat()
     fingerprint = f"{program} {state.st_size} {state.st_mtime_ns}"
     note = memory / f"{program.name}.json"
@@ -138,7 +140,7 @@ def compiler_identity(program: Path, memory: Path) -> str:
 
 
 def device_arch(device_index: int) -> str:
-    """The architecture to build for, as ``9.0a``: of the device itself, since hosts hold different ones. ``JITK_CUDA_ARCH`` overrides."""
+    """The architecture to build for, as ``9.0a``: of the device itself, or ``JITK_CUDA_ARCH``."""
     chosen = environment.cuda_arch()
     if chosen is not None:
         return chosen
@@ -174,5 +176,5 @@ _ISA_OF_CAPABILITY = {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3"}
 
 
 def host_isa() -> str:
-    """The x86-64 level of this machine, as ``-march`` takes it. A level, not ``native``: hosts that share a cache may differ."""
+    """This machine's x86-64 level, as ``-march`` takes it. Not ``native``: hosts that share a cache may differ."""
     return _ISA_OF_CAPABILITY.get(torch.backends.cpu.get_cpu_capability(), "x86-64-v2")

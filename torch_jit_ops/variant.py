@@ -46,7 +46,7 @@ _DTYPES: dict[int, tuple[torch.dtype, str]] = {
     ]
 }
 _KEY_OF_DTYPE = {dtype: key for key, (dtype, _) in _DTYPES.items()}
-_CPP_NAME = {dtype: name for dtype, name in _DTYPES.values()}
+_CPP_NAME = dict(_DTYPES.values())
 _NONE = -(2**63)  # the runtime's key of an optional argument that was not given
 
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
@@ -198,10 +198,15 @@ def _placeholder(who: str, text: str, signature: Signature) -> Placeholder:
             return Placeholder(text, index, "dtype")
         if text == f"{name}.dim":
             return Placeholder(text, index, "dim")
-        raise ValueError(f"{who}: of a tensor a variant can use {{{name}.dtype}}, {{{name}.shape[i]}} and {{{name}.dim}}, not {{{text}}}")
+        raise ValueError(
+            f"{who}: of a tensor a variant can use {{{name}.dtype}}, {{{name}.shape[i]}} and {{{name}.dim}}, not {{{text}}}"
+        )
     if text == name and (argument.kind in "ib" or argument.choices):
         return Placeholder(text, index, "value")
-    raise ValueError(f"{who}: the variant's placeholder {{{text}}} must be a tensor's property, an int, a bool, or a str with Literal choices")
+    raise ValueError(
+        f"{who}: the variant's placeholder {{{text}}} must be a tensor's property, an int, a bool, "
+        "or a str with Literal choices"
+    )
 
 
 def _cpp(value: Value) -> str:

@@ -3,8 +3,8 @@
 //   op call -> trampoline<slot> -> read arguments -> key -> table -> Entry of the variant
 //                                                            \ miss: jitk::_build, a Python op, compiles or loads the variant
 //
-// It is written against PyTorch's stable C ABI, whose boxed kernels are plain function pointers without a closure: hence a table of
-// trampolines, each of which knows its number. No CUDA header: what it needs of CUDA it asks of PyTorch.
+// It is written against PyTorch's stable C ABI, whose boxed kernels are plain function pointers without a closure: hence a
+// table of trampolines, each of which knows its number. No CUDA header: what it needs of CUDA it asks of PyTorch.
 // A hit takes no lock and runs no Python. Tables are replaced as a whole and never freed, so a reader never waits.
 #include <jitk/abi.h>
 
@@ -39,7 +39,7 @@ void check(AOTITorchError status, const char* what) {
   if (status != AOTI_TORCH_SUCCESS) throw std::runtime_error(std::string("PyTorch failed to ") + what);
 }
 
-// --- dtypes and devices: PyTorch's numbers are asked for once, as they are not part of its ABI -------------------------------------
+// --- dtypes and devices: PyTorch's numbers are asked for once, as they are not part of its ABI ---
 
 struct Numbering {
   static constexpr int32_t kCount = 64;
@@ -90,7 +90,7 @@ struct Numbering {
 
 const Numbering numbering;
 
-// --- Python, on the slow paths ---------------------------------------------------------------------------------------------------------
+// --- Python, on the slow paths -------------------------------------------------------------------
 
 StableIValue from_int(int64_t value) {
   StableIValue cell;
@@ -116,7 +116,7 @@ std::string take_string(StableIValue cell) {
   return result;
 }
 
-// --- what variants may ask for ----------------------------------------------------------------------------------------------------------
+// --- what variants may ask for -------------------------------------------------------------------
 
 void report_error(const char* text, size_t length) { reported_error.assign(text, length); }
 
@@ -168,7 +168,8 @@ std::string explain_allocation(const int64_t* sizes, int32_t ndim, jitk::DLDataT
   return take_string(stack[0]);
 }
 
-int allocate(const int64_t* sizes, int32_t ndim, jitk::DLDataType dtype, jitk::DLDevice device, void** handle, jitk::TensorView* view) {
+int allocate(const int64_t* sizes, int32_t ndim, jitk::DLDataType dtype, jitk::DLDevice device, void** handle,
+             jitk::TensorView* view) {
   try {
     int64_t strides[64];
     if (ndim > 64) throw std::runtime_error("a tensor has at most 64 dimensions");
@@ -180,7 +181,8 @@ int allocate(const int64_t* sizes, int32_t ndim, jitk::DLDataType dtype, jitk::D
     const int32_t torch_dtype = numbering.to_torch(dtype);
     const int32_t device_type = device.device_type == jitk::kDLCUDA ? numbering.cuda : numbering.cpu;
     AtenTensorHandle tensor = nullptr;
-    if (aoti_torch_empty_strided(ndim, sizes, strides, torch_dtype, device_type, device.device_id, &tensor) != AOTI_TORCH_SUCCESS) {
+    if (aoti_torch_empty_strided(ndim, sizes, strides, torch_dtype, device_type, device.device_id, &tensor) !=
+        AOTI_TORCH_SUCCESS) {
       reported_error = explain_allocation(sizes, ndim, dtype, device);
       return 1;
     }
@@ -221,13 +223,13 @@ int parallel_for(int64_t count, int64_t grain, void (*body)(void*, int64_t, int6
 
 const jitk::HostApi host{jitk::kAbiVersion, 0, report_error, current_stream, allocate, release, parallel_for};
 
-// --- slots: what is known of an op overload on a backend -----------------------------------------------------------------------------
+// --- slots: what is known of an op overload on a backend -----------------------------------------
 
 struct Argument {
   char kind;  // T i f b s l, as in export.h
   bool optional;
   bool written;
-  bool passed;  // to the C++ function; a value that is a template argument is not
+  bool passed;    // to the C++ function; a value that is a template argument is not
   int32_t place;  // among the values: those that are passed come first
   std::string name;
   std::vector<std::string> choices;  // of a str
@@ -279,7 +281,8 @@ struct Slot {
     const Table& now = *table.load(std::memory_order_acquire);
     for (size_t at = hash(wanted, key_size());; ++at) {
       const Variant* variant = now.cells[at & now.mask];
-      if (variant == nullptr || memcmp(variant->key.data(), wanted, sizeof(int64_t) * static_cast<size_t>(key_size())) == 0) return variant;
+      if (variant == nullptr || memcmp(variant->key.data(), wanted, sizeof(int64_t) * static_cast<size_t>(key_size())) == 0)
+        return variant;
     }
   }
 
@@ -307,7 +310,7 @@ struct Slot {
 
 std::atomic<Slot*> slots[kMaxSlots];
 
-// --- one call ---------------------------------------------------------------------------------------------------------------------------
+// --- one call ------------------------------------------------------------------------------------
 
 // Reads the arguments off PyTorch's stack, and frees what the stack owns.
 class Call {
@@ -372,10 +375,10 @@ class Call {
     view_of(tensor, &view);
     view.name_ = argument.name.c_str();
     // A read must not materialise a copy-on-write tensor.
-    const AOTITorchError status = argument.written
-                                      ? torch_get_mutable_data_ptr(tensor, &view.data_)
-                                      : torch_get_const_data_ptr(tensor, const_cast<const void**>(&view.data_));
-    if (status != AOTI_TORCH_SUCCESS) throw std::runtime_error(slot_.name + ": argument '" + argument.name + "' has no storage");
+    const AOTITorchError status = argument.written ? torch_get_mutable_data_ptr(tensor, &view.data_)
+                                                   : torch_get_const_data_ptr(tensor, const_cast<const void**>(&view.data_));
+    if (status != AOTI_TORCH_SUCCESS)
+      throw std::runtime_error(slot_.name + ": argument '" + argument.name + "' has no storage");
     if (argument.written) refuse_overlap(view);
     value.kind = ValueKind::kTensor;
     value.tensor = &view;
@@ -388,8 +391,9 @@ class Call {
   void refuse_overlap(const jitk::TensorView& view) const {
     for (int32_t i = 0; i < view.ndim_; ++i) {
       if (view.strides_[i] == 0 && view.sizes_[i] > 1 && view.numel() > 0) {
-        throw std::runtime_error(slot_.name + ": argument '" + view.name_ + "' is written, but its elements overlap\n  dimension " +
-                                 std::to_string(i) + " has size " + std::to_string(view.sizes_[i]) + " and stride 0");
+        throw std::runtime_error(slot_.name + ": argument '" + view.name_ +
+                                 "' is written, but its elements overlap\n  dimension " + std::to_string(i) + " has size " +
+                                 std::to_string(view.sizes_[i]) + " and stride 0");
       }
     }
   }
@@ -504,8 +508,8 @@ class DeviceGuard {
   DeviceGuardHandle guard_ = nullptr;
 };
 
-// Python compiles or loads the variant, and answers with the entry's address in decimal or the text of an error: an exception would lose its
-// text on the way, and torch_call_dispatcher mixes up results of different types (PyTorch 2.11 to 2.13).
+// Python compiles or loads the variant, and answers with the entry's address in decimal or the text of an error: an exception
+// would lose its text on the way, and torch_call_dispatcher mixes up results of different types (PyTorch 2.11 to 2.13).
 const Variant* build(Slot& slot, const int64_t* key) {
   StableIValue stack[2] = {from_int(slot.number), from_ints(key, slot.key_size())};
   if (torch_call_dispatcher("jitk::_build", "", stack, TORCH_ABI_VERSION) != AOTI_TORCH_SUCCESS) {
@@ -571,17 +575,19 @@ Trampoline trampoline_of(int32_t number, std::integer_sequence<int32_t, kSlot...
   return all[number];
 }
 
-// --- registration -----------------------------------------------------------------------------------------------------------------------
+// --- registration --------------------------------------------------------------------------------
 
 std::vector<std::string> split(const std::string& text, char separator) {
   std::vector<std::string> parts;
   size_t begin = 0;
-  for (size_t end; (end = text.find(separator, begin)) != std::string::npos; begin = end + 1) parts.push_back(text.substr(begin, end - begin));
+  for (size_t end; (end = text.find(separator, begin)) != std::string::npos; begin = end + 1)
+    parts.push_back(text.substr(begin, end - begin));
   parts.push_back(text.substr(begin));
   return parts;
 }
 
-// Lines of "arg KIND[?][!][<] NAME CHOICE,CHOICE", "key ARGUMENT dtype|size|dim|value DIM" and "results COUNT". Made by variant.py.
+// Lines of "arg KIND[?][!][<] NAME CHOICE,CHOICE", "key ARGUMENT dtype|size|dim|value DIM" and "results COUNT". Made by
+// variant.py.
 void read_plan(const char* plan, Slot& slot) {
   for (const std::string& line : split(plan, '\n')) {
     const std::vector<std::string> words = split(line, ' ');
@@ -591,7 +597,10 @@ void read_plan(const char* plan, Slot& slot) {
       if (words.size() > 3) argument.choices = split(words[3], ',');
       slot.arguments.push_back(argument);
     } else if (words[0] == "key") {
-      const auto what = words[2] == "dtype" ? KeyPart::kDType : words[2] == "size" ? KeyPart::kSize : words[2] == "dim" ? KeyPart::kDim : KeyPart::kValue;
+      const auto what = words[2] == "dtype"  ? KeyPart::kDType
+                        : words[2] == "size" ? KeyPart::kSize
+                        : words[2] == "dim"  ? KeyPart::kDim
+                                             : KeyPart::kValue;
       slot.key.push_back({what, std::stoi(words[1]), std::stoll(words[3])});
     } else if (words[0] == "results") {
       slot.results = std::stoi(words[1]);
@@ -620,12 +629,13 @@ int failure(const char* text, char* error, size_t capacity) {
 
 #define JITK_RUNTIME extern "C" __attribute__((visibility("default")))
 
-// Serves `overload` ("silu_and_mul.out") of `ns` on the dispatch key "CPU" or "CUDA" from now on. Called once for each `number`.
-// `who` stands in the texts of errors.
+// Serves `overload` ("silu_and_mul.out") of `ns` on the dispatch key "CPU" or "CUDA" from now on. Called once for each
+// `number`. `who` stands in the texts of errors.
 JITK_RUNTIME int jitk_register(int32_t number, const char* who, const char* ns, const char* overload, const char* dispatch_key,
                                const char* reference, const char* plan, char* error, size_t capacity) {
   try {
-    if (number < 0 || number >= kMaxSlots) throw std::runtime_error("a process has at most " + std::to_string(kMaxSlots) + " op overloads");
+    if (number < 0 || number >= kMaxSlots)
+      throw std::runtime_error("a process has at most " + std::to_string(kMaxSlots) + " op overloads");
     auto* slot = new Slot;
     slot->number = number;
     slot->name = who;
@@ -638,7 +648,8 @@ JITK_RUNTIME int jitk_register(int32_t number, const char* who, const char* ns, 
     static std::map<std::string, TorchLibraryHandle> libraries;  // kept for good: dropping one takes its kernels away
     const std::lock_guard<std::mutex> lock(mutex);
     TorchLibraryHandle& library = libraries[std::string(ns) + "/" + dispatch_key];
-    if (library == nullptr) check(aoti_torch_library_init_impl(ns, dispatch_key, __FILE__, __LINE__, &library), "open an op library");
+    if (library == nullptr)
+      check(aoti_torch_library_init_impl(ns, dispatch_key, __FILE__, __LINE__, &library), "open an op library");
     const Trampoline kernel = trampoline_of(number, std::make_integer_sequence<int32_t, kMaxSlots>{});
     check(torch_library_impl(library, overload, kernel, TORCH_ABI_VERSION), "register a kernel");
     return 0;

@@ -16,7 +16,15 @@ namespace jitk {
 constexpr uint32_t kAbiVersion = 1;
 
 // Names and values are DLPack's, so that kernels written against it keep their spelling.
-enum DLDeviceType : int32_t { kDLCPU = 1, kDLCUDA = 2, kDLCUDAHost = 3, kDLMetal = 8, kDLROCM = 10, kDLOneAPI = 14, kDLExtDev = 12 };
+enum DLDeviceType : int32_t {
+  kDLCPU = 1,
+  kDLCUDA = 2,
+  kDLCUDAHost = 3,
+  kDLMetal = 8,
+  kDLROCM = 10,
+  kDLOneAPI = 14,
+  kDLExtDev = 12
+};
 
 constexpr DLDeviceType kDLGPU = kDLCUDA;
 constexpr DLDeviceType kDLGPUHost = kDLCUDAHost;
@@ -99,7 +107,16 @@ struct TensorView {
   }
 };
 
-enum class ValueKind : int32_t { kNone = 0, kTensor = 1, kInt = 2, kFloat = 3, kBool = 4, kString = 5, kIntList = 6, kOwnedTensor = 7 };
+enum class ValueKind : int32_t {
+  kNone = 0,
+  kTensor = 1,
+  kInt = 2,
+  kFloat = 3,
+  kBool = 4,
+  kString = 5,
+  kIntList = 6,
+  kOwnedTensor = 7
+};
 
 // One argument or result. A null optional is kNone.
 struct Value {

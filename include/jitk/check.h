@@ -1,4 +1,5 @@
-// Checks on the host whose text becomes the message of the Python exception, and the two loops-and-sizes words of every launcher.
+// Checks on the host whose text becomes the message of the Python exception, and the two loops-and-sizes words of every
+// launcher.
 //
 //   RuntimeCheck(width % 2 == 0, "the last dimension of 'input' must be even, got ", width);
 //   Panic("unsupported head_dim ", head_dim);

@@ -35,9 +35,9 @@ struct bf16_t {
 template <typename T>
 struct DTypeOf;  // no definition: T is no element type
 
-#define JITK_DTYPE(T, CODE, BITS) \
-  template <>                     \
-  struct DTypeOf<T> {             \
+#define JITK_DTYPE(T, CODE, BITS)                     \
+  template <>                                         \
+  struct DTypeOf<T> {                                 \
     static constexpr DLDataType value{CODE, BITS, 1}; \
   }
 JITK_DTYPE(bool, kDLBool, 8);

@@ -4,8 +4,8 @@
 //   #include "activation.cu"
 //   JITK_EXPORT(silu_and_mul, jitk::silu_and_mul<jitk::bf16_t>)
 //
-// Arguments: TensorView, any integer or enum-free number type, bool, Text, IntList, and std::optional of each. Results: void, Tensor, or
-// std::tuple of Tensors. Generated translation units end in these lines; a kernel's source does not use them.
+// Arguments: TensorView, any integer or enum-free number type, bool, Text, IntList, and std::optional of each. Results: void,
+// Tensor, or std::tuple of Tensors. Generated translation units end in these lines; a kernel's source does not use them.
 // Left out: everything else. A signature that is not listed does not compile, with a message that says so.
 #pragma once
 
@@ -32,7 +32,8 @@ constexpr bool kNotSupported = false;
 // One parameter: `code` in the signature text, `read` from a Value.
 template <typename T, typename = void>
 struct Argument {
-  static_assert(kNotSupported<T>, "an exported function takes TensorView, integers, floats, bool, Text, IntList or std::optional of them");
+  static_assert(kNotSupported<T>,
+                "an exported function takes TensorView, integers, floats, bool, Text, IntList or std::optional of them");
 };
 
 template <>
@@ -53,7 +54,8 @@ struct Argument<T, typename std::enable_if<std::is_integral<T>::value>::type> {
   static T read(const Value& value) {
     const T narrow = static_cast<T>(value.integer);
     host::RuntimeCheck(static_cast<int64_t>(narrow) == value.integer && (std::is_signed<T>::value || value.integer >= 0),
-                       "the integer argument ", value.integer, " does not fit into ", static_cast<int32_t>(sizeof(T)), " bytes");
+                       "the integer argument ", value.integer, " does not fit into ", static_cast<int32_t>(sizeof(T)),
+                       " bytes");
     return narrow;
   }
 };
@@ -107,7 +109,9 @@ struct Result<Tensor> {
 template <template <typename...> class Tuple, typename... Tensors>
 struct Result<Tuple<Tensors...>> {
   static constexpr int32_t count = sizeof...(Tensors);
-  static void write(Tuple<Tensors...>& tensors, Value* results) { write(tensors, results, std::index_sequence_for<Tensors...>{}); }
+  static void write(Tuple<Tensors...>& tensors, Value* results) {
+    write(tensors, results, std::index_sequence_for<Tensors...>{});
+  }
   template <size_t... I>
   static void write(Tuple<Tensors...>& tensors, Value* results, std::index_sequence<I...>) {
     using std::get;
@@ -163,7 +167,8 @@ inline int report(const char* text) {
 template <typename R, typename... Args>
 int call(R (*function)(Args...), const HostApi* host, const Value* args, int32_t nargs, Value* results) {
   host_api = host;
-  if (nargs != static_cast<int32_t>(sizeof...(Args))) return report("the C++ function takes another number of arguments than the op");
+  if (nargs != static_cast<int32_t>(sizeof...(Args)))
+    return report("the C++ function takes another number of arguments than the op");
   try {
     unpack(function, args, results, std::index_sequence_for<Args...>{});
     return 0;
@@ -181,13 +186,13 @@ int call(R (*function)(Args...), const HostApi* host, const Value* args, int32_t
 
 #define JITK_PUBLIC extern "C" __attribute__((visibility("default")))
 
-#define JITK_EXPORT(NAME, ...)                                                                                                        \
-  JITK_PUBLIC int jitk_entry_##NAME(const jitk::HostApi* host, const jitk::Value* args, int32_t nargs, jitk::Value* results) {      \
-    return jitk::details::call(&__VA_ARGS__, host, args, nargs, results);                                                            \
-  }                                                                                                                                   \
-  JITK_PUBLIC const char* jitk_signature_##NAME() {                                                                                  \
-    static constexpr auto signature = jitk::details::signature_of(&__VA_ARGS__);                                                     \
-    return signature.text;                                                                                                            \
+#define JITK_EXPORT(NAME, ...)                                                                                                 \
+  JITK_PUBLIC int jitk_entry_##NAME(const jitk::HostApi* host, const jitk::Value* args, int32_t nargs, jitk::Value* results) { \
+    return jitk::details::call(&__VA_ARGS__, host, args, nargs, results);                                                      \
+  }                                                                                                                            \
+  JITK_PUBLIC const char* jitk_signature_##NAME() {                                                                            \
+    static constexpr auto signature = jitk::details::signature_of(&__VA_ARGS__);                                               \
+    return signature.text;                                                                                                     \
   }
 
 // Read by the loader before it calls anything else of the file.

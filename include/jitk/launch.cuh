@@ -3,8 +3,8 @@
 //   LaunchKernel(div_ceil(n, 256), 256, device).enable_pdl()(my_kernel<T>, params);
 //   LaunchKernel(grid, block, LaunchKernel::resolve_device(device), smem_bytes)(my_kernel<T>, a, b);
 //
-// A grid without blocks launches nothing. Dynamic shared memory over 48 KB is opted in. The runtime has made the tensors' device
-// current before a kernel's host code runs, so no guard is needed here.
+// A grid without blocks launches nothing. Dynamic shared memory over 48 KB is opted in. The runtime has made the tensors'
+// device current before a kernel's host code runs, so no guard is needed here.
 // Also: RuntimeDeviceCheck for CUDA status codes; runtime::get_sm_count and get_blocks_per_sm, cached per device.
 // Left out: choosing grids and blocks.
 #pragma once
@@ -36,8 +36,7 @@ struct GridSize {
   template <typename Int, typename std::enable_if<std::is_integral<Int>::value, int>::type = 0>
   GridSize(Int blocks, DebugInfo where = {}) : extent(static_cast<uint32_t>(blocks)) {
     // A negative number is a huge one here.
-    RuntimeCheck(where, static_cast<uint64_t>(blocks) <= 0x7fffffffu, "a grid has at most 2147483647 blocks, got ",
-                 blocks);
+    RuntimeCheck(where, static_cast<uint64_t>(blocks) <= 0x7fffffffu, "a grid has at most 2147483647 blocks, got ", blocks);
   }
 };
 
@@ -88,9 +87,9 @@ class LaunchKernel {
     const dim3 grid = config_.gridDim;
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
     if (config_.dynamicSmemBytes > kDefaultSmemBytes) {
-      RuntimeDeviceCheck(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                              static_cast<int>(config_.dynamicSmemBytes)),
-                         where_);
+      RuntimeDeviceCheck(
+          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(config_.dynamicSmemBytes)),
+          where_);
     }
     const cudaError_t status = cudaLaunchKernelEx(&config_, kernel, static_cast<Args&&>(args)...);
     if (__builtin_expect(status != cudaSuccess, 0)) fail(status, reinterpret_cast<const void*>(kernel));
@@ -108,8 +107,8 @@ class LaunchKernel {
     const dim3 grid = config_.gridDim;
     const dim3 block = config_.blockDim;
     panic(where_, "the launch of ", name != nullptr ? name : "a kernel", " failed: ", cudaGetErrorName(status), ": ",
-          cudaGetErrorString(status), "\n  grid [", grid.x, ", ", grid.y, ", ", grid.z, "]  block [", block.x, ", ", block.y, ", ",
-          block.z, "]  dynamic shared memory ", config_.dynamicSmemBytes, " bytes");
+          cudaGetErrorString(status), "\n  grid [", grid.x, ", ", grid.y, ", ", grid.z, "]  block [", block.x, ", ", block.y,
+          ", ", block.z, "]  dynamic shared memory ", config_.dynamicSmemBytes, " bytes");
   }
 
   cudaLaunchConfig_t config_;
@@ -147,7 +146,8 @@ inline int32_t get_attribute(cudaDeviceAttr attribute, int32_t device_id) {
 
 inline DeviceCache sm_counts;
 inline uint32_t get_sm_count(int32_t device_id) {
-  return static_cast<uint32_t>(sm_counts.get(device_id, [](int32_t id) { return get_attribute(cudaDevAttrMultiProcessorCount, id); }));
+  return static_cast<uint32_t>(
+      sm_counts.get(device_id, [](int32_t id) { return get_attribute(cudaDevAttrMultiProcessorCount, id); }));
 }
 
 // Bytes of shared memory that one block may opt in to.
@@ -157,7 +157,8 @@ inline uint32_t get_max_smem_per_block(int32_t device_id) {
       smem_limits.get(device_id, [](int32_t id) { return get_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, id); }));
 }
 
-// Blocks of the kernel that one SM of the current device holds at a time. A kernel that launches with it keeps it in a DeviceCache.
+// Blocks of the kernel that one SM of the current device holds at a time. A kernel that launches with it keeps it in a
+// DeviceCache.
 template <typename Kernel>
 uint32_t get_blocks_per_sm(Kernel kernel, int32_t block_dim, size_t dynamic_smem_bytes = 0) {
   int blocks = 0;

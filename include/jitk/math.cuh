@@ -73,7 +73,8 @@ JITK_DEVICE T cos(T a) {
 
 // e^-x is infinite below -88, where 1 / (1 + e^-x) is 0: right, without a branch.
 JITK_DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
-// One instruction each, within 2 ulp. Subnormal operands and results are taken for 0; CUDA's own functions, which keep them, take 3 to 10.
+// One instruction each, within 2 ulp. Subnormal operands and results are taken for 0; CUDA's own functions, which keep them,
+// take 3 to 10.
 JITK_DEVICE float exp2_fast(float x) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));

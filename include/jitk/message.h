@@ -11,7 +11,8 @@
 #include <cstring>      // strlen, memcpy
 #include <type_traits>  // one operator<< for all integers
 
-// Code for errors is compiled into every variant and runs once in a while: small and out of line, it costs the least to compile.
+// Code for errors is compiled into every variant and runs once in a while: small and out of line, it costs the least to
+// compile.
 #define JITK_COLD [[gnu::noinline, gnu::cold]]
 
 namespace jitk {
@@ -46,7 +47,8 @@ class Message {
 
   template <typename Int, typename std::enable_if<std::is_integral<Int>::value || std::is_enum<Int>::value, int>::type = 0>
   Message& operator<<(Int value) {
-    return append_integer(static_cast<uint64_t>(value), static_cast<int64_t>(value) < 0 && static_cast<Int>(-1) < static_cast<Int>(1));
+    return append_integer(static_cast<uint64_t>(value),
+                          static_cast<int64_t>(value) < 0 && static_cast<Int>(-1) < static_cast<Int>(1));
   }
 
   // Six significant digits: enough to recognise a value, and no <cstdio>.
@@ -111,7 +113,9 @@ class Message {
       case kDLFloat8_e5m2fnuz: return *this << "float8_e5m2fnuz";
       case kDLFloat8_e8m0fnu: return *this << "float8_e8m0fnu";
       case kDLFloat4_e2m1fn: return *this << "float4_e2m1fn";
-      default: return *this << "dtype(code " << static_cast<int32_t>(dtype.code) << ", bits " << static_cast<int32_t>(dtype.bits) << ')';
+      default:
+        return *this << "dtype(code " << static_cast<int32_t>(dtype.code) << ", bits " << static_cast<int32_t>(dtype.bits)
+                     << ')';
     }
     return *this << static_cast<int32_t>(dtype.bits);
   }

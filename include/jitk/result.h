@@ -79,13 +79,16 @@ namespace host {
 inline Tensor empty(IntList shape, DLDataType dtype, DLDevice device, const char* name = "out") {
   void* handle = nullptr;
   TensorView view;
-  if (host_api->allocate(shape.data, static_cast<int32_t>(shape.count), dtype, device, &handle, &view) != 0) throw ReportedError{};
+  if (host_api->allocate(shape.data, static_cast<int32_t>(shape.count), dtype, device, &handle, &view) != 0)
+    throw ReportedError{};
   view.name_ = name;
   return Tensor(handle, view);
 }
 
 // Contiguous, whatever the strides of `like`.
-inline Tensor empty_like(TensorView like, const char* name = "out") { return empty(like.shape(), like.dtype(), like.device(), name); }
+inline Tensor empty_like(TensorView like, const char* name = "out") {
+  return empty(like.shape(), like.dtype(), like.device(), name);
+}
 
 // body(begin, end) over [0, count) in PyTorch's thread pool, in pieces of at least `grain`.
 template <typename Body>

@@ -7,8 +7,9 @@
 //   int64_t rows = tokens.unwrap();
 //
 // A symbol takes the value of the first tensor that it meets; later tensors must agree. -1 matches any size or stride. Without
-// with_strides a tensor must be contiguous; without with_device it must be where the file's code runs. A dimension of size 1 has
-// no stride to check, nor has a tensor without elements. SymbolicDims stands for any number of leading dimensions. A matcher is one
+// with_strides a tensor must be contiguous; without with_device it must be where the file's code runs. A dimension of size 1
+// has no stride to check, nor has a tensor without elements. SymbolicDims stands for any number of leading dimensions. A
+// matcher is one
 // expression and not to be kept in a variable: its patterns end with the expression.
 // Left out: making tensors (result.h), collapsing dimensions into rows (rows.h).
 #pragma once
@@ -106,8 +107,8 @@ Message& operator<<(Message& message, Options<T> options) {
   return options.count == 0 ? message << "any" : message;
 }
 
-// What SymbolicDType and SymbolicDevice have in common. Options belong to the symbol for good: a matcher narrows them for its own
-// tensors and never takes them away.
+// What SymbolicDType and SymbolicDevice have in common. Options belong to the symbol for good: a matcher narrows them for its
+// own tensors and never takes them away.
 template <typename T>
 class Symbol {
  public:
@@ -305,7 +306,8 @@ class TensorMatcher {
         const SizePattern pattern = strides_[shape_count_ - fixed + i];
         const bool free = empty || view.sizes_[leading + i] == 1;
         const bool unbound = pattern.symbol != nullptr && !pattern.symbol->has_value();
-        if ((!free || unbound) && !fits(pattern, view.strides_[leading + i], view.name())) return {Problem::kStride, leading + i};
+        if ((!free || unbound) && !fits(pattern, view.strides_[leading + i], view.name()))
+          return {Problem::kStride, leading + i};
       }
     }
     if (!dtype_options_.allow(view.dtype())) return {Problem::kDType, 0};
@@ -353,7 +355,8 @@ class TensorMatcher {
   JITK_COLD static void print(Message& to, const SizePattern* patterns, int32_t count) {
     to << '[';
     for (int32_t i = 0; i < count; ++i) {
-      const bool nothing = patterns[i].dims != nullptr && patterns[i].dims->has_value() && patterns[i].dims->value().size() == 0;
+      const bool nothing =
+          patterns[i].dims != nullptr && patterns[i].dims->has_value() && patterns[i].dims->value().size() == 0;
       if (nothing) continue;
       if (to.text()[to.size() - 1] != '[') to << ", ";
       print(to, patterns[i]);
@@ -419,7 +422,8 @@ class TensorMatcher {
         }
         break;
       case Problem::kMultiple:
-        text << "dimension " << problem.dim << ": " << view.sizes_[problem.dim] << " is not a multiple of " << shape_[at].number;
+        text << "dimension " << problem.dim << ": " << view.sizes_[problem.dim] << " is not a multiple of "
+             << shape_[at].number;
         break;
       case Problem::kDims:
         text << "leading dimensions: " << shape_[0].dims->get_name() << " was bound to " << shape_[0].dims->value() << " by '"

@@ -111,7 +111,8 @@ class AlignedVector {
   Words words_;
 };
 
-// The elements as floats and back, in pairs where the type packs, which takes half of the instructions. Rounds once, to nearest even.
+// The elements as floats and back, in pairs where the type packs, which takes half of the instructions. Rounds once, to nearest
+// even.
 template <typename T, size_t N>
 JITK_DEVICE void to_floats(const AlignedVector<T, N>& vector, float (&values)[N]) {
   if constexpr (N % 2 == 0 && sizeof(T) == 2) {

@@ -71,7 +71,9 @@ def split_sign(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.clamp(min=0), x < 0
 
 
-@library.op(cpu="rows.cpp", variant="userlib::affine<{x.dtype}, userlib::{direction}>", dtypes=(torch.float32,), samples=_affine)
+@library.op(
+    cpu="rows.cpp", variant="userlib::affine<{x.dtype}, userlib::{direction}>", dtypes=(torch.float32,), samples=_affine
+)
 def affine(
     x: Tensor,
     weight: Tensor,

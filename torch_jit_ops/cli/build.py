@@ -1,7 +1,7 @@
 """Compile kernels ahead of their first call: every variant that the ops' samples need.
 
-Without a GPU name its architecture: 8.0 (A100), 9.0a (H100, H200), 10.0a (B200). What is in the cache already is not compiled again.
-Exit code 1 if a kernel does not compile; the errors stand at the end.
+Without a GPU name its architecture: 8.0 (A100), 9.0a (H100, H200), 10.0a (B200). What is in the cache already is not compiled
+again. Exit code 1 if a kernel does not compile; the errors stand at the end.
 """
 
 from __future__ import annotations
@@ -22,9 +22,15 @@ from torch_jit_ops.samples import SampleMaker
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("ops", nargs="*", metavar="op", help="names, as silu_and_mul or jitk::silu_and_mul (default: all)")
-    parser.add_argument("--backend", choices=("cpu", "cuda"), action="append", help="default: cuda if it can be built for, and cpu")
-    parser.add_argument("--arch", action="append", metavar="9.0a", help="CUDA architecture; repeatable (default: of the GPUs here)")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compilers at a time (default: %(default)s)")
+    parser.add_argument(
+        "--backend", choices=("cpu", "cuda"), action="append", help="default: cuda if it can be built for, and cpu"
+    )
+    parser.add_argument(
+        "--arch", action="append", metavar="9.0a", help="CUDA architecture; repeatable (default: of the GPUs here)"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compilers at a time (default: %(default)s)"
+    )
 
 
 def run(options: argparse.Namespace) -> int:

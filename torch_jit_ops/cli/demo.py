@@ -104,7 +104,9 @@ class Llama(nn.Module):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default, help="default here: %(default)s")
-    parser.add_argument("--dtype", choices=_DTYPES, default="bfloat16" if default == "cuda" else "float32", help="default: %(default)s")
+    parser.add_argument(
+        "--dtype", choices=_DTYPES, default="bfloat16" if default == "cuda" else "float32", help="default: %(default)s"
+    )
     parser.add_argument("--activation", choices=_ACTIVATIONS, default="silu", help="default: %(default)s")
     parser.add_argument("--tokens", type=int, default=128, help="length of the sequence (default: %(default)s)")
 
@@ -129,10 +131,11 @@ def run(options: argparse.Namespace) -> int:
     tokens = torch.randint(size.vocabulary, (2, options.tokens), device=device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
 
-    console = Console()
+    console = Console(soft_wrap=True)
+    place = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
     console.print(
-        f"a Llama of {size.layers} layers, hidden {size.hidden}, intermediate {size.intermediate}, {parameters / 1e6:.0f} M parameters, "
-        f"{options.dtype}, on {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'the CPU'}; PyTorch {torch.__version__}"
+        f"a Llama of {size.layers} layers, hidden {size.hidden}, intermediate {size.intermediate}, "
+        f"{parameters / 1e6:.0f} M parameters, {options.dtype}, on {place}; PyTorch {torch.__version__}"
     )
     console.print("compiling what is not in the caches, which takes the most of the time:")
     with torch.inference_mode():

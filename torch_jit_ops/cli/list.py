@@ -25,7 +25,9 @@ def run(options: argparse.Namespace) -> int:
 
     table = Table("op", "dtypes", "kernels", box=None, pad_edge=False)
     for row in rows:
-        table.add_row("\n".join(row["schemas"]), " ".join(row["dtypes"]), "\n".join(f"{k}: {v}" for k, v in row["kernels"].items()))
+        table.add_row(
+            "\n".join(row["schemas"]), " ".join(row["dtypes"]), "\n".join(f"{k}: {v}" for k, v in row["kernels"].items())
+        )
         table.add_row()
     Console().print(table)
     return 0
