@@ -26,13 +26,6 @@ constexpr int64_t kMaxItems = int64_t{1} << 30;
 template <typename T>
 constexpr bool kIsHalf = sizeof(T) == 2;
 
-// x * sigmoid(u)
-template <typename T>
-JITK_DEVICE float times_sigmoid(float x, float u) {
-  if constexpr (kIsHalf<T>) return x * device::math::sigmoid_fast(u);
-  return x / (1.0f + expf(-u));
-}
-
 // x * Phi(x), Phi being the normal distribution's cumulative function.
 template <typename T>
 JITK_DEVICE float times_normal_cdf(float x) {
@@ -54,7 +47,8 @@ struct SiluAndMul {
   static constexpr bool kBinary = true;
   template <typename T>
   JITK_DEVICE static float apply(float gate, float up) {
-    return times_sigmoid<T>(gate, gate) * up;
+    if constexpr (kIsHalf<T>) return gate * device::math::sigmoid_fast(gate) * up;
+    return gate / (1.0f + expf(-gate)) * up;
   }
 };
 
@@ -72,8 +66,12 @@ struct GeluTanhAndMul {
   JITK_DEVICE static float apply(float gate, float up) {
     // 0.5 (1 + tanh(u)) is sigmoid(2 u), which costs less and does not cancel where tanh(u) is near -1.
     constexpr float kTwoSqrt2OverPi = 1.59576912160573071176f;
-    const float u = kTwoSqrt2OverPi * (gate + 0.044715f * gate * gate * gate);
-    return times_sigmoid<T>(gate, u) * up;
+    if constexpr (kIsHalf<T>) {
+      constexpr float kLinear = kTwoSqrt2OverPi * device::math::log2e;
+      return gate * device::math::logistic2_fast(gate * (kLinear + 0.044715f * kLinear * gate * gate)) * up;
+    }
+    const float minus_2u = -kTwoSqrt2OverPi * (gate + 0.044715f * gate * gate * gate);
+    return gate / (1.0f + expf(minus_2u)) * up;
   }
 };
 
@@ -109,6 +107,7 @@ struct Params {
   FastDivisor vectors_per_row;
   uint32_t vectors;
   uint32_t tail;  // elements behind the last vector; only a single row has them
+  bool let_next_start;
 };
 
 template <typename T, typename Op, uint32_t kVec>
@@ -116,8 +115,7 @@ __global__ void __launch_bounds__(kMaxThreads) rows_kernel(const __grid_constant
   using namespace device;
   using Vector = AlignedVector<T, kVec>;
   PDLWaitPrimary<true>();
-  // Before the work, not behind it: the next kernel waits for this one's end anyway, and until then only its blocks move in.
-  PDLTriggerSecondary<true>();
+  if (params.let_next_start) PDLTriggerSecondary<true>();
 
   const uint32_t item = blockIdx.x * blockDim.x + threadIdx.x;
   if (item < params.vectors) {
@@ -141,12 +139,6 @@ __global__ void __launch_bounds__(kMaxThreads) rows_kernel(const __grid_constant
     T* out = static_cast<T*>(params.out);
     out[i] = cast<T>(Op::template apply<T>(cast<fp32_t>(a[i]), Op::kBinary ? cast<fp32_t>(b[i]) : 0.0f));
   }
-}
-
-// One vector a thread; two were slower at every size. What does not fill the GPU finishes sooner in small blocks: 10 percent at
-// one token, while 512 threads lost 2 to 5 percent at half a million vectors (H200, 132 SMs of 2048 threads; 2026-11-20).
-uint32_t threads_for(int64_t items, DLDevice device) {
-  return items <= int64_t{host::runtime::get_sm_count(device.device_id)} * 128 ? 128 : kMaxThreads;
 }
 
 // Rows at a place in memory; `stride` counts elements.
@@ -182,6 +174,7 @@ void run(Span a, Span b, Span out, int64_t rows, int64_t width, DLDevice device)
   }
 
   const cudaStream_t stream = LaunchKernel::resolve_device(device);
+  const int64_t sms = runtime::get_sm_count(device.device_id);
   const int64_t columns_per_launch = kMaxItems << shift;
   const int64_t longest = max(max(a.stride, b.stride), max(out.stride, min(width, columns_per_launch))) >> shift;
   const int64_t rows_per_launch = rows * longest <= kMaxItems ? rows : max(kMaxItems / longest, int64_t{1});
@@ -190,6 +183,11 @@ void run(Span a, Span b, Span out, int64_t rows, int64_t width, DLDevice device)
     for (int64_t row = 0; row < rows; row += rows_per_launch) {
       const int64_t vectors = min(rows - row, rows_per_launch) * (columns >> shift);
       const int64_t tail = columns - (columns >> shift << shift);
+      // One vector a thread: two were slower at every size. A few vectors finish sooner in small blocks, spread over the SMs.
+      // Where this kernel leaves room, the next one may move its blocks in at once, to wait there for the end; elsewhere they
+      // would be in the way (10 and 2 percent on an H200, 2026-11-20).
+      const bool small = vectors + tail <= sms * 128;
+      const bool fits = vectors + tail <= sms * 2048;
       const Params params{a.at<T>(row, column),
                           b.at<T>(row, column),
                           out.at<T>(row, column),
@@ -198,8 +196,9 @@ void run(Span a, Span b, Span out, int64_t rows, int64_t width, DLDevice device)
                           static_cast<uint32_t>(out.stride >> shift),
                           FastDivisor(static_cast<uint64_t>(columns >> shift)),
                           static_cast<uint32_t>(vectors),
-                          static_cast<uint32_t>(tail)};
-      const uint32_t threads = threads_for(vectors + tail, device);
+                          static_cast<uint32_t>(tail),
+                          fits};
+      const uint32_t threads = small ? kMaxThreads / 2 : kMaxThreads;
       LaunchKernel(div_ceil(static_cast<uint32_t>(vectors + tail), threads), threads, stream).enable_pdl()(kernel, params);
     }
   }

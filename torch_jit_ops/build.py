@@ -16,7 +16,7 @@ import subprocess
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,8 +121,12 @@ _results: dict[tuple[Unit, Path], Future[Loaded]] = {}
 _results_lock = threading.Lock()
 
 
-def load(unit: Unit) -> Loaded:
+def load(unit: Unit, meanwhile: Callable[[], object] | None = None) -> Loaded:
     """Load the unit's library, compiling it if it is nowhere yet. Threads that ask for the same unit share one build.
+
+    Args:
+        unit: what to load.
+        meanwhile: called in a thread of its own if the unit has to be compiled.
 
     Raises:
         BuildError: it does not compile. The same error is raised again without compiling again in this process.
@@ -136,7 +140,7 @@ def load(unit: Unit) -> Loaded:
             result = _results[key] = Future()
     if mine:
         try:
-            result.set_result(_load(unit, cache.default_store()))
+            result.set_result(_load(unit, cache.default_store(), meanwhile))
         except BaseException as error:
             if not isinstance(error, BuildError):
                 with _results_lock:
@@ -145,7 +149,7 @@ def load(unit: Unit) -> Loaded:
     return result.result()
 
 
-def _load(unit: Unit, store: cache.Store) -> Loaded:
+def _load(unit: Unit, store: cache.Store, meanwhile: Callable[[], object] | None) -> Loaded:
     start = time.monotonic()
     key = unit.key()
     compiler, missing = _compiler(unit, store)
@@ -154,6 +158,8 @@ def _load(unit: Unit, store: cache.Store) -> Loaded:
         raise missing
     if path is not None:
         return Loaded(_open(path), path, time.monotonic() - start, compiled=False)
+    if meanwhile is not None:
+        threading.Thread(target=meanwhile, daemon=True).start()
     with _lock(store.lock_path(unit.name, key)):
         path = store.find(unit.name, key, unit.roots(), compiler)
         if path is not None:
@@ -162,15 +168,23 @@ def _load(unit: Unit, store: cache.Store) -> Loaded:
             return _compile(unit, store, key, compiler, start)
 
 
+_compilers: dict[tuple[object, ...], tuple[str | None, toolchain.MissingCompiler | None]] = {}
+
+
 def _compiler(unit: Unit, store: cache.Store) -> tuple[str | None, toolchain.MissingCompiler | None]:
-    try:
-        programs = [toolchain.host_compiler()]
-        if unit.backend == "cuda":
-            programs.insert(0, toolchain.cuda_toolkit().nvcc)
-        memory = store.root / "compilers"
-        return " / ".join(toolchain.compiler_identity(program, memory) for program in programs), None
-    except toolchain.MissingCompiler as missing:
-        return None, missing
+    """The identity of the compilers for the unit, or why there are none. Looked for once in a process and environment."""
+    key = (unit.backend, store.root, *(os.environ.get(name) for name in ("CXX", "PATH", "CUDA_HOME", "CUDA_PATH")))
+    if key not in _compilers:
+        try:
+            programs = [toolchain.host_compiler()]
+            if unit.backend == "cuda":
+                programs.insert(0, toolchain.cuda_toolkit().nvcc)
+            memory = store.root / "compilers"
+            identity = " / ".join(toolchain.compiler_identity(program, memory) for program in programs)
+            _compilers[key] = identity, None
+        except toolchain.MissingCompiler as missing:
+            _compilers[key] = None, missing
+    return _compilers[key]
 
 
 def _open(path: Path) -> ctypes.CDLL:

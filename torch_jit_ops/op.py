@@ -361,13 +361,11 @@ class Op:
         return getattr(self.packet, overload or "default")(*args, **kwargs)
 
     def take_over(self, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> None:
-        """Have the C++ dispatcher serve the op. Meanwhile the variant for ``args`` starts to build."""
+        """Have the C++ dispatcher serve the op. If it has to be compiled first, the variant for ``args`` is compiled beside it."""
         with self._boot_lock:
             if not self._boot:
                 return
-            early = threading.Thread(target=self._prefetch, args=(args, kwargs or {}), daemon=True)
-            early.start()
-            runtime.library()
+            runtime.library(meanwhile=functools.partial(self._prefetch, args, kwargs or {}))
             for boot in self._boot:
                 boot._destroy()
             self._boot.clear()

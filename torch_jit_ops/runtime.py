@@ -7,7 +7,6 @@ work in any thread and without a binding to a version of Python.
 from __future__ import annotations
 
 import ctypes
-import functools
 import itertools
 import threading
 import warnings
@@ -72,14 +71,22 @@ def unit() -> build.Unit:
     )
 
 
-@functools.cache
-def library() -> ctypes.CDLL:
-    """The dispatcher in this process.
+_loaded: ctypes.CDLL | None = None
+
+
+def library(meanwhile: Callable[[], object] | None = None) -> ctypes.CDLL:
+    """The dispatcher in this process. If it has to be compiled first, ``meanwhile`` is called in a thread of its own.
 
     Raises:
         MissingCompiler: it is not in the cache, and there is no C++ compiler.
     """
-    loaded = build.load(unit()).library
+    global _loaded
+    if _loaded is None:
+        _loaded = _prototyped(build.load(unit(), meanwhile).library)
+    return _loaded
+
+
+def _prototyped(loaded: ctypes.CDLL) -> ctypes.CDLL:
     loaded.jitk_register.argtypes = [ctypes.c_int32, *[ctypes.c_char_p] * 7, ctypes.c_size_t]
     loaded.jitk_add_variant.argtypes = [
         ctypes.c_int32,

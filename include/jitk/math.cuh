@@ -85,8 +85,9 @@ JITK_DEVICE float reciprocal_fast(float x) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 }
-// Both terms of 1 + e^-x are taken 1/16 as large, or the reciprocal would be subnormal, and so 0, where the sigmoid is not.
-JITK_DEVICE float sigmoid_fast(float x) { return 0.0625f * reciprocal_fast(0.0625f + exp2_fast(fmaf(x, -log2e, -4.0f))); }
+// 1 / (1 + 2^-x). Both terms of the sum are taken 1/16 as large, or the reciprocal would be subnormal, and so 0, where the sigmoid is not.
+JITK_DEVICE float logistic2_fast(float x) { return 0.0625f * reciprocal_fast(0.0625f + exp2_fast(-4.0f - x)); }
+JITK_DEVICE float sigmoid_fast(float x) { return logistic2_fast(x * log2e); }
 JITK_DEVICE float silu(float x) { return x * sigmoid(x); }
 JITK_DEVICE float silu_fast(float x) { return x * sigmoid_fast(x); }
 // log(1 + e^x), which above 20 is x to the last bit of a float.
