@@ -361,7 +361,7 @@ class Op:
         return getattr(self.packet, overload or "default")(*args, **kwargs)
 
     def take_over(self, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> None:
-        """Have the C++ dispatcher serve the op. If it has to be compiled first, the variant for ``args`` is compiled beside it."""
+        """Have the C++ dispatcher serve the op. If that must be compiled, the variant for ``args`` is so at the same time."""
         with self._boot_lock:
             if not self._boot:
                 return
