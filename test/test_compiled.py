@@ -129,7 +129,7 @@ def test_fake_keeps_symbols(case: Case) -> None:
     with mode:
         fake = call(case.op, map_tensors(sample, symbolic))
     for tensor in fake.tensors:
-        assert isinstance(tensor.shape[0], torch.SymInt)
+        assert any(isinstance(size, torch.SymInt) for size in tensor.shape)
     assert [str(guard.expr) for guard in environment.guards] == [], "the fake looks at a size that may change"
 
 

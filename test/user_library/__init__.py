@@ -85,3 +85,9 @@ def affine(
     """``factor * x * weight + bias``, with the weight read from its end in direction ``reverse``."""
     y = factor * x * (weight if direction == "straight" else weight.flip(-1))
     return y if bias is None else y + bias
+
+
+@library.op(cpu="rows.cpp", variant="userlib::swap<{x.dtype}>", dtypes=(torch.float32,), samples=_single)
+def swap(x: Tensor) -> Tensor:
+    """The last two dimensions exchanged: its reference returns a view, which no kernel does."""
+    return x.transpose(-1, -2) if x.dim() > 1 else x

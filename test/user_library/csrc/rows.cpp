@@ -106,4 +106,34 @@ Tensor affine(TensorView x, TensorView weight, std::optional<TensorView> bias, d
   return out;
 }
 
+template <typename T>
+void swap_out(TensorView x, TensorView out) {
+  SymbolicDims matrices{"matrices"};
+  SymbolicSize rows{"rows"}, columns{"columns"};
+  if (x.dim() > 1) {
+    TensorMatcher({matrices, rows, columns}).with_dtype<T>().verify(x);
+    TensorMatcher({matrices, columns, rows}).with_dtype<T>().verify(out);
+  } else {
+    TensorMatcher({matrices}).with_dtype<T>().verify(x).verify(out);
+    rows.set_value(1);
+    columns.set_value(x.numel());
+  }
+  const T* from = static_cast<const T*>(x.data_ptr());
+  T* to = static_cast<T*>(out.data_ptr());
+  const int64_t size = rows.unwrap() * columns.unwrap();
+  for (int64_t i = 0; i < x.numel(); ++i) {
+    const int64_t row = i % size / columns.unwrap(), column = i % columns.unwrap();
+    to[i / size * size + column * rows.unwrap() + row] = from[i];
+  }
+}
+
+template <typename T>
+Tensor swap(TensorView x) {
+  Shape shape(x.shape());
+  if (x.dim() > 1) shape[-1] = x.size(-2), shape[-2] = x.size(-1);
+  Tensor out = empty(shape, x.dtype(), x.device());
+  swap_out<T>(x, out);
+  return out;
+}
+
 }  // namespace userlib
