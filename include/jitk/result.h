@@ -90,11 +90,25 @@ inline Tensor empty_like(TensorView like, const char* name = "out") {
   return empty(like.shape(), like.dtype(), like.device(), name);
 }
 
-// body(begin, end) over [0, count) in PyTorch's thread pool, in pieces of at least `grain`.
+// body(begin, end) over [0, count) in PyTorch's thread pool, in pieces of at least `grain`. What a body throws first is thrown again
+// here, by its text: an exception does not pass the pool, which is C.
 template <typename Body>
 void parallel_for(int64_t count, int64_t grain, const Body& body) {
-  const auto run = [](void* context, int64_t begin, int64_t end) { (*static_cast<const Body*>(context))(begin, end); };
-  if (host_api->parallel_for(count, grain, run, const_cast<Body*>(&body)) != 0) throw ReportedError{};
+  struct Work {
+    const Body& body;
+    int32_t failed;
+    Message text;
+  } work{body, 0, {}};
+  const auto run = [](void* context, int64_t begin, int64_t end) {
+    Work& mine = *static_cast<Work*>(context);
+    try {
+      mine.body(begin, end);
+    } catch (const std::exception& error) {
+      if (__atomic_exchange_n(&mine.failed, 1, __ATOMIC_RELAXED) == 0) mine.text << error.what();
+    }
+  };
+  if (host_api->parallel_for(count, grain, run, &work) != 0) throw ReportedError{};
+  if (work.failed != 0) throw PanicError(work.text);
 }
 
 }  // namespace host
