@@ -2,6 +2,7 @@
 
 ``JITK_TEST_CACHE_DIR``  keep the compiled kernels here; default: a folder that goes when the session ends
 ``JITK_TEST_DEVICES``    such as ``cpu,cuda``; default: cpu, and cuda where there is one
+``JITK_TEST_MINIMUM``    fewer passing tests are a failure: tests have vanished silently elsewhere
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 _FOLDER = tempfile.mkdtemp(prefix="jitk-test-")
 os.environ["JITK_CACHE_DIR"] = os.environ.get("JITK_TEST_CACHE_DIR") or os.path.join(_FOLDER, "kernels")
@@ -35,6 +37,15 @@ def _repeatable() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(False)
     torch._dynamo.reset()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    minimum = int(os.environ.get("JITK_TEST_MINIMUM", "0"))
+    reporter: Any = session.config.pluginmanager.get_plugin("terminalreporter")
+    passed = len(reporter.stats.get("passed", []))
+    if passed < minimum and session.exitstatus == pytest.ExitCode.OK:
+        reporter.write_line(f"only {passed} tests passed, expected at least {minimum}", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_unconfigure() -> None:
