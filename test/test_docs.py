@@ -100,7 +100,18 @@ def test_the_examples_run(document: Path, tmp_path: Path, cache: Path) -> None:
 # A file of a document, and a function of it to compile: templates that nobody instantiates are hardly checked.
 CUDA_FUNCTIONS = [
     ("README.md", "mylib/csrc/scale.cu", "mylib::scale<bf16_t>"),
+    ("docs/tutorial.md", "csrc/add_constant.cu", "add_constant<5>"),
+    ("docs/tutorial.md", "add_constant_vectors.cuh", "add_constant<5>"),
+    ("docs/tutorial.md", "examples/add_constant/add_constant.cuh", "add_constant<5>"),
 ]
+
+
+QUOTED = [(guide, block) for guide in GUIDES for block in blocks(guide) if block.file and (ROOT / block.file).exists()]
+
+
+@pytest.mark.parametrize(("document", "block"), QUOTED, ids=[f"{guide.name}-{block.file}" for guide, block in QUOTED])
+def test_a_quoted_file_is_quoted_whole(document: Path, block: Block) -> None:
+    assert block.text.partition("\n")[2] == (ROOT / str(block.file)).read_text()
 
 
 def compile_for_gpu(source: Path, functions: list[str], folder: Path, *include: Path) -> None:
@@ -227,11 +238,8 @@ def test_the_changelog_knows_this_version() -> None:
     assert re.search(rf"^## \[{re.escape(torch_jit_ops.__version__)}\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
 
 
-def test_lines_are_no_longer_than_those_of_the_code() -> None:
-    long = [
-        f"{document.name}:{number}"
-        for document in DOCUMENTS
-        for number, line in enumerate(document.read_text().splitlines(), 1)
-        if len(line) > 128 and not line.startswith("|")
-    ]
-    assert long == []
+def test_the_commit_hooks_use_the_formatters_of_the_linter() -> None:
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    pinned = re.findall(r"^    ([\w-]+) == ([\d.]+)$", (ROOT / "setup.cfg").read_text().partition("\nlint =")[2], re.MULTILINE)
+    assert [f"{name}=={version}" for name, version in pinned if f"{name}=={version}" not in hooks] == []
+    assert len(pinned) == 2
