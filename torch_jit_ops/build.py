@@ -256,13 +256,14 @@ def _compile(unit: Unit, store: cache.Store, key: str, compiler: str | None, sta
 def _run_cpp_extension(unit: Unit, staging: Path, source: Path, module: str) -> str:
     from torch.utils import cpp_extension
 
-    include = [str(folder) for folder in (*unit.include, include_dir())]
+    include = [*unit.include, include_dir()]
     verbose = environment.verbosity() == 2
     link = ["-Wl,--as-needed"]
     if unit.backend == "cuda":
         toolkit = toolchain.cuda_toolkit()
         # Found at its import, and wrong behind a wrapper script, for wheels, and in a CPU build of PyTorch.
         cpp_extension.CUDA_HOME = str(toolkit.home)
+        include += toolkit.include
         link += _cudart_flags(toolkit, staging)
     cuda = unit.backend == "cuda"
     flags = list(unit.compile_flags())
@@ -273,7 +274,7 @@ def _run_cpp_extension(unit: Unit, staging: Path, source: Path, module: str) -> 
             extra_cflags=[] if cuda else flags,
             extra_cuda_cflags=flags if cuda else [],
             extra_ldflags=link,
-            extra_include_paths=include,
+            extra_include_paths=[str(folder) for folder in include],
             build_directory=str(staging),
             verbose=verbose,
             with_cuda=cuda,
@@ -307,7 +308,8 @@ def _system_folders(unit: Unit) -> list[Path]:
     """Headers in here are known by the compiler's, or PyTorch's, version."""
     folders = [Path("/usr"), Path(torch.__file__).resolve().parent]
     if unit.backend == "cuda":
-        folders.append(toolchain.cuda_toolkit().home.resolve())
+        toolkit = toolchain.cuda_toolkit()
+        folders += [folder.resolve() for folder in (toolkit.home, *toolkit.include)]
     return folders
 
 

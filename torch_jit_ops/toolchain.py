@@ -10,9 +10,10 @@ import functools
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
-import sysconfig
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ import torch
 
 from torch_jit_ops import environment
 
+_USUAL_HOME = Path("/usr/local/cuda")
+
 
 class MissingCompiler(RuntimeError):
     """No compiler for a backend on this machine. The text says what was looked for and how to get it."""
@@ -28,10 +31,19 @@ class MissingCompiler(RuntimeError):
 
 @dataclass(frozen=True)
 class Toolkit:
-    """A CUDA toolkit. ``home`` is what CUDA_HOME should be; ``libraries`` holds libcudart."""
+    """A CUDA toolkit, whose parts may lie apart, as those of wheels do.
+
+    Attributes:
+        home: what CUDA_HOME should be.
+        nvcc: the compiler, in ``home``.
+        include: folders of headers outside of ``home/include``, which nvcc does not search by itself.
+        libraries: the folder that holds libcudart.
+        found_by: where the search met it.
+    """
 
     home: Path
     nvcc: Path
+    include: tuple[Path, ...]
     libraries: Path
     found_by: str
 
@@ -41,63 +53,100 @@ def cuda_toolkit() -> Toolkit:
     """The toolkit: CUDA_HOME, then ``nvcc`` on PATH, then toolkits from wheels, then /usr/local/cuda.
 
     Raises:
-        MissingCompiler: there is none.
+        MissingCompiler: there is none whose CUDA is the one that PyTorch is built with, as far as the major version goes.
     """
     tried = []
-    for home, found_by in _candidate_homes():
-        nvcc = home / "bin" / "nvcc"
-        if not os.access(nvcc, os.X_OK):
-            tried.append(f"{home} ({found_by}): no bin/nvcc")
-        elif not (home / "include" / "cuda_runtime.h").exists():
-            tried.append(f"{home} ({found_by}): no include/cuda_runtime.h")
-        elif (libraries := _cudart_dir(home)) is None:
-            tried.append(f"{home} ({found_by}): no libcudart")
-        else:
-            return Toolkit(home, nvcc, libraries, found_by)
+    for parts, found_by in _candidates():
+        found = _inspect(parts, found_by)
+        if isinstance(found, Toolkit):
+            return found
+        tried.append(f"    {parts[0]} ({found_by}): {found}\n")
+    if (_torch_cuda() or 13) >= 13:
+        remedy = "pip install 'torch_jit_ops[nvcc]', or install the CUDA toolkit and set CUDA_HOME to its folder"
+    else:
+        remedy = (
+            f"install CUDA toolkit {torch.version.cuda} and set CUDA_HOME to its folder (wheels hold an nvcc from CUDA 13 on)"
+        )
     raise MissingCompiler(
-        "no CUDA compiler (nvcc) was found, so CUDA kernels cannot be built\n  looked in:\n"
-        + "".join(f"    {line}\n" for line in tried)
-        + "  remedy: pip install 'torch_jit_ops[nvcc]', or install the CUDA toolkit and set CUDA_HOME to its folder"
+        f"no CUDA compiler (nvcc) was found, so CUDA kernels cannot be built\n  looked in:\n{''.join(tried)}  remedy: {remedy}"
     )
 
 
-def _candidate_homes() -> Iterator[tuple[Path, str]]:
+def _inspect(parts: tuple[Path, ...], found_by: str) -> Toolkit | str:
+    """The toolkit whose nvcc is in ``parts[0]`` and whose other parts are in any of them; or what it lacks."""
+    home = parts[0]
+    nvcc = home / "bin" / "nvcc"
+    if not os.access(nvcc, os.X_OK):
+        return "no bin/nvcc"
+    include = [part / folder for part in parts for folder in ("include", "include/cccl")]
+    if not any((folder / "cuda_runtime.h").exists() for folder in include):
+        return "no include/cuda_runtime.h"
+    libraries = next((found for part in parts if (found := _cudart_dir(part)) is not None), None)
+    if libraries is None:
+        return "no libcudart"
+    version, wanted = _cudart_version(libraries), _torch_cuda()
+    if None not in (version, wanted) and version != wanted:
+        return f"it is CUDA {version}, but PyTorch is built with CUDA {torch.version.cuda}"
+    known = {folder.resolve() for folder in include[:2]}
+    others = [folder for folder in include[2:] if folder.is_dir() and folder.resolve() not in known]
+    return Toolkit(home, nvcc, tuple(others), libraries, found_by)
+
+
+def _candidates() -> Iterator[tuple[tuple[Path, ...], str]]:
+    """Folders in which the parts of one toolkit may be, nvcc in the first, and how they were found."""
     chosen = environment.cuda_home()
     if chosen is not None:
-        yield chosen, "CUDA_HOME"
+        yield _with_target(chosen), "CUDA_HOME"
     on_path = shutil.which("nvcc")
     if on_path is not None:
-        yield _home_behind(Path(on_path)), "nvcc on PATH"
-    for site in dict.fromkeys(
-        (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), str(Path(torch.__file__).parents[1]))
-    ):
-        for folder in sorted(Path(site, "nvidia").glob("cu[0-9]*"), reverse=True):
-            yield folder, "wheels"
-        if Path(site, "nvidia", "cuda_nvcc").is_dir():  # the layout of the CUDA 12 wheels
-            yield Path(site, "nvidia", "cuda_nvcc"), "wheels"
-    yield Path("/usr/local/cuda"), "the usual folder"
+        for home in _homes_behind(Path(on_path)):
+            yield _with_target(home), "nvcc on PATH"
+    # A virtual environment on top of another holds only those wheels of a toolkit that the other lacks.
+    sites = [Path(entry, "nvidia") for entry in dict.fromkeys(sys.path)]
+    for name in sorted({folder.name for site in sites for folder in site.glob("cu[0-9]*")}, reverse=True):
+        parts = [site / name for site in sites if (site / name).is_dir()]
+        for home in parts:
+            yield (home, *(part for part in parts if part != home)), "wheels"
+    for site in sites:  # CUDA 12: a folder for each wheel. Those of PyPI hold ptxas and no nvcc (12.4 and 12.9 looked at)
+        if (site / "cuda_nvcc").is_dir():
+            yield (site / "cuda_nvcc", site / "cuda_runtime", site / "cuda_cccl"), "wheels"
+    yield _with_target(_USUAL_HOME), "the usual folder"
 
 
-def _home_behind(nvcc: Path) -> Path:
-    """The toolkit of an ``nvcc`` on PATH, which may be a link or a shell script that starts the real one."""
+def _with_target(home: Path) -> tuple[Path, ...]:
+    return home, home / "targets" / "x86_64-linux"  # where conda puts headers
+
+
+def _homes_behind(nvcc: Path) -> Iterator[Path]:
+    """Toolkits that an ``nvcc`` on PATH may belong to: it may be a link, or a shell script that starts the real one."""
     real = nvcc.resolve()
-    if (real.parent.parent / "include" / "cuda_runtime.h").exists():
-        return real.parent.parent
+    yield real.parent.parent
     try:
         text = real.read_bytes()[:4096].decode()
     except (OSError, UnicodeDecodeError):
-        return real.parent.parent
+        return  # a program
     for target in re.findall(r"(/[^\s\"']+)/bin/nvcc\b", text):
-        if Path(target, "bin", "nvcc").exists():
-            return Path(target)
-    return real.parent.parent
+        yield Path(target)
 
 
-def _cudart_dir(home: Path) -> Path | None:
-    for folder in ("lib64", "lib", "targets/x86_64-linux/lib"):
-        if any((home / folder).glob("libcudart.so*")):
-            return home / folder
+def _cudart_dir(part: Path) -> Path | None:
+    for folder in ("lib64", "lib", "lib/x86_64-linux-gnu"):
+        if any((part / folder).glob("libcudart.so*")):
+            return part / folder
     return None
+
+
+def _cudart_version(folder: Path) -> int | None:
+    """The major version of the libcudart in a folder, which its file name tells."""
+    versions = {
+        int(found[1]) for file in folder.glob("libcudart.so.*") if (found := re.match(r"libcudart\.so\.(\d+)", file.name))
+    }
+    return max(versions, default=None)
+
+
+def _torch_cuda() -> int | None:
+    """The major version of CUDA that PyTorch is built with; None if it is built without."""
+    return int(torch.version.cuda.split(".")[0]) if torch.version.cuda else None
 
 
 def host_compiler() -> Path:
@@ -106,7 +155,8 @@ def host_compiler() -> Path:
     Raises:
         MissingCompiler: it is not there.
     """
-    name = os.environ.get("CXX", "c++")
+    words = shlex.split(os.environ.get("CXX", "c++"))  # may be "ccache g++"
+    name = next((word for word in words if Path(word).name not in ("ccache", "sccache")), "")
     found = shutil.which(name)
     if found is None:
         raise MissingCompiler(
@@ -127,7 +177,11 @@ def compiler_identity(program: Path, memory: Path) -> str:
             return str(known["identity"])
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not asked yet, or unreadable: ask
-    said = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
+    try:
+        said = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = str(getattr(error, "stderr", "") or error).strip()
+        raise MissingCompiler(f"the compiler {program} does not run, so kernels cannot be built\n  {reason}") from error
     lines = [line.strip() for line in said.splitlines() if re.search(r"\d+\.\d+", line)]
     identity = " ".join(lines[:2])
     try:
