@@ -25,7 +25,7 @@ from cases import assert_same_bits
 from expecttest import assert_expected_inline
 from torch import Tensor
 
-from torch_jit_ops import OpLibrary, build, environment
+from torch_jit_ops import OpLibrary, environment, loader
 
 Order = Literal["ascending", "descending"]
 
@@ -292,13 +292,13 @@ def ops(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 def compiled(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Counts compilations by label."""
     counts: Counter[str] = Counter()
-    original = build._run_cpp_extension
+    original = loader._run_cpp_extension
 
-    def counting(unit: build.Unit, *args: Any) -> str:
+    def counting(unit: loader.Unit, *args: Any) -> str:
         counts[unit.label] += 1
         return original(unit, *args)
 
-    monkeypatch.setattr(build, "_run_cpp_extension", counting)
+    monkeypatch.setattr(loader, "_run_cpp_extension", counting)
     return counts
 
 

@@ -14,7 +14,7 @@ import torch
 from expecttest import assert_expected_inline
 from torch.utils import cpp_extension
 
-from torch_jit_ops import build, toolchain
+from torch_jit_ops import loader, toolchain
 
 
 def program(path: Path, text: str = "#!/bin/sh\necho made up, release 13.0\n") -> Path:
@@ -184,13 +184,13 @@ def test_the_build_gets_every_part(machine: Machine) -> None:
     asked: dict[str, Any] = {}
     machine.monkeypatch.setattr(cpp_extension, "load", lambda *_, **options: asked.update(options))
     machine.monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
-    unit = build.Unit("name", "label", "cuda", "9.0a", "", include=(machine.root / "mine",))
-    build._run_cpp_extension(unit, machine.root, machine.root / "unit.cu", "module")
+    unit = loader.Unit("name", "label", "cuda", "9.0a", "", include=(machine.root / "mine",))
+    loader._run_cpp_extension(unit, machine.root, machine.root / "unit.cu", "module")
     assert str(upper) == cpp_extension.CUDA_HOME
-    assert asked["extra_include_paths"] == [str(machine.root / "mine"), str(build.include_dir()), str(lower / "include")]
+    assert asked["extra_include_paths"] == [str(machine.root / "mine"), str(loader.include_dir()), str(lower / "include")]
     folder = Path(asked["extra_ldflags"][-1].removeprefix("-L"))
     assert (folder / "libcudart.so").resolve() == libcudart
-    assert lower / "include" in build._system_folders(unit)
+    assert lower / "include" in loader._system_folders(unit)
 
 
 # --- what is missing -------------------------------------------------------------------------------

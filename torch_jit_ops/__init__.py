@@ -6,7 +6,7 @@
 The import defines the ops and compiles nothing.
 """
 
-from torch_jit_ops.build import BuildError as BuildError
+from torch_jit_ops.loader import BuildError as BuildError
 from torch_jit_ops.module import Module as Module
 from torch_jit_ops.module import cache_once as cache_once
 from torch_jit_ops.module import load_jit as load_jit

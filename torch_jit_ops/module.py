@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from torch_jit_ops import build, cache, runtime, toolchain, variant
+from torch_jit_ops import cache, loader, runtime, toolchain, variant
 from torch_jit_ops.signature import Argument, Signature
 
 NAMESPACE = "jitk_modules"
@@ -175,7 +175,7 @@ def load_jit(
 
 
 def _find(name: str, file: str | Path, here: Path) -> Path:
-    places = [here / file, here / "csrc" / file, build.csrc_dir() / file]
+    places = [here / file, here / "csrc" / file, loader.csrc_dir() / file]
     for place in places:
         if place.is_file():
             return place.resolve()
@@ -209,13 +209,13 @@ class _Part:
         self.include = include
         self.flags = flags
 
-    def unit(self, arch: str) -> build.Unit:
+    def unit(self, arch: str) -> loader.Unit:
         lines = [f"// {self.label}", "#include <jitk/export.h>"]
         lines += [f'#include "{file.name}"' for file in self.files]
         lines.append("using namespace jitk;")
         lines += [f"JITK_EXPORT({export}, {function})" for export, function in self.wrappers]
         folders = tuple(dict.fromkeys(file.parent for file in self.files))
-        return build.Unit(
+        return loader.Unit(
             name=f"module.{self.name}",
             label=self.label,
             backend=self.backend,
@@ -228,7 +228,7 @@ class _Part:
     def define(
         self, digest: str, mutates: Mapping[str, Sequence[int]], fakes: Mapping[str, Callable[..., Any]]
     ) -> dict[str, Any]:
-        loaded = build.load(self.unit(_default_arch(self.backend)))
+        loaded = loader.load(self.unit(_default_arch(self.backend)))
         functions = {}
         for export, _ in self.wrappers:
             signature = _signature(self.label, export, loaded.signature(export), mutates.get(export))
@@ -251,7 +251,7 @@ class _Part:
     def _answer(self, export: str, key: Sequence[int]) -> int:
         on_device = self.backend == "cuda" and key[0] >= 0
         arch = toolchain.device_arch(key[0]) if on_device else _default_arch(self.backend)
-        return build.load(self.unit(arch)).entry(export)
+        return loader.load(self.unit(arch)).entry(export)
 
 
 def _signature(label: str, export: str, text: str, written: Sequence[int] | None) -> Signature:

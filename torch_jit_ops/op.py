@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_jit_ops import build, runtime, toolchain, variant
+from torch_jit_ops import loader, runtime, toolchain, variant
 from torch_jit_ops.samples import Sample, SampleMaker
 from torch_jit_ops.signature import Signature, signature_of
 
@@ -236,7 +236,7 @@ class Op:
             forms["out"] = self.signature.with_outputs(self.outputs)
         return forms
 
-    def unit(self, backend: str, values: Sequence[variant.Value], arch: str) -> build.Unit:
+    def unit(self, backend: str, values: Sequence[variant.Value], arch: str) -> loader.Unit:
         """The translation unit for the placeholders' values: every overload in one library."""
         kernel = self.kernels[backend]
         lines = [
@@ -249,7 +249,7 @@ class Op:
             lines.append(
                 f"JITK_EXPORT({self._export(kernel, overload)}, {kernel.pattern.instantiate(values, overload and '_out')})"
             )
-        return build.Unit(
+        return loader.Unit(
             name=f"{self.library.namespace}.{self.name}",
             label=f"{self.library.namespace}::{kernel.pattern.instantiate(values).removeprefix(self.library.namespace + '::')}",
             backend=backend,
@@ -391,7 +391,7 @@ class Op:
         except Exception:  # the dispatcher will ask for the same and report it where the caller sees it
             return
 
-    def _load(self, backend: str, key: Sequence[int]) -> build.Loaded | None:
+    def _load(self, backend: str, key: Sequence[int]) -> loader.Loaded | None:
         """The library for a key of the dispatcher; None where the kernel does not serve these dtypes."""
         kernel = self.kernels[backend]
         try:
@@ -401,7 +401,7 @@ class Op:
         if any(isinstance(value, torch.dtype) and value not in self.dtypes for value in values):
             return None
         arch = toolchain.device_arch(key[0]) if backend == "cuda" else toolchain.host_isa()
-        return build.load(self.unit(backend, values, arch))
+        return loader.load(self.unit(backend, values, arch))
 
     def _answer(self, backend: str, overload: str, key: Sequence[int]) -> int:
         try:

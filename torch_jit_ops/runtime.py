@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from torch_jit_ops import build, environment, toolchain, variant
+from torch_jit_ops import environment, loader, toolchain, variant
 
 Answer = Callable[[Sequence[int]], int]
 
@@ -57,15 +57,15 @@ _library.impl("_take_error", _take_error, "CompositeExplicitAutograd")
 _library.impl("_explain_allocation", _explain_allocation, "CompositeExplicitAutograd")
 
 
-def unit() -> build.Unit:
+def unit() -> loader.Unit:
     """The translation unit of the dispatcher. Its library depends on PyTorch's version; a variant's does not."""
-    return build.Unit(
+    return loader.Unit(
         name="runtime",
         label="the dispatcher",
         backend="cpu",
         arch="x86-64",
         text='#include "dispatch.cpp"\n',
-        include=(build.csrc_dir() / "runtime",),
+        include=(loader.csrc_dir() / "runtime",),
         flags=("-O2", "-DTORCH_TARGET_VERSION=0x020b000000000000"),
         torch=True,
     )
@@ -82,7 +82,7 @@ def library(meanwhile: Callable[[], object] | None = None) -> ctypes.CDLL:
     """
     global _loaded
     if _loaded is None:
-        _loaded = _prototyped(build.load(unit(), meanwhile).library)
+        _loaded = _prototyped(loader.load(unit(), meanwhile).library)
     return _loaded
 
 

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from torch_jit_ops import build, runtime, toolchain
+from torch_jit_ops import loader, runtime, toolchain
 from torch_jit_ops.op import Op, libraries
 from torch_jit_ops.samples import SampleMaker
 
@@ -50,10 +50,10 @@ def run(options: argparse.Namespace) -> int:
     failures = []
     compiled = 0
     with ThreadPoolExecutor(options.jobs) as pool:
-        for unit, result in [(unit, pool.submit(build.load, unit)) for unit in dict.fromkeys(units)]:
+        for unit, result in [(unit, pool.submit(loader.load, unit)) for unit in dict.fromkeys(units)]:
             try:
                 compiled += result.result().compiled
-            except (build.BuildError, toolchain.MissingCompiler) as error:
+            except (loader.BuildError, toolchain.MissingCompiler) as error:
                 failures.append(f"{unit.label} ({unit.backend} {unit.arch}): {error}")
     for failure in failures:
         print(failure, file=sys.stderr)
