@@ -127,13 +127,6 @@ def test_conda_keeps_headers_by_target(machine: Machine) -> None:
     assert (found.home, found.include, found.libraries) == (home, (header.parent,), home / "lib")
 
 
-def test_a_target_that_is_a_link_adds_nothing(machine: Machine) -> None:
-    home = whole_toolkit(machine.root / "usual", lib="lib")
-    (home / "targets/x86_64-linux").mkdir(parents=True)
-    (home / "targets/x86_64-linux/include").symlink_to("../../include")
-    assert machine.find().include == ()
-
-
 def test_debian_keeps_libraries_by_architecture(machine: Machine) -> None:
     home = whole_toolkit(machine.root / "usr", lib="lib/x86_64-linux-gnu")
     machine.monkeypatch.setenv("CUDA_HOME", str(home))
@@ -150,6 +143,13 @@ def test_wheels_that_lie_in_two_environments(machine: Machine) -> None:
     empty(lower / "lib/libcudart.so.13")
     expected = (lower / "include", lower / "include/cccl")
     assert machine.find() == toolchain.Toolkit(upper, upper / "bin/nvcc", expected, lower / "lib", "wheels")
+
+
+def test_headers_beside_nvcc_hide_those_of_another_environment(machine: Machine) -> None:
+    upper, lower = (whole_toolkit(machine.site(name) / "cu13", lib="lib") for name in ("upper", "lower"))
+    assert machine.find() == toolchain.Toolkit(upper, upper / "bin/nvcc", (), upper / "lib", "wheels")
+    (upper / "include/cuda_runtime.h").unlink()
+    assert machine.find().include == (lower / "include",)
 
 
 def test_wheels_with_a_folder_each(machine: Machine) -> None:

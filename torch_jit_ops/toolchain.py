@@ -23,6 +23,7 @@ import torch
 from torch_jit_ops import environment
 
 _USUAL_HOME = Path("/usr/local/cuda")
+_HEADERS = ("cuda_runtime.h", "crt/host_config.h", "nv/target")  # one of each part of a toolkit that a kernel reads
 
 
 class MissingCompiler(RuntimeError):
@@ -78,8 +79,9 @@ def _inspect(parts: tuple[Path, ...], found_by: str) -> Toolkit | str:
     nvcc = home / "bin" / "nvcc"
     if not os.access(nvcc, os.X_OK):
         return "no bin/nvcc"
-    include = [part / folder for part in parts for folder in ("include", "include/cccl")]
-    if not any((folder / "cuda_runtime.h").exists() for folder in include):
+    folders = [part / folder for part in parts for folder in ("include", "include/cccl")]
+    holders = {header: next((folder for folder in folders if (folder / header).exists()), None) for header in _HEADERS}
+    if holders["cuda_runtime.h"] is None:
         return "no include/cuda_runtime.h"
     libraries = next((found for part in parts if (found := _cudart_dir(part)) is not None), None)
     if libraries is None:
@@ -87,9 +89,9 @@ def _inspect(parts: tuple[Path, ...], found_by: str) -> Toolkit | str:
     version, wanted = _cudart_version(libraries), _torch_cuda()
     if None not in (version, wanted) and version != wanted:
         return f"it is CUDA {version}, but PyTorch is built with CUDA {torch.version.cuda}"
-    known = {folder.resolve() for folder in include[:2]}
-    others = [folder for folder in include[2:] if folder.is_dir() and folder.resolve() not in known]
-    return Toolkit(home, nvcc, tuple(others), libraries, found_by)
+    # Of headers that are there twice, those beside nvcc are of its version.
+    include = dict.fromkeys(folder for folder in holders.values() if folder not in (None, *folders[:2]))
+    return Toolkit(home, nvcc, tuple(include), libraries, found_by)
 
 
 def _candidates() -> Iterator[tuple[tuple[Path, ...], str]]:
