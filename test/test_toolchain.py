@@ -286,6 +286,39 @@ def test_a_cpp_compiler_outside_of_path(machine: Machine) -> None:
     assert toolchain.host_compiler() == compiler
 
 
+# --- ninja -----------------------------------------------------------------------------------------
+
+
+def test_ninja_on_path(machine: Machine) -> None:
+    found = program(machine.root / "bin/ninja")
+    assert toolchain.ninja() == found
+
+
+def test_ninja_of_the_wheel_where_the_environment_is_not_activated(machine: Machine) -> None:
+    found = program(machine.root / "env/bin/ninja")
+    empty(machine.root / "env/site/ninja/__init__.py")
+    record = empty(machine.root / "env/site/ninja-1.13.2.dist-info/RECORD")
+    record.write_text("ninja/__init__.py,,\n../bin/ninja,,\n")
+    (record.parent / "METADATA").write_text("Metadata-Version: 2.1\nName: ninja\nVersion: 1.13.2\n")
+    machine.monkeypatch.setattr(sys, "path", [str(machine.root / "env/site"), *sys.path])
+    assert toolchain.ninja() == found
+    build._put_on_path(found)
+    build._put_on_path(found)
+    assert os.environ["PATH"] == f"{machine.root}/bin:{machine.root}/env/bin"
+
+
+def test_a_machine_without_ninja(machine: Machine) -> None:
+    machine.monkeypatch.setattr(sys, "path", [])
+    with pytest.raises(toolchain.MissingCompiler) as caught:
+        toolchain.ninja()
+    assert_expected_inline(
+        str(caught.value),
+        """\
+ninja was not found, so kernels cannot be built
+  remedy: pip install ninja""",
+    )
+
+
 # --- identity --------------------------------------------------------------------------------------
 
 

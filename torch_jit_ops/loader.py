@@ -214,6 +214,7 @@ def _lock(path: Path) -> Iterator[None]:
 
 
 def _compile(unit: Unit, store: cache.Store, key: str, compiler: str | None, start: float) -> Loaded:
+    _put_on_path(toolchain.ninja())
     staging = store.staging()
     name = re.sub(r"\W+", "_", unit.name)
     source = staging / f"{name}.{'cu' if unit.backend == 'cuda' else 'cpp'}"
@@ -251,6 +252,12 @@ def _compile(unit: Unit, store: cache.Store, key: str, compiler: str | None, sta
     }
     store.publish(staging, unit.name, key, library, dependencies, facts)
     return loaded
+
+
+def _put_on_path(program: Path) -> None:
+    """A Python that is started by its path, its environment not activated, does not have the programs beside it on PATH."""
+    if shutil.which(program.name) is None:
+        os.environ["PATH"] = os.pathsep.join([*filter(None, [os.environ.get("PATH")]), str(program.parent)])
 
 
 def _run_cpp_extension(unit: Unit, staging: Path, source: Path, module: str) -> str:
@@ -298,8 +305,6 @@ def _cudart_flags(toolkit: toolchain.Toolkit, staging: Path) -> list[str]:
 
 def _files_read(staging: Path) -> list[Path]:
     """The depfile, which ninja keeps in a database of its own."""
-    from torch.utils import cpp_extension  # noqa: F401  (puts the ninja wheel's folder in reach, as load did)
-
     said = subprocess.run(["ninja", "-t", "deps"], cwd=staging, capture_output=True, text=True, check=True).stdout
     return [staging / line.strip() for line in said.splitlines() if line.startswith(" ")]
 

@@ -6,6 +6,7 @@ size and time stamp of the program that was asked.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -16,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -166,6 +168,23 @@ def host_compiler() -> Path:
             "  remedy: install g++ 11 or newer (Debian, Ubuntu: apt-get install g++), or set CXX to one"
         )
     return Path(found)
+
+
+def ninja() -> Path:
+    """The build tool that ``torch.utils.cpp_extension`` starts: on PATH, else that of the wheel.
+
+    Raises:
+        MissingCompiler: it is not there.
+    """
+    on_path = shutil.which("ninja")
+    if on_path is not None:
+        return Path(on_path)
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        for file in metadata.files("ninja") or ():
+            found = Path(str(file.locate())).resolve()
+            if file.name == "ninja" and os.access(found, os.X_OK):
+                return found
+    raise MissingCompiler("ninja was not found, so kernels cannot be built\n  remedy: pip install ninja")
 
 
 def compiler_identity(program: Path, memory: Path) -> str:
