@@ -43,6 +43,11 @@ def cuda_home() -> Path | None:
     return Path(chosen) if chosen else None
 
 
+def cxx() -> str:
+    """``CXX``: the C++ compiler, as ``torch.utils.cpp_extension`` reads it. Default: ``c++``."""
+    return os.environ.get("CXX", "c++")
+
+
 def _one_of(name: str, values: tuple[str, ...]) -> str:
     value = os.environ.get(name) or values[0]
     if value not in values:

@@ -159,7 +159,7 @@ def host_compiler() -> Path:
     Raises:
         MissingCompiler: it is not there.
     """
-    words = shlex.split(os.environ.get("CXX", "c++"))  # may be "ccache g++"
+    words = shlex.split(environment.cxx())  # may be "ccache g++"
     name = next((word for word in words if Path(word).name not in ("ccache", "sccache")), "")
     found = shutil.which(name)
     if found is None:
