@@ -44,7 +44,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     reporter: Any = session.config.pluginmanager.get_plugin("terminalreporter")
     passed = len(reporter.stats.get("passed", []))
     if passed < minimum and session.exitstatus == pytest.ExitCode.OK:
-        reporter.write_line(f"only {passed} tests passed, expected at least {minimum}", red=True)
+        reporter.write_line(f"\nonly {passed} tests passed, expected at least {minimum}", red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 

@@ -1,0 +1,149 @@
+"""What may know what: headers know no PyTorch, kernels no other kernels, Python modules only those below them."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from child import ROOT, run_python
+
+PACKAGE = ROOT / "torch_jit_ops"
+SOURCES = (".h", ".cuh", ".cu", ".cpp")
+# Together they cost more to compile than a kernel.
+HEAVY = {
+    "sstream",
+    "iostream",
+    "ostream",
+    "istream",
+    "ranges",
+    "format",
+    "regex",
+    "string",
+    "vector",
+    "functional",
+    "algorithm",
+}
+HEAVY |= {"stdexcept", "tuple", "map", "unordered_map", "memory", "iomanip", "fstream", "filesystem", "string_view"}
+
+# Lower modules first; a module imports from those above it in this list alone. The root module and the CLI see all of them.
+ORDER = [
+    ("environment", "progress", "samples", "signature"),
+    ("cache", "toolchain", "variant"),
+    ("build",),
+    ("runtime",),
+    ("op", "module"),
+    ("ops",),
+]
+
+
+def _includes(path: Path) -> Iterator[str]:
+    for line in path.read_text().splitlines():
+        found = re.match(r'\s*#\s*include\s*[<"]([^>"]+)[>"]', line)
+        if found:
+            yield found[1]
+
+
+def _sources(folder: str) -> list[Path]:
+    found = sorted(path for path in (ROOT / folder).rglob("*") if path.suffix in SOURCES)
+    assert found, f"no sources in {folder}"
+    return found
+
+
+@pytest.mark.parametrize("path", _sources("include") + _sources("csrc"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_the_runtime_knows_pytorch(path: Path) -> None:
+    known = [name for name in _includes(path) if re.match(r"(torch|ATen|c10|caffe2|pybind11|Python\.h)\b", name)]
+    assert known == [] or (ROOT / "csrc" / "runtime") in path.parents
+
+
+@pytest.mark.parametrize("path", _sources("include"), ids=lambda path: path.name)
+def test_headers_include_nothing_heavy(path: Path) -> None:
+    assert [name for name in _includes(path) if name in HEAVY] == []
+
+
+@pytest.mark.parametrize("path", _sources("include"), ids=lambda path: path.name)
+def test_headers_are_guarded_and_name_each_other_in_full(path: Path) -> None:
+    assert "#pragma once" in path.read_text()
+    ours = {header.name for header in _sources("include")}
+    assert [name for name in _includes(path) if name in ours] == [], "include it as <jitk/...>"
+
+
+@pytest.mark.parametrize("path", [p for p in _sources("include") if p.suffix == ".h"], ids=lambda path: path.name)
+def test_host_headers_need_no_cuda(path: Path) -> None:
+    text = path.read_text()
+    outside = re.sub(r"#if defined\(__CUDACC__\).*?#endif", "", text, flags=re.DOTALL)
+    assert [name for name in re.findall(r"#include <(cuda\w*\.h|.*\.cuh)>", outside)] == []
+
+
+@pytest.mark.parametrize("path", _sources("csrc"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_kernels_do_not_include_kernels(path: Path) -> None:
+    assert [
+        name for name in _includes(path) if not name.startswith(("jitk/", "torch/")) and "." in name and _is_ours(name)
+    ] == []
+
+
+def _is_ours(name: str) -> bool:
+    return any(path.name == Path(name).name for path in _sources("csrc"))
+
+
+# --- Python ----------------------------------------------------------------------------------------
+
+
+def _modules() -> list[Path]:
+    return sorted(path for path in PACKAGE.rglob("*.py"))
+
+
+def _imported(path: Path) -> set[str]:
+    """Names of this package's modules that ``path`` imports, also inside of functions."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        found |= {name.split(".")[1] for name in names if name.startswith("torch_jit_ops.")}
+    return found
+
+
+@pytest.mark.parametrize("path", _modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_one_way(path: Path) -> None:
+    name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if name in ("__init__", "__main__", "cli"):
+        return
+    levels = [level for level, names in enumerate(ORDER) if name in names]
+    assert levels, f"{name} has no place in ORDER: say what it may import"
+    below = {module for names in ORDER[: levels[0]] for module in names}
+    assert _imported(path) - below - {name} <= set(ORDER[levels[0]]) & {"environment"}
+
+
+@pytest.mark.parametrize("path", _modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_assert_guards_anything(path: Path) -> None:
+    """``python -O`` takes assertions away."""
+    assert [node.lineno for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assert)] == []
+
+
+@pytest.mark.parametrize("path", _modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_only_one_module_reads_the_environment(path: Path) -> None:
+    reads = re.findall(r"os\.(?:environ\b|getenv\b)", path.read_text())
+    assert reads == [] or path.name == "environment.py"
+
+
+def test_the_import_is_light_and_compiles_nothing(tmp_path: Path) -> None:
+    code = """
+import sys
+import torch
+before = set(sys.modules)
+events = []
+starts = ("subprocess.", "os.fork", "os.exec", "os.posix_spawn", "os.system")
+sys.addaudithook(lambda name, args: events.append(name) if name.startswith(starts) else None)
+import torch_jit_ops
+heavy = {"torch.utils.cpp_extension", "rich", "filelock", "setuptools", "torch._inductor", "torch._dynamo"}
+print(sorted(heavy & (set(sys.modules) - before)), events)
+"""
+    assert run_python(code, JITK_CACHE_DIR=tmp_path / "cache") == "[] []\n"
+    assert not (tmp_path / "cache").exists()
