@@ -31,11 +31,14 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Dependency:
-    """A file that the compiler read. ``root`` names a folder (``include0``), so that a moved checkout still matches."""
+    """A file that the compiler read. ``root`` names a folder (``include0``), so that a moved checkout still matches.
+
+    Without a digest it is a file that was not there, and that the compiler would have read in place of another.
+    """
 
     root: str
     path: str
-    digest: str
+    digest: str | None
 
 
 class UntrustedCache(RuntimeError):
@@ -190,20 +193,23 @@ def default_store() -> Store:
 
 
 def dependencies_of(files: Sequence[Path], roots: Mapping[str, Path], ignore: Callable[[Path], bool]) -> list[Dependency]:
-    """Name each file by the root that holds it; what no root holds, and ``ignore`` does not drop, by its path from ``/``."""
+    """Name each file by the root that holds it; what no root holds, and ``ignore`` does not drop, by its path from ``/``.
+
+    Roots are searched in order: where an earlier one has no file of that name, its absence is a dependency too.
+    """
     found: dict[tuple[str, str], Dependency] = {}
     resolved = {name: folder.resolve() for name, folder in roots.items() if name != "system"}
+    order = list(resolved)
     for file in files:
         real = file.resolve()
-        for name, folder in resolved.items():
-            if folder in real.parents:
-                place = (name, str(real.relative_to(folder)))
-                break
-        else:
-            if ignore(real):
-                continue
-            place = ("system", str(real.relative_to("/")))
+        root = next((name for name, folder in resolved.items() if folder in real.parents), "system")
+        if root == "system" and ignore(real):
+            continue
+        path = str(real.relative_to(resolved.get(root, Path("/"))))
+        for earlier in order[: order.index(root)] if root in resolved else ():
+            if not (resolved[earlier] / path).exists():
+                found[earlier, path] = Dependency(earlier, path, None)
         digest = digest_of_file(real)
         if digest is not None:
-            found[place] = Dependency(*place, digest)
+            found[root, path] = Dependency(root, path, digest)
     return [found[place] for place in sorted(found)]
