@@ -97,10 +97,14 @@ class Store:
                 return library
         return None
 
+    def make_root(self) -> None:
+        """Make the store's folder, for this user alone: ``mkdir(parents=True)`` of a folder within would leave it to the umask."""
+        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+
     def staging(self) -> Path:
         """A new private folder to build in. It is in the store if that can be written, else temporary, with one warning."""
         try:
-            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.make_root()
             self._check_private()
             folder = self.root / "staging" / uuid.uuid4().hex
             folder.mkdir(mode=0o700, parents=True)

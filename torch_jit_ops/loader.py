@@ -179,6 +179,8 @@ def _compiler(unit: Unit, store: cache.Store) -> tuple[str | None, toolchain.Mis
             programs = [toolchain.host_compiler()]
             if unit.backend == "cuda":
                 programs.insert(0, toolchain.cuda_toolkit().nvcc)
+            with contextlib.suppress(OSError):  # a cache that cannot be written: staging says so
+                store.make_root()
             memory = store.root / "compilers"
             identity = " / ".join(toolchain.compiler_identity(program, memory) for program in programs)
             _compilers[key] = identity, None
