@@ -119,8 +119,12 @@ class Store:
 
     def publish(
         self, staging: Path, name: str, key: str, library: Path, dependencies: Sequence[Dependency], facts: Mapping[str, Any]
-    ) -> None:
-        """Record what was built in ``staging`` and rename it into its place. If another build came first, it stays."""
+    ) -> Path:
+        """Record what was built in ``staging`` and rename it into its place. If another build came first, it stays.
+
+        Returns:
+            Where the library is now.
+        """
         record = {
             "format": FORMAT,
             "key": key,
@@ -131,20 +135,22 @@ class Store:
         }
         (staging / RECORD).write_text(json.dumps(record, indent=1))
         if self.root not in staging.parents:
-            return
+            return library
         place = self._folder(name, key) / digest_of_record([record["dependencies"], record.get("compiler")])[:16]
         try:
             place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             try:
                 staging.rename(place)
             except OSError:
-                if self._intact(place) is not None:
+                first = self._intact(place)
+                if first is not None:
                     shutil.rmtree(staging, ignore_errors=True)
-                    return
+                    return first[1]
                 place.rename(staging.with_name(uuid.uuid4().hex))  # what is there is broken: out of the way with it
                 staging.rename(place)
         except OSError:
-            return  # the loaded library stays usable in this process; the next process builds again
+            return library  # usable in this process; the next process builds again
+        return place / library.name
 
     def lock_path(self, name: str, key: str) -> Path:
         """The file to lock while building ``key``."""

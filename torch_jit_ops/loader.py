@@ -18,7 +18,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -252,8 +252,7 @@ def _compile(unit: Unit, store: cache.Store, key: str, compiler: str | None, sta
         "torch": torch.__version__ if unit.torch else None,
         "seconds": round(loaded.seconds, 3),
     }
-    store.publish(staging, unit.name, key, library, dependencies, facts)
-    return loaded
+    return replace(loaded, path=store.publish(staging, unit.name, key, library, dependencies, facts))
 
 
 def _put_on_path(program: Path) -> None:
