@@ -48,6 +48,11 @@ def cxx() -> str:
     return os.environ.get("CXX", "c++")
 
 
+def compiler_choice() -> tuple[str | None, ...]:
+    """All variables that decide which compilers are found."""
+    return tuple(os.environ.get(name) for name in ("CXX", "PATH", "CUDA_HOME", "CUDA_PATH"))
+
+
 def _one_of(name: str, values: tuple[str, ...]) -> str:
     value = os.environ.get(name) or values[0]
     if value not in values:

@@ -173,7 +173,7 @@ _compilers: dict[tuple[object, ...], tuple[str | None, toolchain.MissingCompiler
 
 def _compiler(unit: Unit, store: cache.Store) -> tuple[str | None, toolchain.MissingCompiler | None]:
     """The identity of the compilers for the unit, or why there are none. Looked for once in a process and environment."""
-    key = (unit.backend, store.root, *(os.environ.get(name) for name in ("CXX", "PATH", "CUDA_HOME", "CUDA_PATH")))
+    key = (unit.backend, store.root, *environment.compiler_choice())
     if key not in _compilers:
         try:
             programs = [toolchain.host_compiler()]
