@@ -41,9 +41,10 @@ except torch_jit_ops.MissingCompiler as error:
 def test_a_process_without_a_compiler(tmp_path: Path) -> None:
     printed = run_python(_WITHOUT_COMPILER, CXX="/nonexistent", JITK_CACHE_DIR=tmp_path, JITK_FALLBACK="warn")
     assert_expected_inline(
-        printed,
+        printed.replace("which is slower: ", "which is slower:\n"),
         """\
-1 UserWarning: jitk::relu2 runs its PyTorch reference, which is slower: no C++ compiler was found ('/nonexistent' is not on PATH), so kernels cannot be built
+1 UserWarning: jitk::relu2 runs its PyTorch reference, which is slower:
+no C++ compiler was found ('/nonexistent' is not on PATH), so kernels cannot be built
   remedy: install g++ 11 or newer (Debian, Ubuntu: apt-get install g++), or set CXX to one
   JITK_FALLBACK=error makes this an error
 MissingCompiler: no C++ compiler was found ('/nonexistent' is not on PATH), so kernels cannot be built

@@ -74,7 +74,7 @@ def test_headers_are_guarded_and_name_each_other_in_full(path: Path) -> None:
 def test_host_headers_need_no_cuda(path: Path) -> None:
     text = path.read_text()
     outside = re.sub(r"#if defined\(__CUDACC__\).*?#endif", "", text, flags=re.DOTALL)
-    assert [name for name in re.findall(r"#include <(cuda\w*\.h|.*\.cuh)>", outside)] == []
+    assert re.findall(r"#include <(cuda\w*\.h|.*\.cuh)>", outside) == []
 
 
 @pytest.mark.parametrize("path", _sources("csrc"), ids=lambda path: str(path.relative_to(ROOT)))

@@ -98,7 +98,7 @@ class Store:
         return None
 
     def make_root(self) -> None:
-        """Make the store's folder, for this user alone: ``mkdir(parents=True)`` of a folder within would leave it to the umask."""
+        """Make the store's folder, for this user alone. As a parent of another folder it would have the umask's mode."""
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def staging(self) -> Path:
