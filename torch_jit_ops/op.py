@@ -112,8 +112,9 @@ class OpLibrary:
         def declare(function: Callable[..., Any]) -> Op:
             name = function.__name__
             who = f"{self.namespace}::{name}"
-            if name in self.ops:
-                raise ValueError(f"{who} is declared twice; the first is in {inspect.getfile(self.ops[name].reference)}")
+            for library in _libraries:
+                if library.namespace == self.namespace and name in library.ops:
+                    raise ValueError(f"{who} is declared twice; the first is in {inspect.getfile(library.ops[name].reference)}")
             signature = signature_of(function, mutates)
             kernels = {}
             for backend, source in (("cuda", cuda), ("cpu", cpu)):
@@ -121,13 +122,14 @@ class OpLibrary:
                     continue
                 if not (self.csrc / source).is_file():
                     raise ValueError(f"{who}: its {backend} source {source!r} is not in {self.csrc}")
-                text = variant if isinstance(variant, str) else variant[backend]
+                text = variant if isinstance(variant, str) else variant.get(backend)
+                if text is None:
+                    raise ValueError(f"{who} has a {backend} source, but variant names only {', '.join(variant)}")
                 kernels[backend] = Kernel(source, _variant.parse_variant(who, text, signature))
             names = _output_names(who, signature, outputs)
-            self.ops[name] = op = Op(
-                self, function, signature, kernels, tuple(dtypes), names, samples, fake, backward, dict(flags or {})
-            )
+            op = Op(self, function, signature, kernels, tuple(dtypes), names, samples, fake, backward, dict(flags or {}))
             op._define(self._definitions)
+            self.ops[name] = op
             return op
 
         return declare
@@ -153,6 +155,10 @@ def _output_names(who: str, signature: Signature, names: Sequence[str] | None) -
         names = ("out",)
     if len(names) != signature.results:
         raise ValueError(f"{who} returns {signature.results} tensors, but outputs names {len(names)}: {', '.join(names)}")
+    taken = [argument.name for argument in signature.arguments]
+    for index, name in enumerate(names):
+        if name in taken or name in names[:index]:
+            raise ValueError(f"{who}: its out form would have two arguments called {name!r}; name others with outputs")
     return tuple(names)
 
 
