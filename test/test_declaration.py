@@ -1,0 +1,410 @@
+"""Declaring ops: the schemas that come of signatures, and what is refused with which words."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from torch import Tensor
+
+import torch_jit_ops
+from torch_jit_ops import Op, OpLibrary, libraries
+
+_numbers = itertools.count()
+# The end of several messages.
+_SUPPORTED = "Tensor, int, float, bool, str, Literal of strings, list[int], and each of them | None"
+
+
+@pytest.fixture
+def csrc(tmp_path: Path) -> Path:
+    folder = tmp_path / "csrc"
+    folder.mkdir()
+    (folder / "kernels.cpp").write_text("")
+    return folder
+
+
+@pytest.fixture
+def library(csrc: Path) -> OpLibrary:
+    return OpLibrary(f"declared{next(_numbers)}", csrc=csrc)
+
+
+def declare(library: OpLibrary, function: Callable[..., Any], **options: Any) -> Op:
+    return library.op(**{"cpu": "kernels.cpp", "variant": "kernel", **options})(function)
+
+
+def words(caught: pytest.ExceptionInfo[BaseException], csrc: Path) -> str:
+    text = str(caught.value).replace(str(csrc), "CSRC").replace(__file__, "FILE")
+    text = re.sub(r"declared\d+", "lib", text).replace(f"{__name__}.", "")
+    return re.sub(r"test_\w+\.<locals>\.", "", text).replace(_SUPPORTED, "SUPPORTED")
+
+
+# --- schemas ---------------------------------------------------------------------------------------
+
+
+def schemas(op: Op) -> str:
+    overloads = [op.default, op.out] if op.outputs else [op.default]
+    return "\n".join(
+        re.sub(r"^declared\d+::", "", str(overload._schema)).replace(", *, ", ",\n  *, ") for overload in overloads
+    )
+
+
+def test_schema_of_every_kind_of_argument(library: OpLibrary) -> None:
+    def op(
+        x: Tensor,
+        maybe: Tensor | None,
+        n: int,
+        factor: float,
+        flag: bool,
+        order: Literal["up", "down"],
+        text: str,
+        sizes: list[int],
+        tail: Sequence[int] = (1, 2),
+        *,
+        limit: int | None = None,
+        scale: float | None = 0.5,
+        on: bool = True,
+        word: str = "word",
+        more: list[int] | None = None,
+    ) -> Tensor:
+        return x
+
+    assert_expected_inline(
+        schemas(declare(library, op)),
+        """\
+op(Tensor x, Tensor? maybe, SymInt n, float factor, bool flag, str order, str text, SymInt[] sizes, SymInt[] tail=[1, 2],
+  *, SymInt? limit=None, float? scale=0.5, bool on=True, str word="word", SymInt[]? more=None) -> Tensor
+op.out(Tensor x, Tensor? maybe, SymInt n, float factor, bool flag, str order, str text, SymInt[] sizes, SymInt[] tail=[1, 2],
+  *, SymInt? limit=None, float? scale=0.5, bool on=True, str word="word", SymInt[]? more=None, Tensor(a14!) out) -> ()""",
+    )
+
+
+def test_schema_of_written_arguments(library: OpLibrary) -> None:
+    def op(x: Tensor, y: Tensor, weight: Tensor) -> None:
+        pass
+
+    assert_expected_inline(
+        schemas(declare(library, op, mutates=("x", "y"))), """op(Tensor(a0!) x, Tensor(a1!) y, Tensor weight) -> ()"""
+    )
+
+
+def test_schema_of_written_arguments_and_a_result(library: OpLibrary) -> None:
+    def op(x: Tensor, y: Tensor | None = None) -> Tensor:
+        return x.clone()
+
+    assert_expected_inline(
+        schemas(declare(library, op, mutates=("x", "y"))), """op(Tensor(a0!) x, Tensor(a1!)? y=None) -> Tensor"""
+    )
+
+
+def test_schema_of_several_results(library: OpLibrary) -> None:
+    def op(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x
+
+    assert_expected_inline(
+        schemas(declare(library, op, outputs=("out", "scale"))),
+        """\
+op(Tensor x) -> (Tensor, Tensor)
+op.out(Tensor x,
+  *, Tensor(a1!) out, Tensor(a2!) scale) -> ()""",
+    )
+
+
+def test_schema_of_postponed_and_evaluated_annotations_is_the_same(library: OpLibrary) -> None:
+    scope: dict[str, Any] = {"Tensor": Tensor}
+    exec(compile("def op(x: Tensor, n: int) -> Tensor: return x", __file__, "exec", dont_inherit=True), scope)
+    assert scope["op"].__annotations__["n"] is int
+    assert schemas(declare(library, scope["op"])) == "op(Tensor x, SymInt n) -> Tensor\nop.out(" + (
+        "Tensor x, SymInt n,\n  *, Tensor(a2!) out) -> ()"
+    )
+
+
+def test_the_decorated_function_is_the_op(library: OpLibrary) -> None:
+    def scale(x: Tensor, factor: float = 2.0) -> Tensor:
+        """Scale."""
+        return x * factor
+
+    op = declare(library, scale)
+    assert isinstance(op, Op)
+    assert op.reference is scale
+    assert op.__doc__ == "Scale."
+    assert op.__name__ == "scale"
+    assert inspect.signature(op) == inspect.signature(scale)
+    assert op.packet is getattr(torch.ops, library.namespace).scale
+    assert library.ops == {"scale": op}
+    assert library in libraries()
+    assert re.fullmatch(r"<op declared\d+::scale, kernels for cpu>", repr(op))
+
+
+def test_an_op_without_a_kernel_runs_its_reference(library: OpLibrary) -> None:
+    def plus_one(x: Tensor) -> Tensor:
+        return x + 1
+
+    op = declare(library, plus_one, cpu=None)
+    assert op(torch.zeros(2)).tolist() == [1, 1]
+    out = torch.zeros(2)
+    op.out(torch.ones(2), out=out)
+    assert out.tolist() == [2, 2]
+
+
+def test_a_fake_and_a_derivative_of_its_own(library: OpLibrary) -> None:
+    calls = []
+
+    def double(x: Tensor) -> Tensor:
+        return torch.from_numpy(2 * x.detach().numpy())
+
+    def fake(x: Tensor) -> Tensor:
+        calls.append("fake")
+        return x.new_empty(x.shape)
+
+    def backward(grad: Tensor, x: Tensor) -> Tensor:
+        calls.append("backward")
+        return 2 * grad
+
+    op = declare(library, double, cpu=None, fake=fake, backward=backward)
+    x = torch.ones(3, requires_grad=True)
+    torch.compile(lambda x: op(x).sum(), fullgraph=True, backend="aot_eager")(x).backward()
+    assert x.grad.tolist() == [2, 2, 2]
+    assert set(calls) == {"fake", "backward"}
+
+
+# --- what is refused -------------------------------------------------------------------------------
+
+
+def test_a_namespace_that_is_no_identifier(csrc: Path) -> None:
+    with pytest.raises(ValueError) as caught:
+        OpLibrary("my-lib", csrc=csrc)
+    assert_expected_inline(words(caught, csrc), """the namespace 'my-lib' must be an identifier""")
+
+
+def test_a_folder_that_does_not_exist(csrc: Path) -> None:
+    for folders in ({"csrc": csrc / "gone"}, {"csrc": csrc, "include": [csrc / "gone"]}):
+        with pytest.raises(ValueError) as caught:
+            OpLibrary("gone", **folders)
+    assert_expected_inline(words(caught, csrc), """OpLibrary('gone'): the folder CSRC/gone does not exist""")
+    assert "gone" not in [library.namespace for library in libraries()]
+
+
+def test_a_name_that_is_taken(library: OpLibrary, csrc: Path) -> None:
+    def op(x: Tensor) -> Tensor:
+        return x
+
+    declare(library, op)
+    with pytest.raises(ValueError) as caught:
+        declare(library, op)
+    assert_expected_inline(words(caught, csrc), """lib::op is declared twice; the first is in FILE""")
+
+
+def test_a_name_that_another_library_has_taken(library: OpLibrary, csrc: Path) -> None:
+    def op(x: Tensor) -> Tensor:
+        return x
+
+    declare(library, op)
+    with pytest.raises(ValueError) as caught:
+        declare(OpLibrary(library.namespace, csrc=csrc), op)
+    assert_expected_inline(words(caught, csrc), """lib::op is declared twice; the first is in FILE""")
+
+
+@pytest.mark.parametrize("backend", ["cpu", "cuda"])
+def test_a_source_that_is_missing(library: OpLibrary, csrc: Path, backend: str) -> None:
+    def op(x: Tensor) -> Tensor:
+        return x
+
+    with pytest.raises(ValueError) as caught:
+        declare(library, op, **{backend: "gone.cu"})
+    assert words(caught, csrc) == f"lib::op: its {backend} source 'gone.cu' is not in CSRC"
+
+
+def test_placeholders_that_mean_nothing(library: OpLibrary, csrc: Path) -> None:
+    def op(x: Tensor, n: int, factor: float, text: str) -> Tensor:
+        return x
+
+    texts = []
+    for variant in (
+        "op<{y.dtype}>",
+        "op<{x}>",
+        "op<{x.device}>",
+        "op<{x.shape}>",
+        "op<{x.shape[last]}>",
+        "op<{factor}>",
+        "op<{text}>",
+        "op<{n.dtype}>",
+        "op<{}>",
+        "op<{x.dtype}",
+        "op({x.dtype})",
+        "1op",
+        "",
+    ):
+        with pytest.raises(ValueError) as caught:
+            declare(library, op, variant=variant)
+        texts.append(words(caught, csrc))
+    assert_expected_inline(
+        "\n".join(texts),
+        """\
+lib::op: the variant's placeholder {y.dtype} names no argument; they are x, n, factor, text
+lib::op: of a tensor a variant can use {x.dtype}, {x.shape[i]} and {x.dim}, not {x}
+lib::op: of a tensor a variant can use {x.dtype}, {x.shape[i]} and {x.dim}, not {x.device}
+lib::op: of a tensor a variant can use {x.dtype}, {x.shape[i]} and {x.dim}, not {x.shape}
+lib::op: of a tensor a variant can use {x.dtype}, {x.shape[i]} and {x.dim}, not {x.shape[last]}
+lib::op: the variant's placeholder {factor} must be a tensor's property, an int, a bool, or a str with Literal choices
+lib::op: the variant's placeholder {text} must be a tensor's property, an int, a bool, or a str with Literal choices
+lib::op: the variant's placeholder {n.dtype} must be a tensor's property, an int, a bool, or a str with Literal choices
+lib::op: the variant's placeholder {} names no argument; they are x, n, factor, text
+lib::op: the variant 'op<{x.dtype}' must be a C++ function, such as 'norm<{input.dtype}>'
+lib::op: the variant 'op({x.dtype})' must be a C++ function, such as 'norm<{input.dtype}>'
+lib::op: the variant '1op' must be a C++ function, such as 'norm<{input.dtype}>'
+lib::op: the variant '' must be a C++ function, such as 'norm<{input.dtype}>'""",
+    )
+
+
+def test_a_variant_for_each_backend(library: OpLibrary, csrc: Path) -> None:
+    def op(x: Tensor) -> Tensor:
+        return x
+
+    with pytest.raises(ValueError) as caught:
+        declare(library, op, variant={"cuda": "op"})
+    assert_expected_inline(words(caught, csrc), """lib::op has a cpu source, but variant names only cuda""")
+    declare(library, op, variant={"cuda": "op_cuda<{x.dtype}>", "cpu": "op_cpu"})
+    patterns = {backend: kernel.pattern.text for backend, kernel in library.ops["op"].kernels.items()}
+    assert patterns == {"cpu": "op_cpu"}
+
+
+def test_signatures_that_cannot_be_schemas(library: OpLibrary, csrc: Path) -> None:
+    def no_annotation(x: Tensor, n) -> Tensor:  # type: ignore[no-untyped-def]
+        return x
+
+    def no_result(x: Tensor):  # type: ignore[no-untyped-def]
+        return x
+
+    def positional(x: Tensor, *rest: Tensor) -> Tensor:
+        return x
+
+    def keywords(x: Tensor, **rest: Tensor) -> Tensor:
+        return x
+
+    def device(x: Tensor, where: torch.device) -> Tensor:
+        return x
+
+    def tensors(x: list[Tensor]) -> Tensor:
+        return x[0]
+
+    def union(x: Tensor, n: int | float) -> Tensor:
+        return x
+
+    def choices(x: Tensor, n: Literal[1, 2]) -> Tensor:
+        return x
+
+    def words_with_spaces(x: Tensor, how: Literal["as is"]) -> Tensor:
+        return x
+
+    def number(x: Tensor) -> int:
+        return 1
+
+    def list_of_tensors(x: Tensor) -> list[Tensor]:
+        return [x]
+
+    def undefined(x: Nowhere) -> Tensor:  # type: ignore[name-defined]  # noqa: F821
+        return x
+
+    def mode(x: Tensor, mode: str) -> Tensor:
+        return x
+
+    functions = [no_annotation, no_result, positional, keywords, device, tensors, union, choices, words_with_spaces]
+    functions += [number, list_of_tensors, undefined, mode]
+    texts = []
+    for function in functions:
+        with pytest.raises((TypeError, ValueError)) as caught:
+            declare(library, function)
+        texts.append(
+            f"{type(caught.value).__name__} {words(caught, csrc)}".replace("; ", ";\n  ").replace("op that", "op\n  that")
+        )
+        assert function.__name__ not in library.ops
+    assert_expected_inline(
+        "\n".join(texts),
+        """\
+TypeError no_annotation: argument 'n' needs a type annotation: SUPPORTED
+TypeError no_result: the return type needs an annotation: Tensor, a tuple of Tensors, or None
+TypeError positional: '*rest' cannot be part of a schema;
+  list the arguments
+TypeError keywords: '*rest' cannot be part of a schema;
+  list the arguments
+TypeError device: argument 'where' is annotated <class 'torch.device'>;
+  a schema can hold SUPPORTED
+TypeError tensors: argument 'x' is annotated list[torch.Tensor];
+  a schema can hold SUPPORTED
+TypeError union: argument 'n' is annotated int | float;
+  a schema can hold SUPPORTED
+TypeError choices: argument 'n' is annotated typing.Literal[1, 2];
+  a schema can hold SUPPORTED
+TypeError words_with_spaces: argument 'how': the choice 'as is' must be an identifier
+TypeError number: returns <class 'int'>;
+  an op returns Tensor, a tuple of Tensors, or None
+TypeError list_of_tensors: returns list[torch.Tensor];
+  an op returns Tensor, a tuple of Tensors, or None
+TypeError undefined: an annotation names 'Nowhere', which its module does not define at run time
+ValueError mode: an argument cannot be called 'mode': torch.compile passes arguments of an op
+  that writes by name, next to one of its own of that name""",
+    )
+
+
+def test_mutates_that_names_no_tensor(library: OpLibrary, csrc: Path) -> None:
+    def op(x: Tensor, n: int) -> None:
+        pass
+
+    texts = []
+    for mutates in (("y",), ("n",)):
+        with pytest.raises(ValueError) as caught:
+            declare(library, op, mutates=mutates)
+        texts.append(words(caught, csrc))
+    assert_expected_inline(
+        "\n".join(texts),
+        """\
+op: mutates names 'y'; its tensor arguments are x
+op: mutates names 'n'; its tensor arguments are x""",
+    )
+
+
+def test_outputs_that_do_not_fit(library: OpLibrary, csrc: Path) -> None:
+    def two(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x
+
+    def one(x: Tensor) -> Tensor:
+        return x
+
+    texts = []
+    for function, outputs in ((two, None), (two, ("out",)), (one, ("out", "scale")), (one, ("x",)), (two, ("out", "out"))):
+        with pytest.raises(ValueError) as caught:
+            declare(library, function, outputs=outputs)
+        texts.append(words(caught, csrc))
+    assert_expected_inline(
+        "\n".join(texts),
+        """\
+lib::two returns 2 tensors: name the out form's arguments, outputs=('out', 'scale')
+lib::two returns 2 tensors, but outputs names 1: out
+lib::one returns 1 tensors, but outputs names 2: out, scale
+lib::one: its out form would have two arguments called 'x'; name others with outputs
+lib::two: its out form would have two arguments called 'out'; name others with outputs""",
+    )
+
+
+def test_a_failed_declaration_can_be_repaired(library: OpLibrary) -> None:
+    """As in a notebook, where the same cell runs again."""
+
+    def op(x: Tensor) -> Tensor:
+        return x
+
+    with pytest.raises(ValueError):
+        declare(library, op, cpu="gone.cpp")
+    assert schemas(declare(library, op)).startswith("op(Tensor x) -> Tensor")
+
+
+def test_the_public_names() -> None:
+    """What users import; a name that goes is a promise broken."""
+    public = sorted(name for name in vars(torch_jit_ops) if not name.startswith("_") and name[0].isupper())
+    assert_expected_inline(" ".join(public), """BuildError MissingCompiler Module Op OpLibrary Sample SampleMaker""")
