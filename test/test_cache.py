@@ -17,7 +17,7 @@ import torch
 from child import ROOT, run_python
 from expecttest import assert_expected_inline
 
-from torch_jit_ops import build, cache, environment, toolchain
+from torch_jit_ops import cache, environment, loader, toolchain
 
 _TEXT = """#include <answer.h>
 extern "C" __attribute__((visibility("default"))) int answer() { return ANSWER; }
@@ -41,27 +41,27 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[build.Unit], build.Loaded]:
-    """``build.load`` as in a process that has loaded nothing."""
+def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[loader.Unit], loader.Loaded]:
+    """``loader.load`` as in a process that has loaded nothing."""
 
-    def load(unit: build.Unit) -> build.Loaded:
-        monkeypatch.setattr(build, "_results", {})
+    def load(unit: loader.Unit) -> loader.Loaded:
+        monkeypatch.setattr(loader, "_results", {})
         monkeypatch.setattr(cache, "_file_digests", {})
-        monkeypatch.setattr(build, "_compilers", {})
-        return build.load(unit)
+        monkeypatch.setattr(loader, "_compilers", {})
+        return loader.load(unit)
 
     return load
 
 
-def unit(include: Path, text: str = _TEXT, name: str = "test.answer") -> build.Unit:
-    return build.Unit(name=name, label="test::answer", backend="cpu", arch="x86-64", text=text, include=(include,))
+def unit(include: Path, text: str = _TEXT, name: str = "test.answer") -> loader.Unit:
+    return loader.Unit(name=name, label="test::answer", backend="cpu", arch="x86-64", text=text, include=(include,))
 
 
-def answer(loaded: build.Loaded) -> int:
+def answer(loaded: loader.Loaded) -> int:
     return int(loaded.library.answer())
 
 
-Load = Callable[[build.Unit], build.Loaded]
+Load = Callable[[loader.Unit], loader.Loaded]
 
 # --- what is found again ---------------------------------------------------------------------------
 

@@ -302,8 +302,8 @@ def test_ninja_of_the_wheel_where_the_environment_is_not_activated(machine: Mach
     (record.parent / "METADATA").write_text("Metadata-Version: 2.1\nName: ninja\nVersion: 1.13.2\n")
     machine.monkeypatch.setattr(sys, "path", [str(machine.root / "env/site"), *sys.path])
     assert toolchain.ninja() == found
-    build._put_on_path(found)
-    build._put_on_path(found)
+    loader._put_on_path(found)
+    loader._put_on_path(found)
     assert os.environ["PATH"] == f"{machine.root}/bin:{machine.root}/env/bin"
 
 
