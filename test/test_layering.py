@@ -32,7 +32,7 @@ HEAVY |= {"stdexcept", "tuple", "map", "unordered_map", "memory", "iomanip", "fs
 ORDER = [
     ("environment", "progress", "samples", "signature"),
     ("cache", "toolchain", "variant"),
-    ("build",),
+    ("loader",),
     ("runtime",),
     ("op", "module"),
     ("ops",),

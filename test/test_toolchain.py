@@ -14,7 +14,7 @@ import torch
 from expecttest import assert_expected_inline
 from torch.utils import cpp_extension
 
-from torch_jit_ops import loader, toolchain
+from torch_jit_ops import environment, loader, toolchain
 
 
 def program(path: Path, text: str = "#!/bin/sh\necho made up, release 13.0\n") -> Path:
@@ -302,8 +302,8 @@ def test_ninja_of_the_wheel_where_the_environment_is_not_activated(machine: Mach
     (record.parent / "METADATA").write_text("Metadata-Version: 2.1\nName: ninja\nVersion: 1.13.2\n")
     machine.monkeypatch.setattr(sys, "path", [str(machine.root / "env/site"), *sys.path])
     assert toolchain.ninja() == found
-    loader._put_on_path(found)
-    loader._put_on_path(found)
+    environment.put_on_path(found)
+    environment.put_on_path(found)
     assert os.environ["PATH"] == f"{machine.root}/bin:{machine.root}/env/bin"
 
 

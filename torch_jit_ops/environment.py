@@ -6,6 +6,7 @@ Each function reads its variable when it is called, so a program or a test can s
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 
@@ -51,6 +52,15 @@ def cxx() -> str:
 def compiler_choice() -> tuple[str | None, ...]:
     """All variables that decide which compilers are found."""
     return tuple(os.environ.get(name) for name in ("CXX", "PATH", "CUDA_HOME", "CUDA_PATH"))
+
+
+def put_on_path(program: Path) -> None:
+    """Append the program's folder to ``PATH`` if no folder there has it.
+
+    A Python that is started by its path, its environment not activated, does not have the programs beside it on ``PATH``.
+    """
+    if shutil.which(program.name) is None:
+        os.environ["PATH"] = os.pathsep.join([*filter(None, [os.environ.get("PATH")]), str(program.parent)])
 
 
 def _one_of(name: str, values: tuple[str, ...]) -> str:

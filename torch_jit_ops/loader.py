@@ -216,7 +216,7 @@ def _lock(path: Path) -> Iterator[None]:
 
 
 def _compile(unit: Unit, store: cache.Store, key: str, compiler: str | None, start: float) -> Loaded:
-    _put_on_path(toolchain.ninja())
+    environment.put_on_path(toolchain.ninja())
     staging = store.staging()
     name = re.sub(r"\W+", "_", unit.name)
     source = staging / f"{name}.{'cu' if unit.backend == 'cuda' else 'cpp'}"
@@ -253,12 +253,6 @@ def _compile(unit: Unit, store: cache.Store, key: str, compiler: str | None, sta
         "seconds": round(loaded.seconds, 3),
     }
     return replace(loaded, path=store.publish(staging, unit.name, key, library, dependencies, facts))
-
-
-def _put_on_path(program: Path) -> None:
-    """A Python that is started by its path, its environment not activated, does not have the programs beside it on PATH."""
-    if shutil.which(program.name) is None:
-        os.environ["PATH"] = os.pathsep.join([*filter(None, [os.environ.get("PATH")]), str(program.parent)])
 
 
 def _run_cpp_extension(unit: Unit, staging: Path, source: Path, module: str) -> str:
