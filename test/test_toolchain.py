@@ -193,6 +193,27 @@ def test_the_build_gets_every_part(machine: Machine) -> None:
     assert lower / "include" in loader._system_folders(unit)
 
 
+def test_folders_that_a_command_would_part(machine: Machine) -> None:
+    """cpp_extension quotes the folders of headers, and no others."""
+    home = machine.root / "my env/cu13"
+    program(home / "bin/nvcc")
+    empty(home / "include/cuda_runtime.h")
+    empty(home / "lib/libcudart.so")
+    machine.monkeypatch.setenv("CUDA_HOME", str(home))
+    machine.find()
+    asked: dict[str, Any] = {}
+    machine.monkeypatch.setattr(cpp_extension, "load", lambda *_, **options: asked.update(options))
+    machine.monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
+    machine.monkeypatch.setattr(cpp_extension, "TORCH_LIB_PATH", None)
+    machine.monkeypatch.setattr(torch, "__file__", "/my env/torch/__init__.py")
+    unit = loader.Unit("name", "label", "cuda", "9.0a", "")
+    loader._run_cpp_extension(unit, machine.root, machine.root / "unit.cu", "module")
+    assert cpp_extension.TORCH_LIB_PATH == "'/my env/torch/lib'"
+    assert cpp_extension.CUDA_HOME == "links/toolkit"  # ninja runs in the staging folder
+    assert (machine.root / "links/toolkit").resolve() == home
+    assert asked["extra_ldflags"][-1] == f"'-L{home}/lib'"
+
+
 # --- what is missing -------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import threading
@@ -237,7 +238,7 @@ def _compile(unit: Unit, store: cache.Store, key: str, compiler: str | None, sta
         unit.roots(),
         lambda file: any(folder in file.parents for folder in system),
     )
-    for leftover in (*staging.glob("*.o"), *staging.glob(".ninja*"), staging / "lock", staging / "stubs"):
+    for leftover in (*staging.glob("*.o"), *staging.glob(".ninja*"), staging / "lock", staging / _LINKS):
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
@@ -261,10 +262,11 @@ def _run_cpp_extension(unit: Unit, staging: Path, source: Path, module: str) -> 
     include = [*unit.include, include_dir()]
     verbose = environment.verbosity() == 2
     link = ["-Wl,--as-needed"]
+    cpp_extension.TORCH_LIB_PATH = shlex.quote(str(Path(torch.__file__).parent / "lib"))  # it goes into commands as it is
     if unit.backend == "cuda":
         toolkit = toolchain.cuda_toolkit()
         # Found at its import, and wrong behind a wrapper script, for wheels, and in a CPU build of PyTorch.
-        cpp_extension.CUDA_HOME = str(toolkit.home)
+        cpp_extension.CUDA_HOME = _cuda_home(toolkit, staging)
         include += toolkit.include
         link += _cudart_flags(toolkit, staging)
     cuda = unit.backend == "cuda"
@@ -287,15 +289,32 @@ def _run_cpp_extension(unit: Unit, staging: Path, source: Path, module: str) -> 
     return f"built with {' '.join(flags)}\n"
 
 
+def _cuda_home(toolkit: toolchain.Toolkit, staging: Path) -> str:
+    """A path that needs no quotes, since it gets none: a link, seen from the folder in which ninja runs the commands."""
+    home = str(toolkit.home)
+    if shlex.quote(home) == home:
+        return home
+    _link(staging, "toolkit", toolkit.home)
+    return f"{_LINKS}/toolkit"
+
+
 def _cudart_flags(toolkit: toolchain.Toolkit, staging: Path) -> list[str]:
     """Toolkits from wheels bring libcudart.so.13 alone; the linker asks for libcudart.so."""
-    plain = toolkit.libraries / "libcudart.so"
-    if plain.exists():
-        return [f"-L{toolkit.libraries}"]
-    stubs = staging / "stubs"
-    stubs.mkdir()
-    (stubs / "libcudart.so").symlink_to(sorted(toolkit.libraries.glob("libcudart.so.*"))[0])
-    return [f"-L{stubs}"]
+    folder = toolkit.libraries
+    if not (folder / "libcudart.so").exists():
+        folder = _link(staging, "libcudart.so", sorted(folder.glob("libcudart.so.*"))[0])
+    return [shlex.quote(f"-L{folder}")]
+
+
+_LINKS = "links"
+
+
+def _link(staging: Path, name: str, target: Path) -> Path:
+    """The folder with a link of that name. It goes after the build."""
+    folder = staging / _LINKS
+    folder.mkdir(exist_ok=True)
+    (folder / name).symlink_to(target)
+    return folder
 
 
 def _files_read(staging: Path) -> list[Path]:
