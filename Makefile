@@ -12,8 +12,7 @@ ARCHS ?= 8.0 9.0a 10.0a
 ARGS ?=
 
 BIN := $(VENV)/bin
-RUN := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python
-HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
+CUDA_BIN := $(CUDA_VENV)/bin
 
 .PHONY: help demo test bench kernels lint format wheel clean
 .DEFAULT_GOAL := help
@@ -27,49 +26,69 @@ help:
 	@echo "make wheel     build dist/*.whl"
 	@echo "make clean     remove what the targets made"
 
-# The interpreter's own torch is used if it is new enough: it is the one built for the machine.
-$(VENV)/ready: setup.cfg pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "torch_jit_ops needs Python 3.10 or newer; set PYTHON=/path/to/python3.x"; exit 1; }
-	@command -v $${CXX:-c++} >/dev/null || echo "note: no C++ compiler ($${CXX:-c++}): ops will run their PyTorch reference. Install g++ 11 or newer"
-	@if $(PYTHON) -c 'import sys, torch; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11))' 2>/dev/null; then \
-	  echo "setting up $(VENV) on top of $(PYTHON)'s torch"; $(PYTHON) -m venv --system-site-packages $(VENV); \
+# Succeeds in an interpreter whose torch is new enough and meets condition $(3).
+HAS_TORCH = -c 'import sys, torch; sys.exit(not (tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11) $(3)))' 2>/dev/null
+
+# $(call venv,folder,what to install,condition): the torch of $(PYTHON) is used if it will do, since it is the one built for the machine.
+# The .pth file shows all that $(PYTHON) sees, also where that is in a virtual environment itself.
+define venv
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "torch_jit_ops needs Python 3.10 or newer; set PYTHON=/path/to/python3.x"; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null \
+	  || { echo "no C++ compiler ($${CXX:-c++}): install g++ 11 or newer (Debian, Ubuntu: apt-get install g++), or set CXX to one"; exit 1; }
+	@$(1)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(1)
+	@if $(1)/bin/python $(HAS_TORCH); then \
+	  :; \
+	elif $(PYTHON) $(HAS_TORCH); then \
+	  echo "setting up $(1) on top of the torch of $(PYTHON)"; \
+	  $(PYTHON) -c 'import sys; print("import site; list(map(site.addsitedir,", [p for p in sys.path if p.endswith("-packages")], "))")' \
+	    >"$$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"; \
 	else \
-	  echo "setting up $(VENV) with $(TORCH)"; $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet "$(TORCH)"; \
+	  echo "setting up $(1) with $(2), which may take minutes and gigabytes"; \
+	  $(1)/bin/python -m pip install "$(2)" && $(1)/bin/python $(HAS_TORCH) \
+	    || { echo "$(2) will not do: it must be torch >= 2.11 $(3)"; exit 1; }; \
 	fi
+endef
+
+# $(call nvcc,folder): a CUDA compiler from wheels, where there is no other.
+nvcc = $(1)/bin/python -c 'from torch_jit_ops import toolchain; toolchain.cuda_toolkit()' 2>/dev/null \
+  || { echo "there is no CUDA compiler: installing one into $(1)"; $(1)/bin/python -m pip install --quiet --editable '.[nvcc]'; } \
+  || echo "that failed: ops on the GPU will run their PyTorch reference"
+
+$(VENV)/ready: setup.cfg pyproject.toml
+	$(call venv,$(VENV),$(TORCH))
 	@$(BIN)/python -m pip install --quiet --editable '.[test]'
-	@if [ "$(HAS_GPU)" != 0 ] && ! $(RUN) -c 'from torch_jit_ops import toolchain; toolchain.cuda_toolkit()' 2>/dev/null; then \
-	  echo "there is a GPU and no CUDA compiler: installing one into $(VENV)"; $(BIN)/python -m pip install --quiet --editable '.[nvcc]'; \
-	fi
+	@! nvidia-smi -L >/dev/null 2>&1 || $(call nvcc,$(VENV))
 	@touch $@
 
+$(CUDA_VENV)/ready: setup.cfg pyproject.toml
+	$(call venv,$(CUDA_VENV),$(CUDA_TORCH),and torch.version.cuda)
+	@$(CUDA_BIN)/python -m pip install --quiet --editable .
+	@$(call nvcc,$(CUDA_VENV))
+	@touch $@
+
+# Linters run without torch, and from here, even if $(PYTHON) has them too.
 $(VENV)/lint: setup.cfg
-	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet $$($(PYTHON) -c 'import configparser as c; p = c.ConfigParser(); p.read("setup.cfg"); print(*(x.replace(" ", "") for x in p["options.extras_require"]["lint"].split("\n") if x))')
-	@touch $@
-
-$(CUDA_VENV)/ready: setup.cfg
-	@echo "setting up $(CUDA_VENV) with $(CUDA_TORCH), a CUDA build: some minutes and 5 GB"
-	@$(PYTHON) -m venv $(CUDA_VENV)
-	@PIP_FIND_LINKS= $(CUDA_VENV)/bin/python -m pip install --quiet "$(CUDA_TORCH)" setuptools
-	@PIP_FIND_LINKS= $(CUDA_VENV)/bin/python -m pip install --quiet --editable .
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import configparser; c = configparser.ConfigParser(); c.read("setup.cfg"); print(c["options.extras_require"]["lint"])' \
+	  >$@.txt && $(BIN)/python -m pip install --quiet --ignore-installed --requirement $@.txt
 	@touch $@
 
 demo: $(VENV)/ready
-	@$(RUN) -m torch_jit_ops demo
+	@$(BIN)/python -m torch_jit_ops demo
 
 test: $(VENV)/ready
-	@$(RUN) -m pytest $(ARGS)
+	@$(BIN)/python -m pytest $(ARGS)
 
 BENCH ?= all
 bench: $(VENV)/ready
 	@mkdir -p bench/results
-	@$(RUN) -m bench $(BENCH) --json bench/results/$$(date +%Y%m%d-%H%M%S).json
+	@$(BIN)/python -m bench $(BENCH) --json bench/results/$$(date +%Y%m%d-%H%M%S).json
 
-# Any installed CUDA toolkit will do; the extra brings one where there is none.
 kernels: $(CUDA_VENV)/ready
-	@PATH="$(CURDIR)/$(CUDA_VENV)/bin:$$PATH" $(CUDA_VENV)/bin/python -m torch_jit_ops build --backend cuda $(ARCHS:%=--arch %)
+	@$(CUDA_BIN)/python -m torch_jit_ops build --backend cuda $(ARCHS:%=--arch %)
 
-CXX_FILES := $(shell git ls-files '*.h' '*.cuh' '*.cu' '*.cpp' 2>/dev/null)
+CXX_FILES = $(shell find csrc include test bench examples -name '*.h' -o -name '*.cuh' -o -name '*.cu' -o -name '*.cpp')
 lint: $(VENV)/lint
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
@@ -77,7 +96,7 @@ format: $(VENV)/lint
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format . && $(BIN)/clang-format -i $(CXX_FILES)
 
 wheel: $(VENV)/ready
-	@$(BIN)/python -m build --wheel --outdir dist . >/dev/null && ls dist/*.whl
+	@rm -rf build dist && $(BIN)/python -m build --no-isolation --wheel --outdir dist . >/dev/null && ls dist/*.whl
 
 clean:
 	rm -rf $(VENV) $(CUDA_VENV) build dist *.egg-info bench/results
