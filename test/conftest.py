@@ -17,6 +17,8 @@ os.environ["JITK_CACHE_DIR"] = os.environ.get("JITK_TEST_CACHE_DIR") or os.path.
 os.environ["JITK_VERBOSE"] = "0"
 os.environ["JITK_FALLBACK"] = "error"  # a suite that tests references against themselves would pass
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(_FOLDER, "inductor")
+# Threads of a pool that wait for work by spinning make a busy machine four times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # These caches ignore a changed fake or schema (pytorch#160472).
 os.environ["TORCHINDUCTOR_FX_GRAPH_CACHE"] = "0"
 os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
@@ -35,6 +37,8 @@ def _repeatable() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # a fault of a kernel shows in the test that launched it
     torch.use_deterministic_algorithms(False)
     torch._dynamo.reset()
 

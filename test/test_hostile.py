@@ -19,6 +19,7 @@ from cases import (
     every_case,
     has_out,
     has_tokens,
+    is_batched,
     is_first,
     is_first_of_op,
     map_tensors,
@@ -256,6 +257,44 @@ def test_out_in_the_memory_of_an_input(case: Case) -> None:
             assert ".contiguous()" in str(error) or "overlap" in str(error)
             continue
         assert_same_bits(out, expected, "the memory of an input")
+
+
+@over(is_first_of_op, _has_several_tokens)
+def test_rows_farther_apart_than_an_int32_reaches(case: Case) -> None:
+    """Of each tensor with tokens, in turn; the memory between the rows is never touched."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    tokens = 5
+    plain = with_tokens(case.sample(), tokens)
+
+    def far(tensor: Tensor) -> Tensor:
+        step = 2**31 // (tokens - 1) + tensor[0].numel() + 64
+        row = torch.empty(tensor.shape[1:], device="meta").stride()
+        memory = torch.empty(step * (tokens - 1) + tensor[0].numel(), dtype=tensor.dtype, device=tensor.device)
+        return memory.as_strided(tensor.shape, (step, *row)).copy_(tensor)
+
+    for which, tensor in enumerate(tensors_of(plain)):
+        if not is_batched(tensor, tokens):
+            continue
+        given = _change(copy_with_storage(plain), [which], far)
+        try:
+            actual = call(case.op, given)
+        except RuntimeError as error:
+            assert ".contiguous()" in str(error)
+            continue
+        oracle.verify(case.op, case.device, case.dtype, plain, actual)
+    for name in case.op.outputs:
+        expected = call(case.op, plain)
+        if not is_batched(expected.tensors[0], tokens):
+            continue
+        outs = dict(zip(case.op.outputs, (torch.empty_like(tensor) for tensor in expected.tensors), strict=True))
+        outs[name] = far(outs[name].fill_(0))
+        try:
+            case.op.out(*plain.args, **plain.kwargs, **outs)
+        except RuntimeError as error:
+            assert ".contiguous()" in str(error)
+            continue
+        for out, tensor in zip(outs.values(), expected.tensors, strict=True):
+            assert_same_bits(out, tensor, name)
 
 
 # --- sizes -----------------------------------------------------------------------------------------
