@@ -5,28 +5,37 @@ flags, the architecture, the ABI. The second is of the files that the compiler r
 readers and nothing else, and no path or time stamp matters.
 
     <root>/<op>-<digest>/<digest of the files read>/   variant.json, the library, the translation unit, the log
-    <root>/staging/   builds under way; a finished one is renamed into its place
+    <root>/staging/    builds under way; a finished one is renamed into its place
+    <root>/locks/      see lock.py
+    <root>/compilers/  see toolchain.compiler_identity
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-import stat
+import statistics
 import tempfile
+import threading
+import time
 import uuid
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch_jit_ops import environment
+from torch_jit_ops import environment, lock, progress, prune, trust
+from torch_jit_ops.trust import UntrustedCache as UntrustedCache
 
 RECORD = "variant.json"
+LOG = "build.log"
 FORMAT = 1
+_PRUNE_EVERY_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -39,10 +48,6 @@ class Dependency:
     root: str
     path: str
     digest: str | None
-
-
-class UntrustedCache(RuntimeError):
-    """The cache could be written by others: a kernel from it could be anybody's code."""
 
 
 def digest_of(data: bytes | str) -> str:
@@ -71,12 +76,20 @@ def digest_of_file(path: Path) -> str | None:
 
 
 class Store:
-    """The variants under one root."""
+    """The variants under one root.
 
-    def __init__(self, root: Path) -> None:
+    Args:
+        root: the folder; need not exist.
+        shared: it is only read.
+    """
+
+    def __init__(self, root: Path, *, shared: bool = False) -> None:
         self.root = root
+        self.shared = shared
 
-    def find(self, name: str, key: str, roots: Mapping[str, Path], compiler: str | None) -> Path | None:
+    def find(
+        self, name: str, key: str, roots: Mapping[str, Path], compiler: str | None, *, repair: bool = False
+    ) -> Path | None:
         """The library built from ``key`` and from the files as they are now, or None.
 
         Args:
@@ -84,122 +97,236 @@ class Store:
             key: digest of what is known before compiling.
             roots: where each root of ``Dependency`` is on this machine.
             compiler: identity of the compiler that would be used, or None if there is none, which then rules nothing out.
+            repair: remove variants that are damaged, and say so.
+
+        Raises:
+            UntrustedCache: others could have written the variant.
         """
         folder = self._folder(name, key)
         try:
-            candidates = sorted(folder.iterdir())
+            candidates = sorted(os.listdir(folder))
+            trust.check(self.root, folder)
         except OSError:
             return None
-        self._check_private()
         for candidate in candidates:
-            library = self._valid(candidate, key, roots, compiler)
+            library, damage = self._inspect(folder / candidate, key, roots, compiler)
+            if damage is not None and repair:
+                self.discard(folder / candidate, damage)
             if library is not None:
                 return library
         return None
 
-    def make_root(self) -> None:
-        """Make the store's folder, for this user alone. As a parent of another folder it would have the umask's mode."""
-        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    def discard(self, folder: Path, reason: str) -> None:
+        """Remove a damaged variant, in a shared store only leave it out, and say so in a line."""
+        progress.say(f"{'leaving out' if self.shared else 'replacing'} the damaged kernel {folder}: {reason}")
+        if not self.shared:
+            self.remove(folder)
+
+    def remove(self, folder: Path) -> bool:
+        """Remove a variant at once, as far as others can see. False if it cannot be removed."""
+        try:
+            trash = self.new_staging()
+            os.rename(folder, trash)  # an empty folder gives way
+        except OSError:
+            return False
+        shutil.rmtree(trash, ignore_errors=True)
+        return True
+
+    def new_staging(self) -> Path:
+        """A new private folder in this store, whose name says who made it.
+
+        Raises:
+            OSError: the store cannot be written.
+        """
+        staging = self.root / "staging"
+        trust.make_private(staging)
+        trust.check(self.root, staging)
+        folder = staging / f"{os.getpid()}_{lock.system()}_{uuid.uuid4().hex[:12]}"
+        trust.make_private(folder)
+        return folder
 
     def staging(self) -> Path:
         """A new private folder to build in. It is in the store if that can be written, else temporary, with one warning."""
         try:
-            self.make_root()
-            self._check_private()
-            folder = self.root / "staging" / uuid.uuid4().hex
-            folder.mkdir(mode=0o700, parents=True)
+            folder = self.new_staging()
+            prune.sweep(self.root / "staging", LOG)
             return folder
         except OSError as error:
-            warnings.warn(
-                f"the kernel cache {self.root} cannot be written ({error.strerror}); kernels are built again in every process. "
-                "Set JITK_CACHE_DIR to a folder that can be written",
-                stacklevel=2,
-            )
-            return Path(tempfile.mkdtemp(prefix="jitk-"))
+            return self.temporary(error.strerror or str(error))
+
+    def temporary(self, reason: str) -> Path:
+        """A new private folder outside of the store, which goes with this process; and one warning with the reason."""
+        self._warn(f"cannot be written ({reason}); kernels are built again in every process")
+        return _until_exit(Path(tempfile.mkdtemp(prefix="jitk-")))
 
     def publish(
         self, staging: Path, name: str, key: str, library: Path, dependencies: Sequence[Dependency], facts: Mapping[str, Any]
-    ) -> Path:
+    ) -> Path | None:
         """Record what was built in ``staging`` and rename it into its place. If another build came first, it stays.
 
         Returns:
-            Where the library is now.
+            The place of the variant, or None if it could not be published; the loaded library stays usable in this process.
         """
+        if self.root not in staging.parents:
+            return None
         record = {
             "format": FORMAT,
             "key": key,
             "library": library.name,
-            "digest": digest_of_file(library),
+            "digest": digest_of(library.read_bytes()),
             "dependencies": [asdict(dependency) for dependency in dependencies],
             **facts,
         }
-        (staging / RECORD).write_text(json.dumps(record, indent=1))
-        if self.root not in staging.parents:
-            return library
         place = self._folder(name, key) / digest_of_record([record["dependencies"], record.get("compiler")])[:16]
         try:
-            place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            (staging / RECORD).write_text(json.dumps(record, indent=1))
+            trust.make_files_private(staging)
+            trust.make_private(place.parent)
             try:
-                staging.rename(place)
+                os.rename(staging, place)
             except OSError:
-                first = self._intact(place)
-                if first is not None:
+                if self._intact(place)[0] is not None:
                     shutil.rmtree(staging, ignore_errors=True)
-                    return first[1]
-                place.rename(staging.with_name(uuid.uuid4().hex))  # what is there is broken: out of the way with it
-                staging.rename(place)
-        except OSError:
-            return library  # usable in this process; the next process builds again
-        return place / library.name
+                    return place
+                self.remove(place)
+                os.rename(staging, place)
+        except OSError as error:
+            self._warn(f"could not keep {name} ({error.strerror}); it is built again in the next process")
+            _until_exit(staging)
+            return None
+        self._prune_in_passing(place)
+        return place
 
     def lock_path(self, name: str, key: str) -> Path:
         """The file to lock while building ``key``."""
         return self.root / "locks" / f"{name}-{key[:16]}.lock"
 
+    def variants(self) -> Iterator[Path]:
+        """The folders of all variants, whole or not."""
+        for folder in prune.folders(self.root):
+            if "-" in folder.name:
+                yield from prune.folders(folder)
+
+    def usual_seconds(self, name: str, backend: str) -> float | None:
+        """How long builds of the op took, else builds of any op for the backend; the median. None if there were none."""
+        same: list[float] = []
+        other: list[float] = []
+        for folder in self.variants():
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                record = json.loads((folder / RECORD).read_text())
+                if record["backend"] == backend:
+                    (same if record["name"] == name else other).append(float(record["seconds"]))
+        return statistics.median(same or other) if same or other else None
+
+    def prune(self, max_bytes: int | None, max_age_s: float | None, keep: Path | None = None) -> prune.Pruned:
+        """Remove variants that nobody used for ``max_age_s``, then those unused for longest until ``max_bytes`` hold the rest.
+
+        ``None`` is no limit; the variant ``keep`` stays. Use counts to the day.
+        """
+        sizes = (prune.measure(folder, RECORD) for folder in self.variants())
+        return prune.prune((size for size in sizes if size is not None), self.remove, max_bytes, max_age_s, keep)
+
+    def _prune_in_passing(self, built: Path) -> None:
+        """At most once a minute in all processes: a look at every variant may take seconds on a network's file system."""
+        stamp = self.root / "pruned"
+        with contextlib.suppress(OSError):
+            if stamp.exists() and abs(time.time() - stamp.stat().st_mtime) < _PRUNE_EVERY_S:
+                return
+            stamp.touch(mode=0o600)
+            self.prune(environment.cache_bytes(), prune.AGE_S, keep=built)
+
     def _folder(self, name: str, key: str) -> Path:
         return self.root / f"{name}-{key[:16]}"
 
-    def _valid(self, folder: Path, key: str, roots: Mapping[str, Path], compiler: str | None) -> Path | None:
-        found = self._intact(folder)
-        if found is None:
-            return None
-        record, library = found
+    def _inspect(
+        self, folder: Path, key: str, roots: Mapping[str, Path], compiler: str | None
+    ) -> tuple[Path | None, str | None]:
+        """The library if it is the one that is wanted, or what is wrong with it; neither if it is another one."""
+        record, damage = self._read(folder)
+        if record is None:
+            return None, damage
         if record.get("key") != key or (compiler is not None and record.get("compiler") != compiler):
-            return None
+            return None, None
         for item in record["dependencies"]:
             if item["root"] not in roots or digest_of_file(roots[item["root"]] / item["path"]) != item["digest"]:
-                return None
-        return library
+                return None, None
+        library, damage = self._intact(folder, record)
+        if library is not None and not self.shared:
+            self._touch(folder / RECORD)
+        return library, damage
+
+    def _read(self, folder: Path) -> tuple[dict[str, Any] | None, str | None]:
+        file = folder / RECORD
+        try:
+            trust.check(self.root, folder, file)
+            record = json.loads(file.read_text())
+            if record["format"] != FORMAT:
+                return None, None
+            str(record["library"]), str(record["digest"]), [(item["root"], item["path"]) for item in record["dependencies"]]
+            return record, None
+        except NotADirectoryError:
+            return None, None
+        except FileNotFoundError:
+            return None, f"{RECORD} is missing" if folder.is_dir() else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None, f"{RECORD} cannot be read"
+
+    def _intact(self, folder: Path, record: dict[str, Any] | None = None) -> tuple[Path | None, str | None]:
+        """The library, unless it is missing, cut short or changed; or what is wrong."""
+        if record is None:
+            record, damage = self._read(folder)
+            if record is None:
+                return None, damage
+        library = folder / Path(record["library"]).name
+        try:
+            trust.check(self.root, library)
+            if digest_of(library.read_bytes()) == record["digest"]:
+                return library, None
+            return None, f"{library.name} is not the file that was built"
+        except OSError as error:
+            return None, f"{library.name}: {error.strerror}"
 
     @staticmethod
-    def _intact(folder: Path) -> tuple[dict[str, Any], Path] | None:
-        """The record and the library, unless a file is missing, cut short or changed."""
-        try:
-            record = json.loads((folder / RECORD).read_text())
-            library = folder / Path(record["library"]).name
-            if record["format"] == FORMAT and digest_of(library.read_bytes()) == record["digest"]:
-                return record, library
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # half a copy, or another format: as good as absent
-        return None
+    def _touch(record: Path) -> None:
+        """Note, once a day, that a variant is in use: ``prune`` reads the time stamp of its record."""
+        with contextlib.suppress(OSError):
+            now = time.time()
+            if abs(now - os.stat(record).st_mtime) > prune.DAY_S:
+                os.utime(record, (now, now))
 
-    def _check_private(self) -> None:
-        if environment.cache_is_trusted():
-            return
-        state = self.root.stat()
-        others = state.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-        if state.st_uid not in (os.getuid(), 0) or others:
-            raise UntrustedCache(
-                f"the kernel cache {self.root} can be written by others (owner {state.st_uid}, "
-                f"mode {stat.S_IMODE(state.st_mode):o}); "
-                f"kernels from it could be anybody's code\n"
-                f"  remedy: chmod 700 {self.root}, or set JITK_CACHE_DIR to a folder of your own, or set JITK_CACHE_TRUST=1"
-            )
+    def _warn(self, what: str) -> None:
+        with _warned_lock:
+            if self.root in _warned:
+                return
+            _warned.add(self.root)
+        warnings.warn(
+            f"the kernel cache {self.root} {what}. Set JITK_CACHE_DIR to a folder with space that can be written", stacklevel=2
+        )
+
+
+_warned: set[Path] = set()
+_warned_lock = threading.Lock()
+
+
+def _until_exit(folder: Path) -> Path:
+    """Remove the folder when this process ends, unless it holds the log of a failed build, or was renamed by then."""
+
+    def remove() -> None:
+        if not (folder / LOG).exists() or (folder / RECORD).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
+    return folder
 
 
 def default_store() -> Store:
     """The store of this user: see ``environment.cache_dir``."""
     return Store(environment.cache_dir())
+
+
+def stores() -> tuple[Store, ...]:
+    """The stores to search, in this order: those of ``JITK_CACHE_PATH``, then this user's."""
+    return (*(Store(root, shared=True) for root in environment.cache_path()), default_store())
 
 
 def dependencies_of(files: Sequence[Path], roots: Mapping[str, Path], ignore: Callable[[Path], bool]) -> list[Dependency]:

@@ -6,8 +6,11 @@ Each function reads its variable when it is called, so a program or a test can s
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
+
+_RANKS = ("LOCAL_RANK", "RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")  # torchrun, Slurm, Open MPI
 
 
 def cache_dir() -> Path:
@@ -18,9 +21,33 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jitk"
 
 
+def cache_path() -> tuple[Path, ...]:
+    """``JITK_CACHE_PATH``: further kernel caches, separated by ``:``, which are searched first and never written."""
+    return tuple(Path(folder).expanduser() for folder in os.environ.get("JITK_CACHE_PATH", "").split(os.pathsep) if folder)
+
+
 def cache_is_trusted() -> bool:
     """``JITK_CACHE_TRUST=1``: load kernels also from a directory that other users can write."""
     return os.environ.get("JITK_CACHE_TRUST", "0") == "1"
+
+
+def cache_bytes() -> int | None:
+    """``JITK_CACHE_SIZE``: bytes that the kernel cache may hold, as ``500M`` or ``4G`` (default); ``0`` is no limit."""
+    text = os.environ.get("JITK_CACHE_SIZE") or "4G"
+    form = re.fullmatch(r"(\d+)([KMGT]?)(?:i?B)?", text)
+    if form is None:
+        raise ValueError(f"JITK_CACHE_SIZE is {text!r}; it must be a number of bytes, such as 500M or 4G, or 0 for no limit")
+    return int(form[1]) * 1024 ** " KMGT".index(form[2] or " ") or None
+
+
+def compiling_is_forbidden() -> bool:
+    """``JITK_NO_COMPILE=1``: a kernel that is not in a cache is an error instead of a build."""
+    return os.environ.get("JITK_NO_COMPILE", "0") == "1"
+
+
+def is_first_rank() -> bool:
+    """Whether this process is alone, or the first one of a parallel job, as far as its launcher says."""
+    return all(os.environ.get(name, "0") == "0" for name in _RANKS)
 
 
 def fallback_is_error() -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import re
 import shlex
@@ -17,14 +18,14 @@ import subprocess
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from torch_jit_ops import cache, environment, progress, toolchain
+from torch_jit_ops import cache, environment, lock, progress, remedy, toolchain, trust
 
 ABI_VERSION = 1  # kAbiVersion of include/jitk/abi.h
 # -O is for the host code alone, most of which runs once an error occurs; ptxas optimises fully by default.
@@ -35,6 +36,10 @@ _STANDARD = "-std=c++17"
 
 class BuildError(RuntimeError):
     """A kernel did not compile. The text holds the compiler's first errors and where its whole log is."""
+
+
+class CompileRefused(RuntimeError):
+    """A kernel is not there, and must not be compiled or loaded now. The text says what to do before."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,10 @@ class Unit:
             return (*_CUDA_FLAGS, *standard, *target, *self.flags)
         return (*_CPU_FLAGS, *standard, f"-march={self.arch}", *self.flags)
 
+    def target(self) -> str:
+        """What it is compiled for, for people: ``sm_90a``."""
+        return f"sm_{self.arch.replace('.', '')}" if self.backend == "cuda" else self.arch
+
     def key(self) -> str:
         """Digest of all that is known before compiling."""
         versions = [ABI_VERSION, torch.__version__ if self.torch else None]
@@ -110,6 +119,7 @@ def csrc_dir() -> Path:
     return _data_dir("csrc")
 
 
+@functools.cache
 def _data_dir(name: str) -> Path:
     here = Path(__file__).resolve().parent
     for folder in (here / name, here.parent / name):
@@ -118,8 +128,19 @@ def _data_dir(name: str) -> Path:
     raise FileNotFoundError(f"torch_jit_ops is installed without its {name}/ folder; looked in {here} and {here.parent}")
 
 
-_results: dict[tuple[Unit, Path], Future[Loaded]] = {}
+_results: dict[tuple[Unit, tuple[Path, ...]], Future[Loaded]] = {}
 _results_lock = threading.Lock()
+
+
+def _after_fork() -> None:
+    """In a child: a build of the parent's threads does not end here."""
+    global _results_lock
+    _results_lock = threading.Lock()
+    for key in [key for key, result in _results.items() if not result.done()]:
+        del _results[key]
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def load(unit: Unit, meanwhile: Callable[[], object] | None = None) -> Loaded:
@@ -132,41 +153,91 @@ def load(unit: Unit, meanwhile: Callable[[], object] | None = None) -> Loaded:
     Raises:
         BuildError: it does not compile. The same error is raised again without compiling again in this process.
         MissingCompiler: it is not in the store, and there is no compiler.
+        CompileRefused: it is not in the store, and JITK_NO_COMPILE=1; or a CUDA graph is being captured.
+        UntrustedCache: others could have written the kernel.
     """
-    key = (unit, environment.cache_dir())
+    stores = cache.stores()
+    key = (unit, tuple(store.root for store in stores))
     with _results_lock:
         result = _results.get(key)
+        if result is None or not result.done():
+            _refuse_during_capture(unit)
         mine = result is None
         if result is None:
             result = _results[key] = Future()
     if mine:
         try:
-            result.set_result(_load(unit, cache.default_store(), meanwhile))
+            result.set_result(_load(unit, stores, meanwhile))
         except BaseException as error:
             if not isinstance(error, BuildError):
                 with _results_lock:
                     del _results[key]  # not the kernel's fault: a later call may succeed
             result.set_exception(error)
+    error = result.exception()
+    if error is not None:
+        raise error.with_traceback(None)  # which would grow with every call
     return result.result()
 
 
-def _load(unit: Unit, store: cache.Store, meanwhile: Callable[[], object] | None) -> Loaded:
-    start = time.monotonic()
+def _load(unit: Unit, stores: tuple[cache.Store, ...], meanwhile: Callable[[], object] | None) -> Loaded:
     key = unit.key()
+    store = stores[-1]
     compiler, missing = _compiler(unit, store)
-    path = store.find(unit.name, key, unit.roots(), compiler)
-    if path is None and missing is not None:
+    look_up = functools.partial(_look_up, unit, key, stores, compiler, time.monotonic())
+    loaded = look_up(repair=False)
+    if loaded is not None:
+        return loaded
+    if environment.compiling_is_forbidden():
+        raise CompileRefused(_not_in_the_cache(unit, stores))
+    if missing is not None:
         raise missing
-    if path is not None:
-        return Loaded(_open(path), path, time.monotonic() - start, compiled=False)
     if meanwhile is not None:
         threading.Thread(target=meanwhile, daemon=True).start()
-    with _lock(store.lock_path(unit.name, key)):
-        path = store.find(unit.name, key, unit.roots(), compiler)
-        if path is not None:
+    with lock.building(store.lock_path(unit.name, key), f"{unit.label} for {unit.target()}"):
+        loaded = look_up(repair=True)
+        if loaded is not None:
+            return loaded
+        with progress.building(f"{unit.label} for {unit.target()}", store.usual_seconds(unit.name, unit.backend)):
+            return _build(unit, store, key, compiler)
+
+
+def _look_up(
+    unit: Unit, key: str, stores: tuple[cache.Store, ...], compiler: str | None, start: float, *, repair: bool
+) -> Loaded | None:
+    """Load the unit from the first store that has it."""
+    for store in stores:
+        path = store.find(unit.name, key, unit.roots(), compiler, repair=repair)
+        if path is None:
+            continue
+        try:
             return Loaded(_open(path), path, time.monotonic() - start, compiled=False)
-        with progress.building(f"{unit.label} for {'sm_' if unit.backend == 'cuda' else ''}{unit.arch.replace('.', '')}"):
-            return _compile(unit, store, key, compiler, start)
+        except OSError as error:  # built on a newer system; or pruned just now
+            if repair:
+                store.discard(path.parent, str(error))
+    return None
+
+
+def _refuse_during_capture(unit: Unit) -> None:
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise CompileRefused(
+            f"{unit.label} is not loaded yet, and during the capture of a CUDA graph no kernel can be compiled or loaded\n"
+            "  remedy: before the capture, call the op once with such arguments, or torch_jit_ops.build(...) it"
+        )
+
+
+def _not_in_the_cache(unit: Unit, stores: tuple[cache.Store, ...]) -> str:
+    namespace, _, name = unit.name.partition(".")
+    arch = f" --arch {unit.arch}" if unit.backend == "cuda" else ""
+    command = f"python -m torch_jit_ops build {namespace}::{name} --backend {unit.backend}{arch}"
+    if not name:
+        command = "python -m torch_jit_ops build"  # always builds the dispatcher
+    if namespace == "module":
+        command = "run the program once without JITK_NO_COMPILE"
+    return (
+        f"{unit.label} for {unit.target()} is not in the kernel cache, and JITK_NO_COMPILE=1 forbids to compile it\n"
+        f"  looked in {', '.join(str(store.root) for store in stores)}\n"
+        f"  remedy: {command}"
+    )
 
 
 _compilers: dict[tuple[object, ...], tuple[str | None, toolchain.MissingCompiler | None]] = {}
@@ -181,7 +252,7 @@ def _compiler(unit: Unit, store: cache.Store) -> tuple[str | None, toolchain.Mis
             if unit.backend == "cuda":
                 programs.insert(0, toolchain.cuda_toolkit().nvcc)
             with contextlib.suppress(OSError):  # a cache that cannot be written: staging says so
-                store.make_root()
+                trust.make_private(store.root)
             memory = store.root / "compilers"
             identity = " / ".join(toolchain.compiler_identity(program, memory) for program in programs)
             _compilers[key] = identity, None
@@ -194,50 +265,42 @@ def _open(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     with contextlib.suppress(AttributeError):  # the runtime itself has no ABI to agree with
         if library.jitk_abi_version() != ABI_VERSION:
-            raise RuntimeError(f"{path} has ABI version {library.jitk_abi_version()}, expected {ABI_VERSION}")
+            raise OSError(f"{path} has ABI version {library.jitk_abi_version()}, expected {ABI_VERSION}")
     return library
 
 
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Saves work, not correctness: without the lock two processes would build the same variant, and one rename would win."""
-    import filelock
-
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = filelock.FileLock(path)
-        lock.acquire()
-    except OSError:
-        yield
-        return
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _compile(unit: Unit, store: cache.Store, key: str, compiler: str | None, start: float) -> Loaded:
+def _build(unit: Unit, store: cache.Store, key: str, compiler: str | None) -> Loaded:
     environment.put_on_path(toolchain.ninja())
     staging = store.staging()
+    try:
+        return _compile(unit, store, staging, key, compiler)
+    except (OSError, BuildError) as error:
+        if store.root not in staging.parents or not remedy.is_disk_full(f"{error}\n{error.__cause__}"):
+            raise
+    shutil.rmtree(staging, ignore_errors=True)
+    return _compile(unit, store, store.temporary("No space left on device"), key, compiler)
+
+
+def _compile(unit: Unit, store: cache.Store, staging: Path, key: str, compiler: str | None) -> Loaded:
+    start = time.monotonic()
     name = re.sub(r"\W+", "_", unit.name)
     source = staging / f"{name}.{'cu' if unit.backend == 'cuda' else 'cpp'}"
     source.write_text(unit.text)
     module = f"{name}_{uuid.uuid4().hex[:12]}"
     try:
-        log = _run_cpp_extension(unit, staging, source, module)
+        _run_cpp_extension(unit, staging, source, module)
     except BuildError as error:
-        (staging / "build.log").write_text(str(error.__cause__))
+        with contextlib.suppress(OSError):
+            (staging / cache.LOG).write_text(str(error.__cause__))
         raise
-    (staging / "build.log").write_text(log)
     library = staging / f"{module}.so"
     loaded = Loaded(_open(library), library, time.monotonic() - start, compiled=True)
-    files = _files_read(staging)
+    files = [file.resolve() for file in _files_read(staging)]
+    if source.resolve() not in files:
+        return loaded  # ninja could not write its database, and so a change of a header would go unnoticed
+    files.remove(source.resolve())
     system = _system_folders(unit)
-    dependencies = cache.dependencies_of(
-        [file for file in files if file.resolve() != source.resolve()],
-        unit.roots(),
-        lambda file: any(folder in file.parents for folder in system),
-    )
+    dependencies = cache.dependencies_of(files, unit.roots(), lambda file: any(folder in file.parents for folder in system))
     for leftover in (*staging.glob("*.o"), *staging.glob(".ninja*"), staging / "lock", staging / _LINKS):
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
@@ -253,10 +316,11 @@ def _compile(unit: Unit, store: cache.Store, key: str, compiler: str | None, sta
         "torch": torch.__version__ if unit.torch else None,
         "seconds": round(loaded.seconds, 3),
     }
-    return replace(loaded, path=store.publish(staging, unit.name, key, library, dependencies, facts))
+    place = store.publish(staging, unit.name, key, library, dependencies, facts)
+    return loaded if place is None else replace(loaded, path=place / library.name)
 
 
-def _run_cpp_extension(unit: Unit, staging: Path, source: Path, module: str) -> str:
+def _run_cpp_extension(unit: Unit, staging: Path, source: Path, module: str) -> None:
     from torch.utils import cpp_extension
 
     include = [*unit.include, include_dir()]
@@ -286,7 +350,6 @@ def _run_cpp_extension(unit: Unit, staging: Path, source: Path, module: str) -> 
         )
     except RuntimeError as error:
         raise BuildError(_distill(unit, str(error), staging)) from error
-    return f"built with {' '.join(flags)}\n"
 
 
 def _cuda_home(toolkit: toolchain.Toolkit, staging: Path) -> str:
@@ -332,31 +395,15 @@ def _system_folders(unit: Unit) -> list[Path]:
     return folders
 
 
-_ERROR_LINE = re.compile(
-    r"^(?P<file>[^\s:(][^:(]*)(?:\((?P<nv>\d+)\)|:(?P<gcc>\d+)(?::\d+)?): (?:fatal |catastrophic )?error:? ?(?P<text>.*)$"
-)
-
-
 def _distill(unit: Unit, log: str, staging: Path) -> str:
-    """The first errors of a compiler's log, with the text of the full log kept beside."""
-    roots = sorted(
-        ((str(folder.resolve()) + os.sep, folder.name) for folder in (*unit.include, include_dir())),
-        key=lambda pair: -len(pair[0]),
+    """The first errors of a compiler's log, where the whole log is, and what to do about it if that is known."""
+    errors = remedy.first_errors(log, (*unit.include, include_dir()))
+    known = remedy.remedy_for(log)
+    return "\n  ".join(
+        (
+            f"{unit.label} did not compile ({unit.backend}, {unit.target()})",
+            *errors,
+            f"full log: {staging / cache.LOG}",
+            *([f"remedy: {known}"] if known else []),
+        )
     )
-    errors: list[str] = []
-    for line in log.splitlines():
-        found = _ERROR_LINE.match(line.strip())
-        if found is None:
-            continue
-        file = found["file"]
-        for prefix, short in roots:
-            if file.startswith(prefix):
-                file = f"{short}/{file.removeprefix(prefix)}"
-        text = f"{Path(file).name if file.startswith('/') else file}:{found['nv'] or found['gcc']}: {found['text']}"
-        if text not in errors:
-            errors.append(text)
-    if not errors:
-        errors = [line for line in log.splitlines() if line.strip()][-5:]
-    target = f"sm_{unit.arch.replace('.', '')}" if unit.backend == "cuda" else unit.arch
-    shown = "\n".join(f"  {line}" for line in errors[:3])
-    return f"{unit.label} did not compile ({unit.backend}, {target})\n{shown}\n  full log: {staging / 'build.log'}"

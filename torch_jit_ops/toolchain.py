@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from torch_jit_ops import environment
+from torch_jit_ops import environment, trust
 
 _USUAL_HOME = Path("/usr/local/cuda")
 _HEADERS = ("cuda_runtime.h", "crt/host_config.h", "nv/target")  # one of each part of a toolkit that a kernel reads
@@ -206,7 +206,7 @@ def compiler_identity(program: Path, memory: Path) -> str:
     lines = [line.strip() for line in said.splitlines() if re.search(r"\d+\.\d+", line)]
     identity = " ".join(lines[:2])
     try:
-        memory.mkdir(parents=True, exist_ok=True)
+        trust.make_private(memory)
         note.with_suffix(f".{os.getpid()}").write_text(json.dumps({"program": fingerprint, "identity": identity}))
         note.with_suffix(f".{os.getpid()}").rename(note)
     except OSError:

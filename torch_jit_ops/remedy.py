@@ -1,0 +1,84 @@
+"""What a failed build's log says: the compiler's first errors, and the remedy where the cause is known and certain."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+# The first pattern that the log has decides. A remedy may use groups of its pattern: {0} is the first.
+_REMEDIES = tuple(
+    (re.compile(pattern, re.MULTILINE), remedy)
+    for pattern, remedy in (
+        (
+            r"No space left on device|Disk quota exceeded",
+            "free space where the kernel cache is (python -m torch_jit_ops cache prune) and in the folder for temporary files, "
+            "or set JITK_CACHE_DIR and TMPDIR to folders that have some",
+        ),
+        (
+            r"exit(?:ed with)? (?:code|status) 137\b|\[code=137\]|^Killed$|\bKilled signal terminated program"
+            r"|signal: Killed|died due to signal 9\b",
+            "the system killed the compiler, as a rule for want of memory: compile fewer kernels at once, or allow more memory",
+        ),
+        (
+            r"Unsupported gpu architecture '(\w+)'",
+            "this nvcc does not know {0}: install a newer CUDA toolkit and set CUDA_HOME to its folder",
+        ),
+        (
+            r"unsupported GNU version! gcc versions later than (\d+)",
+            "install g++ {0} or older and set CC and CXX to it, or install a newer CUDA toolkit and set CUDA_HOME to it",
+        ),
+        (
+            r"\bPython\.h(?:\"|: No such file)",
+            "install the headers of Python (Debian, Ubuntu: apt-get install python3-dev)",
+        ),
+        (
+            r"\b(cuda_runtime\.h|crt/host_config\.h|nv/target)(?:\"|: No such file)",
+            "{0} belongs to the CUDA toolkit, which is not whole: pip install 'torch_jit_ops[nvcc]', "
+            "or install a toolkit and set CUDA_HOME to its folder",
+        ),
+        (r"Ninja is required to load C\+\+ extensions|No such file or directory: 'ninja'", "pip install ninja"),
+    )
+)
+
+_ERROR_LINE = re.compile(
+    r"^(?P<file>[^\s:(][^:(]*)(?:\((?P<nv>\d+)\)|:(?P<gcc>\d+)(?::\d+)?): (?:fatal |catastrophic )?error:? ?(?P<text>.*)$"
+)
+
+
+def remedy_for(log: str) -> str | None:
+    """What to do about the failure that the log tells of; None if the cause is not known for certain."""
+    for pattern, remedy in _REMEDIES:
+        found = pattern.search(log)
+        if found is not None:
+            return remedy.format(*found.groups())
+    return None
+
+
+def is_disk_full(log: str) -> bool:
+    """Whether the build failed as it could not write."""
+    return _REMEDIES[0][0].search(log) is not None
+
+
+def first_errors(log: str, include: Iterable[Path]) -> list[str]:
+    """The first errors, as ``csrc/norm.cu:23: what is wrong``; without any, the last lines.
+
+    Args:
+        log: what ninja and the compilers wrote.
+        include: folders whose files are named with the folder's own name alone.
+    """
+    roots = sorted(((str(folder.resolve()) + os.sep, folder.name) for folder in include), key=lambda pair: -len(pair[0]))
+    errors: list[str] = []
+    for line in log.splitlines():
+        found = _ERROR_LINE.match(line.strip())
+        if found is None:
+            continue
+        file = found["file"]
+        for prefix, short in roots:
+            if file.startswith(prefix):
+                file = f"{short}/{file.removeprefix(prefix)}"
+        text = f"{Path(file).name if file.startswith('/') else file}:{found['nv'] or found['gcc']}: {found['text']}"
+        if text not in errors:
+            errors.append(text)
+    return errors[:3] or [line.strip() for line in log.splitlines() if line.strip()][-5:]
