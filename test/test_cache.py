@@ -230,8 +230,8 @@ def test_a_cache_that_others_can_write_is_refused(
         assert_expected_inline(
             text,
             """\
-the kernel cache CACHE can be written by others (owner UID, mode 775); kernels from it could be anybody's code
-  remedy: chmod 700 CACHE, or set JITK_CACHE_DIR to a folder of your own, or set JITK_CACHE_TRUST=1""",
+the kernel cache CACHE can be written by others (mode 775), so a kernel from it could be anybody's code
+  remedy: delete CACHE, or if you trust what is in it: chmod -R go-w CACHE, or JITK_CACHE_TRUST=1""",
         )
     monkeypatch.setenv("JITK_CACHE_TRUST", "1")
     assert not load(unit(include)).compiled
@@ -270,7 +270,7 @@ def test_a_cache_that_cannot_be_written_warns_and_works(
         "\n".join(str(one.message) for one in caught).replace(str(tmp_path), "TMP").replace("; ", ";\n"),
         """\
 the kernel cache TMP/file/cache cannot be written (Not a directory);
-kernels are built again in every process. Set JITK_CACHE_DIR to a folder that can be written""",
+kernels are built again in every process. Set JITK_CACHE_DIR to a folder with space that can be written""",
     )
 
 

@@ -30,8 +30,11 @@ HEAVY |= {"stdexcept", "tuple", "map", "unordered_map", "memory", "iomanip", "fs
 
 # Lower modules first; a module imports from those above it in this list alone. The root module and the CLI see all of them.
 ORDER = [
-    ("environment", "progress", "samples", "signature"),
-    ("cache", "toolchain", "variant"),
+    ("environment", "samples", "signature"),
+    ("progress", "trust", "variant"),
+    ("lock", "toolchain"),
+    ("prune", "remedy"),
+    ("cache",),
     ("loader",),
     ("runtime",),
     ("op", "module"),
