@@ -17,6 +17,10 @@ from torch_jit_ops.op import libraries as libraries
 from torch_jit_ops.ops import library as library
 from torch_jit_ops.samples import Sample as Sample
 from torch_jit_ops.samples import SampleMaker as SampleMaker
+from torch_jit_ops.statistics import Statistics as Statistics
+from torch_jit_ops.statistics import Stats as Stats
+from torch_jit_ops.statistics import reset_stats as reset_stats
+from torch_jit_ops.statistics import stats as stats
 from torch_jit_ops.toolchain import MissingCompiler as MissingCompiler
 
 __version__ = "0.1.0"

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from torch_jit_ops import cache, environment, lock, progress, remedy, toolchain, trust
+from torch_jit_ops import cache, environment, lock, progress, remedy, statistics, toolchain, trust
 
 ABI_VERSION = 1  # kAbiVersion of include/jitk/abi.h
 # -O is for the host code alone, most of which runs once an error occurs; ptxas optimises fully by default.
@@ -167,8 +167,11 @@ def load(unit: Unit, meanwhile: Callable[[], object] | None = None) -> Loaded:
             result = _results[key] = Future()
     if mine:
         try:
-            result.set_result(_load(unit, stores, meanwhile))
+            loaded = _load(unit, stores, meanwhile)
+            statistics.count(unit.name, compiled=loaded.compiled, seconds=loaded.seconds)
+            result.set_result(loaded)
         except BaseException as error:
+            statistics.count_failure(unit.name)
             if not isinstance(error, BuildError):
                 with _results_lock:
                     del _results[key]  # not the kernel's fault: a later call may succeed
