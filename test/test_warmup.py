@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
 
 import torch_jit_ops
-from torch_jit_ops import OpLibrary, loader
+from torch_jit_ops import OpLibrary, limits, loader, manifest, toolchain, warmup
 
 _SOURCE = """
 #include <jitk/result.h>
@@ -82,3 +85,216 @@ def test_loads_are_counted_by_op(library: OpLibrary) -> None:
     assert 0 < found.total.load_seconds < found.total.compile_seconds < 60
     torch_jit_ops.reset_stats()
     assert torch_jit_ops.stats() == torch_jit_ops.Statistics(torch_jit_ops.Stats(), {})
+
+
+# --- what is built ---------------------------------------------------------------------------------
+
+
+def names(units: list[loader.Unit]) -> list[str]:
+    return [f"{unit.label} {unit.arch}" for unit in units]
+
+
+def test_samples_say_what_is_needed() -> None:
+    units = warmup.needed(["silu_and_mul", "add_constant"], backend="cpu")
+    assert [unit.label for unit in units] == [
+        "jitk::silu_and_mul<fp16_t>",
+        "jitk::silu_and_mul<bf16_t>",
+        "jitk::silu_and_mul<fp32_t>",
+        "jitk::add_constant<5>",
+        "jitk::add_constant<-3>",
+        "jitk::add_constant<2147483647>",
+    ]
+
+
+def test_dtypes_and_arguments_say_it_better(library: OpLibrary) -> None:
+    assert names(warmup.needed("relu2", torch.float16, arch=["8.0", "9.0a"], backend="cuda")) == [
+        "jitk::relu2<fp16_t> 8.0",
+        "jitk::relu2<fp16_t> 9.0a",
+    ]
+    assert names(warmup.needed("add_constant", arguments={"constant": 7}, arch="9.0a", backend="cuda")) == [
+        "jitk::add_constant<7> 9.0a"
+    ]
+    units = warmup.needed("warmlib::move", [torch.float32], {"count": ["1", 2], "way": ["forth", "back"]}, backend="cpu")
+    assert [unit.label for unit in units] == [
+        "warmlib::move<fp32_t, 1, warmlib::forth>",
+        "warmlib::move<fp32_t, 1, warmlib::back>",
+        "warmlib::move<fp32_t, 2, warmlib::forth>",
+        "warmlib::move<fp32_t, 2, warmlib::back>",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("request_", "text"),
+    [
+        ({"ops": "silu_and_mull"}, "there is no op 'silu_and_mull'; did you mean 'silu_and_mul'?"),
+        ({"ops": "jitk::relu"}, "there is no op 'jitk::relu'; did you mean 'jitk::relu2'?"),
+        ({"ops": "relu2", "dtypes": torch.int32}, "jitk::relu2 has kernels for float16, bfloat16, float32; got int32"),
+        (
+            {"ops": "add_constant", "arguments": {"constnt": 5}},
+            "no op here has the placeholder 'constnt'; did you mean 'constant'?",
+        ),
+        ({"ops": "add_constant", "arguments": {"constant": "x"}}, "jitk::add_constant: {constant} must be an int; got 'x'"),
+        ({"ops": "move", "arguments": {"way": "up"}}, "warmlib::move: {way} must be one of forth, back; got 'up'"),
+        ({"ops": "move"}, "warmlib::move has no samples: give the values of x.dtype, count, way"),
+        ({"backend": "rocm"}, "the backend must be cuda or cpu, got 'rocm'"),
+        ({"arch": "90"}, "the CUDA architecture '90' must be of the form 8.0 or 9.0a"),
+    ],
+)
+def test_what_cannot_be_built(library: OpLibrary, request_: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        warmup.needed(**{"backend": "cpu", **request_})
+    assert str(caught.value) == text
+
+
+def test_build_compiles_once(library: OpLibrary) -> None:
+    request_ = {"dtypes": torch.float32, "arguments": {"count": [3, 4], "way": "back"}, "backend": "cpu"}
+    first = torch_jit_ops.build("move", **request_)
+    assert first.kernels == 3  # with the dispatcher
+    assert torch_jit_ops.stats().ops["warmlib::move"].builds == 2
+    forget()
+    again = torch_jit_ops.build("move", **request_)
+    assert (again.kernels, again.compiled, again.failures) == (3, 0, ())
+    assert torch_jit_ops.stats().total.hits == 3
+
+
+def test_one_that_does_not_compile_does_not_stop_the_others(library: OpLibrary) -> None:
+    forget()
+    with pytest.raises(torch_jit_ops.BuildError) as caught:
+        torch_jit_ops.build("move", torch.float32, {"count": [13, 21], "way": "forth"}, backend="cpu", jobs=1)
+    assert str(caught.value).startswith(
+        "1 of 3 kernels could not be built\nwarmlib::move<fp32_t, 13, warmlib::forth> (cpu x86-64-v"
+    )
+    assert "thirteen is not served" in str(caught.value)
+    assert torch_jit_ops.stats().ops["warmlib::move"].builds == 1
+
+
+# --- manifests -------------------------------------------------------------------------------------
+
+
+def test_a_run_is_recorded_and_replayed(library: OpLibrary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "run.jsonl"
+    monkeypatch.setenv("JITK_RECORD", str(file))
+    x = torch.zeros(3)
+    for way in ("forth", "back", "forth"):
+        library.ops["move"](x, 5, way)
+    library.ops["move"](x.double(), 5)  # no kernel, nothing to build
+    line = {"op": "warmlib::move", "backend": "cpu", "values": {"x.dtype": "float32", "count": 5, "way": "forth"}}
+    expected = [{**line, "arch": toolchain.host_isa()}, {**line, "arch": toolchain.host_isa()}]
+    expected[1]["values"] = {**line["values"], "way": "back"}
+    assert [json.loads(text) for text in file.read_text().splitlines()] == expected
+
+    manifest._recorded.clear()  # as in another process
+    library.ops["move"](x, 6)
+    library.ops["move"]._load("cpu", [-1, *library.ops["move"].kernels["cpu"].pattern.key((torch.float32, 5, "back"))])
+    assert len(file.read_text().splitlines()) == 3
+
+    monkeypatch.delenv("JITK_RECORD")
+    assert [unit.label for unit in warmup.replayed(file)] == [
+        "warmlib::move<fp32_t, 5, warmlib::forth>",
+        "warmlib::move<fp32_t, 5, warmlib::back>",
+        "warmlib::move<fp32_t, 6, warmlib::forth>",
+    ]
+    forget()
+    report = torch_jit_ops.build(manifest=file)
+    assert (report.kernels, report.compiled) == (4, 0)
+
+
+def test_a_manifest_is_replayed_for_another_gpu(tmp_path: Path) -> None:
+    file = tmp_path / "run.jsonl"
+    file.write_text(
+        '{"op": "jitk::add_constant", "backend": "cuda", "values": {"constant": 5}, "arch": "8.0"}\n\n'
+        '{"op": "jitk::add_constant", "backend": "cuda", "values": {"constant": 5}, "arch": "8.0"}\n'
+        '{"op": "jitk::relu2", "backend": "cpu", "values": {"input.dtype": "float16"}, "arch": "x86-64-v3"}\n'
+    )
+    relu = "jitk::relu2<fp16_t> x86-64-v3"
+    assert names(warmup.replayed(file)) == ["jitk::add_constant<5> 8.0", relu]
+    assert names(warmup.replayed(file, arch="9.0a")) == ["jitk::add_constant<5> 9.0a", relu]
+    assert names(warmup.replayed(file, arch="9.0a", backend="cuda")) == ["jitk::add_constant<5> 9.0a"]
+    assert names(warmup.replayed(file, "relu2")) == [relu]
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("{", "<file>:1: no line of a manifest: '{'"),
+        ("[]", "<file>:1: no line of a manifest: '[]'"),
+        (
+            '{"op": "away::scale", "backend": "cpu", "values": {}, "arch": ""}',
+            "<file> has the op away::scale, which is not declared here: import its library first",
+        ),
+        (
+            '{"op": "jitk::relu2", "backend": "cpu", "values": {"n": 1}, "arch": "x86-64-v3"}',
+            "jitk::relu2: the placeholders are input.dtype; got n",
+        ),
+        (
+            '{"op": "jitk::relu2", "backend": "cpu", "values": {"input.dtype": "load"}, "arch": "x86-64-v3"}',
+            "jitk::relu2: {input.dtype} must be a dtype, such as bfloat16; got 'load'",
+        ),
+        ('{"op": "jitk::relu2", "backend": "xpu", "values": {}, "arch": ""}', "<file>: jitk::relu2 has no xpu kernel"),
+    ],
+)
+def test_a_manifest_that_cannot_be_replayed(tmp_path: Path, line: str, text: str) -> None:
+    file = tmp_path / "run.jsonl"
+    file.write_text(line + "\n")
+    with pytest.raises(ValueError) as caught:
+        warmup.replayed(file)
+    assert str(caught.value).replace(str(file), "<file>") == text
+
+
+def test_a_record_that_cannot_be_written_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JITK_RECORD", str(tmp_path / "missing/run.jsonl"))
+    with pytest.warns(UserWarning, match=r"run\.jsonl cannot be written \(No such file or directory\); a::b is not recorded"):
+        manifest.record(manifest.Entry("a::b", "cpu", (), "x86-64-v3"))
+
+
+# --- how many at a time ----------------------------------------------------------------------------
+
+
+def machine(root: Path, files: dict[str, str]) -> Path:
+    for name, text in {"proc/meminfo": "MemTotal: 1 kB\nMemAvailable:   100000000 kB\n", **files}.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("files", "jobs"),
+    [
+        ({}, 16),
+        ({"proc/meminfo": "MemAvailable: 4000000 kB\n"}, 2),
+        ({"proc/meminfo": "MemAvailable: 1000 kB\n"}, 1),
+        # Version 2, a quota in a group around this process's own.
+        (
+            {
+                "proc/self/cgroup": "0::/a/b\n",
+                "sys/fs/cgroup/a/cpu.max": "350000 100000\n",
+                "sys/fs/cgroup/a/b/cpu.max": "max 100000\n",
+            },
+            3,
+        ),
+        # Version 2 in a container, whose path is the host's.
+        ({"proc/self/cgroup": "0::/../x\n", "sys/fs/cgroup/cpu.max": "50000 100000\n"}, 1),
+        (
+            {
+                "proc/self/cgroup": "0::/\n",
+                "sys/fs/cgroup/memory.max": "8000000000\n",
+                "sys/fs/cgroup/memory.current": "6000000000\n",
+                "sys/fs/cgroup/memory.stat": "anon 2000000000\ninactive_file 4000000000\n",
+            },
+            4,
+        ),
+        (
+            {
+                "proc/self/cgroup": "4:memory:/x\n3:cpu,cpuacct:/x\n1:name=systemd:/x\n",
+                "sys/fs/cgroup/cpu/x/cpu.cfs_quota_us": "600000\n",
+                "sys/fs/cgroup/cpu/x/cpu.cfs_period_us": "100000\n",
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+                "sys/fs/cgroup/memory/memory.usage_in_bytes": "1\n",
+            },
+            6,
+        ),
+    ],
+)
+def test_jobs_fit_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], jobs: int) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    assert limits.compiler_jobs(machine(tmp_path, files)) == jobs

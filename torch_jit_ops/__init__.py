@@ -22,5 +22,7 @@ from torch_jit_ops.statistics import Stats as Stats
 from torch_jit_ops.statistics import reset_stats as reset_stats
 from torch_jit_ops.statistics import stats as stats
 from torch_jit_ops.toolchain import MissingCompiler as MissingCompiler
+from torch_jit_ops.warmup import Report as Report
+from torch_jit_ops.warmup import build as build
 
 __version__ = "0.1.0"

@@ -60,6 +60,12 @@ def verbosity() -> int:
     return int(_one_of("JITK_VERBOSE", ("1", "0", "2")))
 
 
+def record_file() -> Path | None:
+    """``JITK_RECORD``: list every kernel that the run loads or compiles in this file, for ``build --manifest``."""
+    chosen = os.environ.get("JITK_RECORD")
+    return Path(chosen).expanduser() if chosen else None
+
+
 def cuda_arch() -> str | None:
     """``JITK_CUDA_ARCH``: build for this architecture (``9.0a``) instead of the tensor's device's."""
     return os.environ.get("JITK_CUDA_ARCH") or None

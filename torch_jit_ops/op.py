@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_jit_ops import loader, runtime, toolchain, variant
+from torch_jit_ops import loader, manifest, runtime, toolchain, variant
 from torch_jit_ops.samples import Sample, SampleMaker
 from torch_jit_ops.signature import Signature, signature_of
 
@@ -407,7 +407,9 @@ class Op:
         if any(isinstance(value, torch.dtype) and value not in self.dtypes for value in values):
             return None
         arch = toolchain.device_arch(key[0]) if backend == "cuda" else toolchain.host_isa()
-        return loader.load(self.unit(backend, values, arch))
+        loaded = loader.load(self.unit(backend, values, arch))
+        manifest.record(manifest.entry_of(self.qualified_name, backend, kernel.pattern, values, arch))
+        return loaded
 
     def _answer(self, backend: str, overload: str, key: Sequence[int]) -> int:
         try:

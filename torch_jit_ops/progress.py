@@ -17,11 +17,23 @@ from torch_jit_ops import environment
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+_silenced = threading.Event()
+
+
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """Say nothing of single builds while the block runs: a bar speaks for all of them."""
+    _silenced.set()
+    try:
+        yield
+    finally:
+        _silenced.clear()
+
 
 @contextlib.contextmanager
 def building(what: str, usual_s: float | None = None) -> Iterator[None]:
     """Show that ``what`` is being built while the block runs, and that it takes ``usual_s`` seconds as a rule."""
-    if not _speaks():
+    if not _speaks() or _silenced.is_set():
         yield
         return
     start = time.monotonic()

@@ -1,27 +1,41 @@
-"""Compile kernels ahead of their first call: every variant that the ops' samples need.
+"""Compile kernels ahead of their first call: by default every variant that the ops' samples need.
 
-Without a GPU name its architecture: 8.0 (A100), 9.0a (H100, H200), 10.0a (B200). What is in the cache already is not compiled
-again. Exit code 1 if a kernel does not compile; the errors stand at the end.
+Without a GPU name its architecture: 8.0 (A100), 9.0a (H100, H200), 10.0a (B200). What is in the store already is not compiled
+again. JITK_RECORD=FILE makes any program list what it needs; --manifest FILE compiles that, here or on another machine.
+Exit code 1 if a kernel does not compile; the errors stand at the end.
+
+examples:
+  python -m torch_jit_ops build silu_and_mul relu2 --dtype bfloat16
+  python -m torch_jit_ops build add_constant --set constant=5,7 --arch 9.0a
+  JITK_RECORD=run.jsonl python serve.py && python -m torch_jit_ops build --manifest run.jsonl --arch 9.0a
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import json
 import sys
-import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
-from torch_jit_ops import loader, runtime, toolchain
-from torch_jit_ops.op import Op, libraries
-from torch_jit_ops.samples import SampleMaker
+from torch_jit_ops import limits, warmup
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("ops", nargs="*", metavar="op", help="names, as silu_and_mul or jitk::silu_and_mul (default: all)")
+    parser.add_argument(
+        "--dtype", action="append", metavar="bfloat16", help="of the tensors; repeatable (default: all of the op)"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="name=value,...",
+        help="values of a placeholder of the variant, as constant=5,7; repeatable (default: those of the samples)",
+    )
+    parser.add_argument("--manifest", type=Path, metavar="FILE", help="compile what this file lists (JITK_RECORD writes one)")
     parser.add_argument(
         "--backend", choices=("cpu", "cuda"), action="append", help="default: cuda if it can be built for, and cpu"
     )
@@ -29,59 +43,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--arch", action="append", metavar="9.0a", help="CUDA architecture; repeatable (default: of the GPUs here)"
     )
     parser.add_argument(
-        "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compilers at a time (default: %(default)s)"
+        "--jobs", type=int, help=f"compilers at a time (default: {limits.compiler_jobs()}, what this machine bears)"
     )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def run(options: argparse.Namespace) -> int:
-    archs = options.arch or sorted({toolchain.device_arch(i) for i in range(torch.cuda.device_count())})
-    backends = options.backend or (["cuda", "cpu"] if archs else ["cpu"])
-    if "cuda" in backends and not archs:
-        print("error: there is no GPU here; say for which to build, such as --arch 9.0a", file=sys.stderr)
-        return 2
-    ops = _chosen(options.ops)
-    units = [runtime.unit()]
-    for op in ops:
-        for backend in backends:
-            for values in _needed(op, backend):
-                targets = archs if backend == "cuda" else [toolchain.host_isa()]
-                units += [op.unit(backend, values, arch) for arch in targets]
-    start = time.monotonic()
-    failures = []
-    compiled = 0
-    with ThreadPoolExecutor(options.jobs) as pool:
-        for unit, result in [(unit, pool.submit(loader.load, unit)) for unit in dict.fromkeys(units)]:
-            try:
-                compiled += result.result().compiled
-            except (loader.BuildError, toolchain.MissingCompiler) as error:
-                failures.append(f"{unit.label} ({unit.backend} {unit.arch}): {error}")
-    for failure in failures:
+    ops = options.ops or None
+    if options.manifest is not None:
+        if options.dtype or options.set:
+            raise ValueError("--dtype and --set do not go with --manifest, which holds them")
+        units = warmup.replayed(options.manifest, ops, options.arch, options.backend)
+    else:
+        dtypes = [_dtype(name) for name in options.dtype] if options.dtype else None
+        units = warmup.needed(ops, dtypes, dict(map(_assignment, options.set)), options.arch, options.backend)
+    report = warmup.load_all(units, options.jobs)
+    for failure in report.failures:
         print(failure, file=sys.stderr)
-    total = len(dict.fromkeys(units))
-    print(f"{total - len(failures)} of {total} kernels are there, {compiled} compiled in {time.monotonic() - start:.0f} s")
-    return 1 if failures else 0
+    if options.json:
+        print(json.dumps(asdict(report), indent=1))
+    else:
+        there = report.kernels - len(report.failures)
+        print(f"{there} of {report.kernels} kernels are there, {report.compiled} compiled in {report.seconds:.1f} s")
+    return 1 if report.failures else 0
 
 
-def _chosen(names: list[str]) -> list[Op]:
-    ops = {op.qualified_name: op for library in libraries() for op in library.ops.values()}
-    chosen = []
-    for name in names:
-        found = [op for qualified, op in ops.items() if name in (qualified, op.name)]
-        if not found:
-            raise ValueError(f"there is no op {name!r}; there are {', '.join(ops)}")
-        chosen += found
-    return chosen or list(ops.values())
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"--dtype must be a dtype, such as bfloat16; got {name!r}")
+    return dtype
 
 
-def _needed(op: Op, backend: str) -> Iterator[tuple[object, ...]]:
-    """The placeholders' values of all samples in all dtypes."""
-    if backend not in op.kernels or op.samples is None:
-        return
-    pattern = op.kernels[backend].pattern
-    seen = set()
-    for dtype in op.dtypes:
-        for sample in op.samples(SampleMaker("cpu", dtype)):
-            values = pattern.values(pattern.words_of(op.arguments(*sample.args, **sample.kwargs)))
-            if values not in seen:
-                seen.add(values)
-                yield values
+def _assignment(text: str) -> tuple[str, list[str]]:
+    name, equals, values = text.partition("=")
+    if not equals or not values:
+        raise ValueError(f"--set must be of the form name=value or name=value,value; got {text!r}")
+    return name, values.split(",")

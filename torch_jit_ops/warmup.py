@@ -1,0 +1,269 @@
+"""Compiles kernels ahead of their first call.
+
+torch_jit_ops.build()                                                every op, as its samples call it
+torch_jit_ops.build(["silu_and_mul"], dtypes=[torch.bfloat16])       before a CUDA graph is captured, say
+torch_jit_ops.build(["add_constant"], arguments={"constant": [5, 7]}, arch="9.0a")
+torch_jit_ops.build(manifest="run.jsonl")                            what JITK_RECORD wrote in another run
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import itertools
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torch_jit_ops import environment, limits, loader, manifest, progress, runtime, toolchain
+from torch_jit_ops.op import Op, libraries
+from torch_jit_ops.samples import SampleMaker
+from torch_jit_ops.variant import Value, VariantPattern
+
+Names = str | Op | Sequence[str | Op] | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a warm-up did. ``compiled`` of the ``kernels`` were not in the store; ``failures`` hold an error's text each."""
+
+    kernels: int
+    compiled: int
+    failures: tuple[str, ...]
+    seconds: float
+
+
+def build(
+    ops: Names = None,
+    dtypes: torch.dtype | Sequence[torch.dtype] | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    *,
+    arch: str | Sequence[str] | None = None,
+    backend: str | Sequence[str] | None = None,
+    jobs: int | None = None,
+    manifest: str | os.PathLike[str] | None = None,
+) -> Report:
+    """Compile kernels, several at a time, and load them, so that no call has to. What is in the store is only loaded.
+
+    Args:
+        ops: names (``"silu_and_mul"``, ``"mylib::scale"``) or ops; default all.
+        dtypes: of the tensors; default all that the op has kernels for.
+        arguments: values of the variant's placeholders, one or a list each: ``{"constant": [5, 7]}``,
+            ``{"input.shape[-1]": 4096}``. Those that are not given are as the op's samples have them.
+        arch: CUDA architectures, such as ``"9.0a"``; default those of the GPUs here.
+        backend: ``"cuda"``, ``"cpu"`` or both; default both, ``"cuda"`` only where ``arch`` names or has one.
+        jobs: compilers at a time; default what cores, cgroups and memory allow.
+        manifest: build what this file lists instead, for ``arch`` where it is given; ``ops`` and ``backend`` narrow it down.
+
+    Returns:
+        What was done; its ``failures`` are empty.
+
+    Raises:
+        BuildError: some kernels do not compile, or have no compiler; the others are built all the same.
+        ValueError: an op, dtype, placeholder or architecture is unknown, or ``cuda`` has no architecture.
+    """
+    if manifest is not None:
+        if dtypes is not None or arguments is not None:
+            raise ValueError("build takes dtypes and arguments, or a manifest, which holds them")
+        units = replayed(Path(manifest), ops, arch, backend)
+    else:
+        units = needed(ops, dtypes, arguments, arch, backend)
+    report = load_all(units, jobs)
+    if report.failures:
+        raise loader.BuildError(
+            f"{len(report.failures)} of {report.kernels} kernels could not be built\n" + "\n".join(report.failures)
+        )
+    return report
+
+
+def load_all(units: Iterable[loader.Unit], jobs: int | None = None) -> Report:
+    """Load the dispatcher and the units, compiling what is not in the store; a bar on a terminal shows how far it is."""
+    if jobs is not None and jobs < 1:
+        raise ValueError(f"jobs must be at least 1, got {jobs}")
+    wanted = list(dict.fromkeys([runtime.unit(), *units]))
+    start = time.monotonic()
+    failures = []
+    compiled = 0
+    with _bar(len(wanted)) as working, ThreadPoolExecutor(jobs or limits.compiler_jobs()) as pool:
+
+        def load(unit: loader.Unit) -> loader.Loaded:
+            with working(f"{unit.label} {unit.arch}"):
+                return loader.load(unit)
+
+        results = [pool.submit(load, unit) for unit in wanted]
+        try:
+            for unit, result in zip(wanted, results, strict=True):
+                try:
+                    compiled += result.result().compiled
+                except (RuntimeError, OSError) as error:  # of this kernel; the others shall be built all the same
+                    failures.append(f"{unit.label} ({unit.backend} {unit.arch}): {error}")
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return Report(len(wanted), compiled, tuple(failures), time.monotonic() - start)
+
+
+@contextlib.contextmanager
+def _bar(total: int) -> Iterator[Callable[[str], contextlib.AbstractContextManager[None]]]:
+    """A progress bar for ``total`` kernels on a terminal; elsewhere the lines that each build writes are enough."""
+    if not sys.stderr.isatty() or environment.verbosity() == 0:
+        yield lambda what: contextlib.nullcontext()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True)) as shown, progress.silenced():
+        task = shown.add_task("", total=total)
+        running: dict[str, None] = {}
+
+        @contextlib.contextmanager
+        def working(what: str) -> Iterator[None]:
+            running[what] = None
+            shown.update(task, description=", ".join(running))
+            try:
+                yield
+            finally:
+                del running[what]
+                shown.update(task, advance=1, description=", ".join(list(running)))
+
+        yield working
+
+
+def needed(
+    ops: Names = None,
+    dtypes: torch.dtype | Sequence[torch.dtype] | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    arch: str | Sequence[str] | None = None,
+    backend: str | Sequence[str] | None = None,
+) -> list[loader.Unit]:
+    """The units of ``build``'s arguments, without a manifest."""
+    chosen = find_ops(ops)
+    backends, archs = _targets(arch, backend)
+    given = {name: _listed(values) for name, values in (arguments or {}).items()}
+    wanted = _listed(dtypes) if dtypes is not None else None
+    known = {part.text for op in chosen for kernel in op.kernels.values() for part in kernel.pattern.placeholders}
+    for name in given:
+        if name not in known:
+            raise ValueError(f"no op here has the placeholder {name!r}{_nearest(name, known)}")
+    units = []
+    for op in chosen:
+        if wanted is not None and ops is not None and not set(wanted) <= set(op.dtypes):
+            raise ValueError(f"{op.qualified_name} has kernels for {_shown(op.dtypes)}; got {_shown(wanted)}")
+        for each in backends:
+            if each in op.kernels:
+                for values in _values(op, op.kernels[each].pattern, wanted, given):
+                    units += [op.unit(each, values, target) for target in _archs_of(each, archs)]
+    return units
+
+
+def replayed(
+    file: Path, ops: Names = None, arch: str | Sequence[str] | None = None, backend: str | Sequence[str] | None = None
+) -> list[loader.Unit]:
+    """The units that a manifest lists; CUDA kernels for ``arch`` where it is given, else for what they were recorded for."""
+    chosen = {op.qualified_name: op for op in find_ops(ops)}
+    everything = {op.qualified_name for library in libraries() for op in library.ops.values()}
+    archs = _listed(arch) if arch is not None else []
+    units = []
+    for entry in manifest.read(file):
+        if entry.op not in everything:
+            raise ValueError(f"{file} has the op {entry.op}, which is not declared here: import its library first")
+        if entry.op not in chosen or (backend is not None and entry.backend not in _listed(backend)):
+            continue
+        op = chosen[entry.op]
+        if entry.backend not in op.kernels:
+            raise ValueError(f"{file}: {entry.op} has no {entry.backend} kernel")
+        values = manifest.values_of(entry, op.kernels[entry.backend].pattern)
+        targets = archs if entry.backend == "cuda" and archs else [entry.arch]
+        units += [op.unit(entry.backend, values, target) for target in targets]
+    return units
+
+
+def find_ops(names: Names = None) -> list[Op]:
+    """The ops of these names, ``scale`` or ``mylib::scale``; all for None.
+
+    Raises:
+        ValueError: there is no such op; the text names the nearest.
+    """
+    everything = [op for library in libraries() for op in library.ops.values()]
+    if names is None:
+        return everything
+    chosen: list[Op] = []
+    for name in _listed(names):
+        found = [op for op in everything if op is name or name in (op.qualified_name, op.name)]
+        if not found:
+            known = [op.qualified_name if "::" in str(name) else op.name for op in everything]
+            raise ValueError(f"there is no op {str(name)!r}{_nearest(str(name), known)}")
+        chosen += found
+    return list(dict.fromkeys(chosen))
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, sorted(set(known)), n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(sorted(set(known))) or 'none'}"
+
+
+def _targets(arch: str | Sequence[str] | None, backend: str | Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """Backends and CUDA architectures."""
+    archs = _listed(arch) if arch is not None else sorted({toolchain.device_arch(i) for i in range(torch.cuda.device_count())})
+    for each in archs:
+        toolchain.gencode(each)
+    backends = _listed(backend) if backend is not None else ["cuda", "cpu"] if archs else ["cpu"]
+    for each in backends:
+        if each not in ("cuda", "cpu"):
+            raise ValueError(f"the backend must be cuda or cpu, got {each!r}")
+    if "cuda" in backends and not archs:
+        raise ValueError("there is no GPU here: say for which to build, such as arch 9.0a (H100, H200) or 8.0 (A100)")
+    return backends, archs
+
+
+def _archs_of(backend: str, archs: list[str]) -> list[str]:
+    return archs if backend == "cuda" else [toolchain.host_isa()]
+
+
+def _values(
+    op: Op, pattern: VariantPattern, dtypes: Sequence[torch.dtype] | None, given: Mapping[str, Sequence[Any]]
+) -> Iterator[tuple[Value, ...]]:
+    """The placeholders' values that are asked for: given ones, dtypes, and what samples have for the rest."""
+    chosen = {
+        part.text: [manifest.value_of(op.qualified_name, part, pattern.signature, value) for value in given[part.text]]
+        for part in pattern.placeholders
+        if part.text in given
+    }
+    found: dict[tuple[Value, ...], None] = {}
+    for dtype in op.dtypes:
+        if dtypes is None or dtype in dtypes:
+            for values in _seeds(op, pattern, dtype, chosen):
+                options = (chosen.get(part.text, [value]) for part, value in zip(pattern.placeholders, values, strict=True))
+                found.update(dict.fromkeys(itertools.product(*options)))
+    yield from found
+
+
+def _seeds(
+    op: Op, pattern: VariantPattern, dtype: torch.dtype, chosen: Mapping[str, Sequence[Value]]
+) -> Iterator[tuple[Value, ...]]:
+    rest = [part for part in pattern.placeholders if part.text not in chosen]
+    if not rest or [part.what for part in rest] == ["dtype"]:  # samples would tell nothing more
+        yield (dtype,) * len(pattern.placeholders)
+    elif op.samples is not None:
+        for sample in op.samples(SampleMaker("cpu", dtype)):
+            values = pattern.values(pattern.words_of(op.arguments(*sample.args, **sample.kwargs)))
+            if all(value in op.dtypes for value in values if isinstance(value, torch.dtype)):
+                yield values
+    else:
+        raise ValueError(f"{op.qualified_name} has no samples: give the values of {', '.join(part.text for part in rest)}")
+
+
+def _listed(values: Any) -> list[Any]:
+    return list(values) if isinstance(values, (list, tuple, set, frozenset, range)) else [values]
+
+
+def _shown(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
