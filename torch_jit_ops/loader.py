@@ -243,6 +243,11 @@ def _not_in_the_cache(unit: Unit, stores: tuple[cache.Store, ...]) -> str:
     )
 
 
+def compiler_of(unit: Unit, store: cache.Store) -> str | None:
+    """The identity of the compilers that would build the unit; None if they are missing."""
+    return _compiler(unit, store)[0]
+
+
 _compilers: dict[tuple[object, ...], tuple[str | None, toolchain.MissingCompiler | None]] = {}
 
 
@@ -316,6 +321,7 @@ def _compile(unit: Unit, store: cache.Store, staging: Path, key: str, compiler: 
         "arch": unit.arch,
         "flags": unit.compile_flags(),
         "compiler": compiler,
+        "abi": ABI_VERSION,
         "torch": torch.__version__ if unit.torch else None,
         "seconds": round(loaded.seconds, 3),
     }

@@ -1,0 +1,223 @@
+"""Bundles: kernels that travel, and files that pretend to be kernels."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from torch_jit_ops import bundle, cache, inventory, loader
+
+UNIT = loader.Unit(
+    "bundled.answer",
+    "bundled::answer",
+    "cpu",
+    "x86-64",
+    'extern "C" __attribute__((visibility("default"))) int answer() { return 42; }\n',
+)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> cache.Store:
+    """A store with one small variant."""
+    store = cache.Store(tmp_path_factory.mktemp("bundles") / "from")
+    loader._load(UNIT, store, None)
+    return store
+
+
+@pytest.fixture
+def exported(built: cache.Store, tmp_path: Path) -> Path:
+    file = tmp_path / "kernels.tar.gz"
+    assert bundle.export_variants(file, inventory.variants(built)) == 1
+    return file
+
+
+def found(store: cache.Store) -> Path | None:
+    return store.find(UNIT.name, UNIT.key(), UNIT.roots(), None)
+
+
+def test_a_variant_travels(exported: Path, tmp_path: Path) -> None:
+    store = cache.Store(tmp_path / "to")
+    for _ in range(2):  # what is there already stays
+        assert bundle.import_variants(exported, store) == 1
+    library = found(store)
+    assert library is not None
+    assert loader._open(library).answer() == 42
+    assert list((store.root / "staging").iterdir()) == []
+    loaded = loader._load(UNIT, store, None)
+    assert not loaded.compiled
+    assert [variant.record for variant in inventory.variants(store)] == [
+        json.loads((library.parent / "variant.json").read_text())
+    ]
+
+
+def test_the_same_kernels_give_the_same_bytes(exported: Path, built: cache.Store, tmp_path: Path) -> None:
+    bundle.export_variants(tmp_path / "again", inventory.variants(built))
+    assert (tmp_path / "again").read_bytes() == exported.read_bytes()
+
+
+def test_a_damaged_variant_is_replaced(exported: Path, tmp_path: Path) -> None:
+    store = cache.Store(tmp_path / "to")
+    bundle.import_variants(exported, store)
+    found(store).write_bytes(b"")
+    bundle.import_variants(exported, store)
+    assert found(store) is not None
+
+
+def test_export_takes_the_ops_that_are_named(built: cache.Store) -> None:
+    assert [variant.op for variant in inventory.variants(built, ["answer"])] == ["bundled::answer"]
+    assert [variant.op for variant in inventory.variants(built, ["bundled::answer"])] == ["bundled::answer"]
+    assert list(inventory.variants(built, ["bundled"])) == []
+
+
+def test_a_failed_export_leaves_what_was_there(built: cache.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "kernels.tar.gz"
+    file.write_bytes(b"before")
+    monkeypatch.setattr(tarfile.TarFile, "addfile", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        bundle.export_variants(file, inventory.variants(built))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"kernels.tar.gz": b"before"}
+
+
+# --- hostile bundles -------------------------------------------------------------------------------
+
+Members = list[tuple[tarfile.TarInfo, bytes]]
+
+
+def members_of(file: Path) -> Members:
+    with tarfile.open(file) as archive:
+        return [(member, archive.extractfile(member).read()) for member in archive]
+
+
+def packed(members: Members) -> bytes:
+    raw = io.BytesIO()
+    with tarfile.open(fileobj=raw, mode="w:gz") as archive:
+        for member, data in members:
+            archive.addfile(member, io.BytesIO(data))
+    return raw.getvalue()
+
+
+def entry(name: str, data: bytes = b"", kind: bytes = tarfile.REGTYPE, target: str = "") -> tuple[tarfile.TarInfo, bytes]:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname, info.size = kind, target, len(data)
+    return info, data
+
+
+def listed(members: Members) -> Members:
+    """With an index that vouches for all of them: only their names and kinds are wrong."""
+    files = {info.name: cache.digest_of(data) for info, data in members[1:]}
+    return [entry(bundle.INDEX, json.dumps({"format": 1, "files": files}).encode()), *members[1:]]
+
+
+def replaced(members: Members, ending: str, change: Callable[[bytes], bytes]) -> Members:
+    """Another content, of which the index knows nothing."""
+    return [entry(info.name, change(data)) if info.name.endswith(ending) else (info, data) for info, data in members]
+
+
+def other_record(**changes: Any) -> Callable[[Members], Members]:
+    def change(data: bytes) -> bytes:
+        return json.dumps({**json.loads(data), **changes}).encode()
+
+    return lambda members: listed(replaced(members, "variant.json", change))
+
+
+def place_of(members: Members) -> str:
+    return members[1][0].name.rpartition("/")[0]
+
+
+HOSTILE: dict[str, tuple[Callable[[Members], Members], str]] = {
+    "a way out": (lambda m: listed([*m, entry("../escaped.so", b"x")]), "holds '../escaped.so', which is no file"),
+    "a long way out": (
+        lambda m: listed([*m, entry(f"{place_of(m)}/../../../escaped.so", b"x")]),
+        r"escaped\.so', which is no file of a kernel",
+    ),
+    "an absolute name": (lambda m: listed([*m, entry("/tmp/escaped.so", b"x")]), "holds '/tmp/escaped.so', which is no file"),
+    "a symbolic link": (
+        lambda m: listed([*m, entry(f"{place_of(m)}/link.so", kind=tarfile.SYMTYPE, target="/etc/passwd")]),
+        r"link\.so', which is no file",
+    ),
+    "a folder that is a link": (
+        lambda m: listed([m[0], entry(place_of(m), kind=tarfile.SYMTYPE, target="/tmp"), *m[1:]]),
+        "which is no file",
+    ),
+    "a hard link": (
+        lambda m: listed([*m, entry(f"{place_of(m)}/link.so", kind=tarfile.LNKTYPE, target="../../../secret")]),
+        r"link\.so', which is no file",
+    ),
+    "a device": (lambda m: listed([*m, entry(f"{place_of(m)}/tty.so", kind=tarfile.CHRTYPE)]), r"tty\.so', which is no file"),
+    "a pipe": (lambda m: listed([*m, entry(f"{place_of(m)}/pipe.so", kind=tarfile.FIFOTYPE)]), r"pipe\.so', which is no file"),
+    "an unknown file": (lambda m: listed([*m, entry(f"{place_of(m)}/.profile", b"x")]), r"\.profile', which is no file"),
+    "a file of the store itself": (lambda m: listed([*m, entry("compilers/c++.json", b"{}")]), "which is no file"),
+    "a file that the index lacks": (lambda m: [*m, entry(f"{place_of(m)}/more.so", b"x")], r"more\.so', which is no file"),
+    "a file twice": (lambda m: [*m, m[-1]], "which is no file of a kernel that its bundle.json lists"),
+    "another content": (lambda m: replaced(m, ".so", lambda data: data[::-1]), r"\.so is not the file that was exported"),
+    "another library, listed": (
+        lambda m: listed(replaced(m, ".so", lambda data: data[::-1])),
+        r"variant\.json does not describe the files beside it",
+    ),
+    "a library elsewhere": (other_record(library="../../../../bin/sh.so"), r"does not describe the files"),
+    "another op's place": (other_record(name="jitk.silu_and_mul"), r"does not describe the files"),
+    "a name with a path": (other_record(name="../../x"), r"does not describe the files"),
+    "a record that is none": (other_record(dependencies=[{"root": "x"}]), r"does not describe the files"),
+    "a missing file": (lambda m: m[:-1], "is cut short: 1 of 4 files are missing"),
+    "no index": (lambda m: m[1:], "is no bundle of kernels: it does not begin with bundle.json"),
+    "an index that is a link": (
+        lambda m: [entry(bundle.INDEX, kind=tarfile.SYMTYPE, target="/etc/passwd"), *m[1:]],
+        "does not begin with bundle.json",
+    ),
+    "an index that is none": (lambda m: [entry(bundle.INDEX, b"[]"), *m[1:]], "is damaged or no bundle of kernels"),
+    "nothing": (lambda m: [], "is no bundle of kernels"),
+}
+
+
+def tree(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_bundle_is_refused_whole(name: str, exported: Path, tmp_path: Path) -> None:
+    change, text = HOSTILE[name]
+    exported.write_bytes(packed(change(members_of(exported))))
+    before = tree(tmp_path)
+    with pytest.raises(bundle.BundleError, match=text):
+        bundle.import_variants(exported, cache.Store(tmp_path / "to"))
+    assert [path for path in tree(tmp_path) if path not in before] == ["to", "to/staging"]
+
+
+@pytest.mark.parametrize("part", [0.0, 0.01, 0.5, 0.9])
+def test_a_truncated_bundle_is_refused_whole(part: float, exported: Path, tmp_path: Path) -> None:
+    data = exported.read_bytes()
+    exported.write_bytes(data[: int(part * len(data))])
+    with pytest.raises(bundle.BundleError, match=r"is cut short|is damaged or no bundle|is no bundle"):
+        bundle.import_variants(exported, cache.Store(tmp_path / "to"))
+    assert tree(tmp_path / "to") == ["staging"]
+
+
+def test_a_huge_file_is_refused_unread(exported: Path, tmp_path: Path) -> None:
+    """A few bytes that unpack to more than any disk."""
+    info, _ = entry(bundle.INDEX)
+    info.size = 1 << 40
+    exported.write_bytes(gzip.compress(info.tobuf() + bytes(1 << 20)))
+    with pytest.raises(bundle.BundleError, match=r"bundle\.json has 1048576 MiB, more than any kernel"):
+        bundle.import_variants(exported, cache.Store(tmp_path / "to"))
+
+
+def test_a_link_in_the_way_is_not_followed(exported: Path, tmp_path: Path) -> None:
+    """Somebody's link where a variant belongs leads nowhere."""
+    store, elsewhere = cache.Store(tmp_path / "to"), tmp_path / "elsewhere"
+    store.root.mkdir(mode=0o700)
+    elsewhere.mkdir()
+    place = members_of(exported)[1][0].name.partition("/")[0]
+    (store.root / place).mkdir()
+    (store.root / members_of(exported)[1][0].name.rpartition("/")[0]).symlink_to(elsewhere)
+    bundle.import_variants(exported, store)
+    assert found(store) is not None
+    assert list(elsewhere.iterdir()) == []
+    shutil.rmtree(store.root)

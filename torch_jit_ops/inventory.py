@@ -1,0 +1,140 @@
+"""What is in a store, and why a kernel is not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torch_jit_ops import cache, loader
+
+_DISPATCHER = "runtime"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A built variant. ``record`` is what its variant.json says; ``text`` the translation unit, if it is there."""
+
+    folder: Path
+    record: Mapping[str, Any]
+
+    @property
+    def op(self) -> str:
+        """``jitk::silu_and_mul``, or ``(dispatcher)``."""
+        name = str(self.record["name"])
+        return "(dispatcher)" if name == _DISPATCHER else name.replace(".", "::", 1)
+
+    @property
+    def library(self) -> Path:
+        return self.folder / Path(str(self.record["library"])).name
+
+    @property
+    def bytes(self) -> int:
+        """Of all its files."""
+        return sum(file.stat().st_size for file in self.folder.iterdir() if file.is_file())
+
+    @property
+    def used(self) -> float:
+        """When it was built or last seen in use, in seconds since 1970."""
+        return (self.folder / cache.RECORD).stat().st_mtime
+
+    @property
+    def text(self) -> str | None:
+        for file in (*self.folder.glob("*.cu"), *self.folder.glob("*.cpp")):
+            return file.read_text()
+        return None
+
+
+def variants(store: cache.Store, ops: Sequence[str] = ()) -> Iterator[Variant]:
+    """The variants of a store whose record can be read; of these ops, ``relu2`` or ``jitk::relu2``, if any are named."""
+    for file in sorted(store.root.glob(f"*-*/*/{cache.RECORD}")):
+        try:
+            record = json.loads(file.read_text())
+            found = Variant(file.parent, record)
+            if record["format"] == cache.FORMAT and (not ops or {found.op, found.op.split("::")[-1]} & set(ops)):
+                found.library, record["label"], record["dependencies"]
+                yield found
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # damaged, or of another format: as good as absent
+
+
+@dataclass(frozen=True)
+class Difference:
+    """An input of the key that is not as it was. ``was`` or ``now`` is None where there was or is none."""
+
+    what: str
+    was: str | None
+    now: str | None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Whether a unit is in the store, and if not, what differs from the variant there that is nearest to it."""
+
+    unit: loader.Unit
+    present: Path | None
+    nearest: Variant | None
+    differences: tuple[Difference, ...]
+
+
+def why(unit: loader.Unit, stores: Sequence[cache.Store]) -> Finding:
+    """Look for the unit, as a load would, and compare with what comes nearest."""
+    for store in stores:
+        found = store.find(unit.name, unit.key(), unit.roots(), loader.compiler_of(unit, store))
+        if found is not None:
+            return Finding(unit, found.parent, None, ())
+    best: Finding | None = None
+    for store in stores:
+        compiler = loader.compiler_of(unit, store)
+        for variant in variants(store):
+            if variant.record["name"] != unit.name:
+                continue
+            differences = tuple(_differences(unit, variant, compiler))
+            if best is None or _rank(differences, variant) < _rank(best.differences, best.nearest):
+                best = Finding(unit, None, variant, differences)
+    return best or Finding(unit, None, None, ())
+
+
+def _rank(differences: Sequence[Difference], variant: Variant | None) -> tuple[bool, int, float]:
+    """Another instantiation is further away than the same one from other files; of two equal ones the later is nearer."""
+    other = any(difference.what in ("backend", "architecture", "instantiation") for difference in differences)
+    return other, len(differences), -variant.used if variant is not None else 0
+
+
+def _differences(unit: loader.Unit, variant: Variant, compiler: str | None) -> Iterator[Difference]:
+    record = variant.record
+    for what, was, now in (
+        ("backend", record.get("backend"), unit.backend),
+        ("architecture", record.get("arch"), unit.arch),
+        ("instantiation", record.get("label"), unit.label),
+        ("PyTorch", record.get("torch"), torch.__version__ if unit.torch else None),
+        ("ABI version", record.get("abi", loader.ABI_VERSION), loader.ABI_VERSION),
+    ):
+        if was != now:
+            yield Difference(what, str(was), str(now))
+    if compiler is not None and record.get("compiler") != compiler:
+        yield Difference("compiler", record.get("compiler"), compiler)
+    was, now = list(record.get("flags", ())), list(unit.compile_flags())
+    gone = [flag for flag in was if flag not in now]
+    new = [flag for flag in now if flag not in was]
+    if gone or new:
+        yield Difference("flags", " ".join(gone) or None, " ".join(new) or None)
+    elif was != now:
+        yield Difference("order of flags", " ".join(was), " ".join(now))
+    if record.get("label") == unit.label and variant.text not in (None, unit.text):
+        yield Difference("translation unit", variant.text, unit.text)
+    roots = unit.roots()
+    for item in record["dependencies"]:
+        if item["root"] not in roots:
+            yield Difference(f"file {item['path']}", f"in {item['root']}", None)
+            continue
+        file = roots[item["root"]] / item["path"]
+        digest = cache.digest_of_file(file)
+        if digest != item["digest"]:
+            yield Difference(f"file {file}", item["digest"][:12], None if digest is None else digest[:12])
+    if not variant.library.is_file() or cache.digest_of(variant.library.read_bytes()) != record["digest"]:
+        yield Difference(f"file {variant.library}", str(record["digest"])[:12], "damaged or missing")
