@@ -28,7 +28,9 @@ UNIT = loader.Unit(
 def built(tmp_path_factory: pytest.TempPathFactory) -> cache.Store:
     """A store with one small variant."""
     store = cache.Store(tmp_path_factory.mktemp("bundles") / "from")
-    loader._load(UNIT, store, None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JITK_CACHE_DIR", str(store.root))
+        loader.load(UNIT)
     return store
 
 
@@ -43,7 +45,7 @@ def found(store: cache.Store) -> Path | None:
     return store.find(UNIT.name, UNIT.key(), UNIT.roots(), None)
 
 
-def test_a_variant_travels(exported: Path, tmp_path: Path) -> None:
+def test_a_variant_travels(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = cache.Store(tmp_path / "to")
     for _ in range(2):  # what is there already stays
         assert bundle.import_variants(exported, store) == 1
@@ -51,8 +53,8 @@ def test_a_variant_travels(exported: Path, tmp_path: Path) -> None:
     assert library is not None
     assert loader._open(library).answer() == 42
     assert list((store.root / "staging").iterdir()) == []
-    loaded = loader._load(UNIT, store, None)
-    assert not loaded.compiled
+    monkeypatch.setenv("JITK_CACHE_DIR", str(store.root))
+    assert not loader.load(UNIT).compiled
     assert [variant.record for variant in inventory.variants(store)] == [
         json.loads((library.parent / "variant.json").read_text())
     ]

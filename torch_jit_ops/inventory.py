@@ -56,7 +56,7 @@ def variants(store: cache.Store, ops: Sequence[str] = ()) -> Iterator[Variant]:
             record = json.loads(file.read_text())
             found = Variant(file.parent, record)
             if record["format"] == cache.FORMAT and (not ops or {found.op, found.op.split("::")[-1]} & set(ops)):
-                found.library, record["label"], record["dependencies"]
+                found.library, record["label"], record["backend"], record["arch"], record["seconds"], record["dependencies"]
                 yield found
         except (OSError, ValueError, KeyError, TypeError):
             continue  # damaged, or of another format: as good as absent
@@ -91,7 +91,7 @@ def why(unit: loader.Unit, stores: Sequence[cache.Store]) -> Finding:
     for store in stores:
         compiler = loader.compiler_of(unit, store)
         for variant in variants(store):
-            if variant.record["name"] != unit.name:
+            if (variant.record["name"], variant.record["backend"]) != (unit.name, unit.backend):
                 continue
             differences = tuple(_differences(unit, variant, compiler))
             if best is None or _rank(differences, variant) < _rank(best.differences, best.nearest):
@@ -101,14 +101,13 @@ def why(unit: loader.Unit, stores: Sequence[cache.Store]) -> Finding:
 
 def _rank(differences: Sequence[Difference], variant: Variant | None) -> tuple[bool, int, float]:
     """Another instantiation is further away than the same one from other files; of two equal ones the later is nearer."""
-    other = any(difference.what in ("backend", "architecture", "instantiation") for difference in differences)
+    other = any(difference.what in ("architecture", "instantiation") for difference in differences)
     return other, len(differences), -variant.used if variant is not None else 0
 
 
 def _differences(unit: loader.Unit, variant: Variant, compiler: str | None) -> Iterator[Difference]:
     record = variant.record
     for what, was, now in (
-        ("backend", record.get("backend"), unit.backend),
         ("architecture", record.get("arch"), unit.arch),
         ("instantiation", record.get("label"), unit.label),
         ("PyTorch", record.get("torch"), torch.__version__ if unit.torch else None),

@@ -20,11 +20,21 @@ from pathlib import Path
 
 import torch
 
-from torch_jit_ops import limits, warmup
+from torch_jit_ops import limits, loader, warmup
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("ops", nargs="*", metavar="op", help="names, as silu_and_mul or jitk::silu_and_mul (default: all)")
+    add_choice(parser)
+    parser.add_argument("--manifest", type=Path, metavar="FILE", help="compile what this file lists (JITK_RECORD writes one)")
+    parser.add_argument(
+        "--jobs", type=int, help=f"compilers at a time (default: {limits.compiler_jobs()}, what this machine bears)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def add_choice(parser: argparse.ArgumentParser) -> None:
+    """The options that choose kernels of an op."""
     parser.add_argument(
         "--dtype", action="append", metavar="bfloat16", help="of the tensors; repeatable (default: all of the op)"
     )
@@ -35,28 +45,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="name=value,...",
         help="values of a placeholder of the variant, as constant=5,7; repeatable (default: those of the samples)",
     )
-    parser.add_argument("--manifest", type=Path, metavar="FILE", help="compile what this file lists (JITK_RECORD writes one)")
     parser.add_argument(
         "--backend", choices=("cpu", "cuda"), action="append", help="default: cuda if it can be built for, and cpu"
     )
     parser.add_argument(
         "--arch", action="append", metavar="9.0a", help="CUDA architecture; repeatable (default: of the GPUs here)"
     )
-    parser.add_argument(
-        "--jobs", type=int, help=f"compilers at a time (default: {limits.compiler_jobs()}, what this machine bears)"
-    )
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def chosen_units(ops: list[str], options: argparse.Namespace) -> list[loader.Unit]:
+    """The kernels of these ops, all for none, that the options of ``add_choice`` ask for."""
+    dtypes = [_dtype(name) for name in options.dtype] if options.dtype else None
+    return warmup.needed(ops or None, dtypes, dict(map(_assignment, options.set)), options.arch, options.backend)
 
 
 def run(options: argparse.Namespace) -> int:
-    ops = options.ops or None
     if options.manifest is not None:
         if options.dtype or options.set:
             raise ValueError("--dtype and --set do not go with --manifest, which holds them")
-        units = warmup.replayed(options.manifest, ops, options.arch, options.backend)
+        units = warmup.replayed(options.manifest, options.ops or None, options.arch, options.backend)
     else:
-        dtypes = [_dtype(name) for name in options.dtype] if options.dtype else None
-        units = warmup.needed(ops, dtypes, dict(map(_assignment, options.set)), options.arch, options.backend)
+        units = chosen_units(options.ops, options)
     report = warmup.load_all(units, options.jobs)
     for failure in report.failures:
         print(failure, file=sys.stderr)

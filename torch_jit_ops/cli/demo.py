@@ -2,6 +2,10 @@
 torch.compile(fullgraph=True), check every result against plain PyTorch in float64, and time them.
 
 The kernels compile on their first call, which is shown. A second run finds them in the cache. Runs on the GPU if there is one.
+
+examples:
+  python -m torch_jit_ops demo
+  python -m torch_jit_ops demo --device cpu --dtype float32
 """
 
 from __future__ import annotations

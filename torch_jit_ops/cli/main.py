@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 _COMMANDS = {
     "demo": "compile a small Llama with jitk ops and check it against plain PyTorch",
-    #    "doctor": "check everything that compiling needs, and say how to get what is missing",
+    "doctor": "check everything that compiling needs, and say how to get what is missing",
     "list": "the ops: schemas, dtypes, where their kernels are, and which are compiled",
     "build": "compile kernels ahead of their first call, also for a GPU that is not here",
-    #    "cache": "look into the store of compiled kernels, explain it, prune it, carry it elsewhere",
+    "cache": "look into the store of compiled kernels, explain it, prune it, carry it elsewhere",
     #    "new": "start an op of your own: declaration, kernels, samples and a test that passes",
     #    "clangd": "write a .clangd, so that an editor understands kernels",
 }

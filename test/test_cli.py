@@ -1,0 +1,267 @@
+"""The command line: what it prints, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+
+from torch_jit_ops import cache, inventory, loader, toolchain
+from torch_jit_ops.cli import doctor, main
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> cache.Store:
+    """An empty store."""
+    monkeypatch.setenv("JITK_CACHE_DIR", str(tmp_path / "kernels"))
+    return cache.default_store()
+
+
+@pytest.fixture
+def call(capfd: pytest.CaptureFixture[str]) -> Call:
+    return Call(capfd)
+
+
+class Call:
+    """Runs a command in this process."""
+
+    def __init__(self, captured: pytest.CaptureFixture[str]) -> None:
+        self.captured = captured
+
+    def __call__(self, *arguments: str, code: int = 0) -> str:
+        """What it prints to standard output, or to standard error if it fails."""
+        try:
+            came = main.main(arguments)
+        except SystemExit as stop:  # argparse's own
+            came = int(stop.code or 0)
+        said = self.captured.readouterr()
+        assert came == code, said
+        return said.out if code == 0 else said.err or said.out
+
+
+# --- all commands ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", main._COMMANDS)
+def test_help_has_examples(call: Call, command: str) -> None:
+    text = call(command, "--help")
+    assert f"python -m torch_jit_ops {command}" in text
+    assert "examples:" in text
+
+
+def test_help_imports_no_command() -> None:
+    program = (
+        "import sys; from torch_jit_ops.cli import main\n"
+        "try: main.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print([name for name in sys.modules if name.startswith(('torch_jit_ops.cli.', 'torch.utils.cpp_ext', 'rich'))])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "['torch_jit_ops.cli.main']"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["build", "silu_and_mull"], ["list", "silu_and_mull"], ["cache", "why", "silu_and_mull"]], ids=lambda a: a[0]
+)
+def test_an_unknown_op_is_a_wrong_usage(call: Call, arguments: list[str]) -> None:
+    assert call(*arguments, code=2) == "error: there is no op 'silu_and_mull'; did you mean 'silu_and_mul'?\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["build", "--set", "constant"], "error: --set must be of the form name=value or name=value,value; got 'constant'\n"),
+        (["build", "--dtype", "bf16"], "error: --dtype must be a dtype, such as bfloat16; got 'bf16'\n"),
+        (["build", "--jobs", "0", "--backend", "cpu"], "error: jobs must be at least 1, got 0\n"),
+        (["build", "--arch", "90"], "error: the CUDA architecture '90' must be of the form 8.0 or 9.0a\n"),
+        (["--import", "no_such_library", "list"], "error: --import no_such_library: No module named 'no_such_library'\n"),
+    ],
+)
+def test_a_wrong_usage(call: Call, arguments: list[str], text: str) -> None:
+    assert call(*arguments, code=2) == text
+
+
+def test_an_interrupt(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inventory, "variants", interrupt)
+    assert call("list", code=130) == "interrupted\n"
+
+
+def test_a_reader_that_has_enough(store: cache.Store) -> None:
+    shell = f"{sys.executable} -m torch_jit_ops list | head -1"
+    done = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "jitk::silu_and_mul(Tensor input) -> Tensor\n"
+    assert done.stderr == ""
+
+
+def test_list(call: Call, store: cache.Store) -> None:
+    assert_expected_inline(
+        call("list", "add_constant"),
+        """\
+jitk::add_constant(Tensor src, SymInt constant) -> Tensor
+jitk::add_constant.out(Tensor src, SymInt constant, *, Tensor(a2!) out) -> ()
+    dtypes    int32
+    kernels   cuda: add_constant.cu, cpu: add_constant.cpp
+    compiled  none
+
+""",
+    )
+    (row,) = json.loads(call("list", "jitk::add_constant", "--json"))
+    assert (row["name"], row["dtypes"], row["compiled"]) == ("jitk::add_constant", ["int32"], [])
+
+
+# --- cache -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def built(store: cache.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> cache.Store:
+    """A store with one variant, of an op's unit whose files are in a folder of the test."""
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc/answer.h").write_text("#define ANSWER 42\n")
+    loader.load(unit(tmp_path))
+    return store
+
+
+def unit(folder: Path, *flags: str, label: str = "clitest::answer<1>", text: str = "") -> loader.Unit:
+    text = f'#include "answer.h"\nint answer() {{ return ANSWER; }}\n{text}'
+    return loader.Unit("clitest.answer", label, "cpu", "x86-64", text, include=(folder / "csrc",), flags=flags)
+
+
+def why(of: loader.Unit, store: cache.Store) -> list[str]:
+    from torch_jit_ops.cli import cache as command
+
+    finding = inventory.why(of, [store])
+    assert (finding.present is None) == bool(finding.differences)
+    return [command._line(difference).strip() for difference in finding.differences]
+
+
+def test_the_store_is_listed_exported_cleared_and_imported(call: Call, built: cache.Store, tmp_path: Path) -> None:
+    assert call("cache", "dir") == f"{built.root}\n"
+    table = call("cache", "list").splitlines()
+    assert re.fullmatch(r"clitest::answer<1>  x86-64  \d+\.\d KB  \d+\.\d s +\d{4}-\d\d-\d\d \d\d:\d\d", table[1])
+    assert re.fullmatch(rf"1 variants, \d+\.\d KB in {built.root}", table[2])
+    (record,) = json.loads(call("cache", "list", "--json"))
+    assert (record["label"], record["abi"]) == ("clitest::answer<1>", loader.ABI_VERSION)
+    file = tmp_path / "kernels.tar.gz"
+    assert re.fullmatch(rf"{file}: 1 variants, \d+\.\d KB\n", call("cache", "export", str(file)))
+    assert call("cache", "clear") == f"removed 1 variants from {built.root}\n"
+    assert call("cache", "list").splitlines()[-1] == f"0 variants, 0 B in {built.root}"
+    assert call("cache", "import", str(file)) == f"1 variants of {file} are in {built.root}\n"
+    assert why(unit(tmp_path), built) == []
+    file.write_bytes(b"no bundle")
+    assert call("cache", "import", str(file), code=1).startswith(f"error: {file} is damaged or no bundle of kernels")
+    assert call("cache", "import", str(tmp_path / "missing"), code=1).startswith("error: [Errno 2] No such file")
+
+
+def test_clear_takes_some_ops(call: Call, built: cache.Store) -> None:
+    assert call("cache", "clear", "relu2") == f"removed 0 variants from {built.root}\n"
+    assert call("cache", "clear", "answer") == f"removed 1 variants from {built.root}\n"
+
+
+def test_why_names_a_changed_and_a_missing_file(built: cache.Store, tmp_path: Path) -> None:
+    header = tmp_path / "csrc/answer.h"
+    was = cache.digest_of(header.read_bytes())[:12]
+    header.write_text("#define ANSWER 43\n")
+    now = cache.digest_of(header.read_bytes())[:12]
+    assert why(unit(tmp_path), built) == [f"file {header}: {now}, was {was}"]
+    header.unlink()
+    assert why(unit(tmp_path), built) == [f"file {header}: {was} is gone"]
+
+
+def test_why_names_what_else_differs(built: cache.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert why(unit(tmp_path, "-DMORE"), built) == ["flags: -DMORE is new"]
+    assert why(unit(tmp_path, text="// more\n"), built) == ["translation unit: another text"]
+    assert why(unit(tmp_path, label="clitest::answer<2>"), built) == []  # the label is not in the key
+    other = loader.Unit("clitest.answer", "clitest::answer<1>", "cpu", "x86-64-v3", unit(tmp_path).text, (tmp_path / "csrc",))
+    assert why(other, built) == ["architecture: x86-64-v3, was x86-64", "flags: -march=x86-64-v3, was -march=x86-64"]
+    monkeypatch.setattr(loader, "compiler_of", lambda *_: "c++ 99")
+    (line,) = why(unit(tmp_path), built)
+    assert line.startswith("compiler: c++ 99, was c++")
+
+
+def test_why_names_an_older_abi(built: cache.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "ABI_VERSION", 1000)
+    assert why(unit(tmp_path), built) == ["ABI version: 1000, was 1"]
+
+
+def test_why_names_a_damaged_library(built: cache.Store, tmp_path: Path) -> None:
+    (variant,) = inventory.variants(built)
+    variant.library.unlink()  # as it is loaded, writing into it would end this process
+    variant.library.write_bytes(b"cut")
+    (line,) = why(unit(tmp_path), built)
+    assert line.startswith(f"file {variant.library}: damaged or missing, was ")
+
+
+def test_why_takes_the_nearest(built: cache.Store, tmp_path: Path) -> None:
+    """Of two variants the one that needs fewer changes; the same instantiation before another."""
+    loader.load(unit(tmp_path, "-DMORE", "-DSTILL_MORE"))
+    assert len(why(unit(tmp_path, "-DMORE"), built)) == 1
+    loader.load(unit(tmp_path, label="clitest::answer<3>", text="// 3\n"))
+    assert "flags" in why(unit(tmp_path, "-DMORE"), built)[0]
+
+
+def test_why_of_an_op(call: Call, store: cache.Store) -> None:
+    isa = toolchain.host_isa()
+    text = call("cache", "why", "relu2", "--dtype", "float32", "--backend", "cpu")
+    assert text == f"jitk::relu2<fp32_t> for {isa}: would be compiled; no cpu variant of this op is in the store\n"
+    (found,) = json.loads(call("cache", "why", "dispatcher", "--json"))
+    assert (found["kernel"], found["present"], found["differences"]) == ("the dispatcher", None, [])
+
+
+# --- doctor ----------------------------------------------------------------------------------------
+
+
+def test_doctor_finds_this_machine_well(call: Call, store: cache.Store) -> None:
+    found = json.loads(call("doctor", "--json"))
+    states = {check["what"]: check["state"] for check in found}
+    assert states["compiling for cpu"] == states["C++ compiler"] == states["ninja"] == states["cache"] == "ok"
+    assert call("doctor").endswith("\neverything that should work here does\n")
+    assert sorted(path.name for path in store.root.rglob("*")) in (["staging"], [])
+
+
+def test_doctor_names_each_problem_and_its_remedy(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("JITK_CACHE_DIR", str(tmp_path / "file/kernels"))
+    monkeypatch.setenv("JITK_CACHEDIR", "x")
+    monkeypatch.setenv("CXX", "g++-99")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    found = {(check["what"], check["state"]): check for check in json.loads(call("doctor", "--json", code=1))}
+    assert found["C++ compiler", "problem"]["remedy"].startswith("install g++ 11 or newer")
+    assert found["cache", "problem"]["found"].startswith(
+        f"the kernel cache {tmp_path}/file/kernels cannot be written (Not a dir"
+    )
+    assert found["environment", "note"]["remedy"] == "did you mean JITK_CACHE_DIR?"
+    assert not any(what.startswith("compiling") for what, _ in found)
+    assert call("doctor", code=1).endswith("\n2 problems\n")
+
+
+def test_doctor_tells_a_compiler_that_compiles_nothing(
+    call: Call, store: cache.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "c++"
+    broken.write_text(
+        "#!/bin/sh\n[ \"$1\" = --version ] && echo 'c++ 12.2.0' && exit 0\necho 'x.cpp:1: error: no' >&2; exit 1\n"
+    )
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    monkeypatch.setattr(torch.version, "cuda", None)
+    found = {check["what"]: check for check in json.loads(call("doctor", "--json", code=1))}
+    assert found["C++ compiler"]["state"] == "ok"
+    assert found["compiling for cpu"]["state"] == "problem"
+    assert found["compiling for cpu"]["found"].startswith("a CPU kernel did not compile")
+
+
+def test_doctor_refuses_an_old_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toolchain, "compiler_identity", lambda *_: "g++ (Debian 10.2.1-6) 10.2.1")
+    (check,) = doctor._cpp_compiler()
+    assert (check.state, check.remedy) == ("problem", "install g++ 11 or newer, and set CXX to it")
