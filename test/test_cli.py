@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from expecttest import assert_expected_inline
+from test_docs import compile_for_gpu
 
 from torch_jit_ops import cache, inventory, loader, toolchain
 from torch_jit_ops.cli import doctor, main
@@ -265,3 +268,100 @@ def test_doctor_refuses_an_old_compiler(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(toolchain, "compiler_identity", lambda *_: "g++ (Debian 10.2.1-6) 10.2.1")
     (check,) = doctor._cpp_compiler()
     assert (check.state, check.remedy) == ("problem", "install g++ 11 or newer, and set CXX to it")
+
+
+# --- new -------------------------------------------------------------------------------------------
+
+
+def test_a_new_op_passes_its_own_test(call: Call, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    said = call("new", "fresh_lib::stretch", "--into", str(tmp_path))
+    files = ["fresh_lib/__init__.py", "fresh_lib/csrc/stretch.cu", "fresh_lib/csrc/stretch.cpp", "test_stretch.py"]
+    assert said.splitlines() == [
+        *(str(tmp_path / file) for file in files),
+        "",
+        f"try it:  cd {tmp_path} && python -m pytest test_stretch.py",
+    ]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-B", "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_stretch.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^[48] passed", done.stdout, re.MULTILINE)
+
+
+def test_a_new_op_compiles_for_a_gpu(call: Call, tmp_path: Path) -> None:
+    call("new", "fresh_lib::stretch", "--into", str(tmp_path))
+    functions = [f"fresh_lib::{name}<bf16_t>" for name in ("stretch", "stretch_out")]
+    compile_for_gpu(tmp_path / "fresh_lib/csrc/stretch.cu", functions, tmp_path)
+
+
+def test_a_new_op_is_formatted(call: Call, tmp_path: Path) -> None:
+    formatter = shutil.which("clang-format")
+    if formatter is None:
+        pytest.skip("no clang-format here")
+    call("new", "fresh_lib::stretch", "--into", str(tmp_path))
+    for file in (tmp_path / "fresh_lib/csrc").iterdir():
+        style = f"--style=file:{ROOT}/.clang-format"
+        text = subprocess.run([formatter, style, str(file)], capture_output=True, text=True, check=True).stdout
+        assert text == file.read_text()
+
+
+def test_new_overwrites_nothing(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "test_stretch.py").write_text("mine")
+    said = call("new", "fresh_lib::stretch", "--into", str(tmp_path), code=2)
+    assert said == f"error: {tmp_path}/test_stretch.py is there already, and nothing is overwritten\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["test_stretch.py"]
+
+
+@pytest.mark.parametrize("name", ["double", "Scale", "my-op", "lib::", "../x::y", "device::x", "class"])
+def test_new_refuses_what_is_no_name(call: Call, tmp_path: Path, name: str) -> None:
+    assert "cannot name a library or an op" in call("new", name, "--into", str(tmp_path), code=2)
+
+
+@pytest.mark.parametrize("name", ["torch::scale", "math::scale", "userlib::scale"])
+def test_new_refuses_the_name_of_another_library(call: Call, tmp_path: Path, name: str) -> None:
+    library = name.partition("::")[0]
+    assert f"there is a library {library!r} already" in call("new", name, "--into", str(tmp_path), code=2)
+
+
+# --- clangd ----------------------------------------------------------------------------------------
+
+
+def flags_of(text: str) -> list[list[str]]:
+    return [[json.loads(flag) for flag in re.findall(r"^    - (.*)$", part, re.MULTILINE)] for part in text.split("---\n")]
+
+
+def test_clangd_is_told_the_folders_and_flags(call: Call, tmp_path: Path) -> None:
+    call("new", "fresh_lib::stretch", "--into", str(tmp_path))
+    assert call("clangd", str(tmp_path), "--arch", "9.0a").splitlines()[-1] == f"{tmp_path}/.clangd"
+    plain, *_ = flags_of((tmp_path / ".clangd").read_text())
+    assert plain[:2] == [f"-I{tmp_path}/fresh_lib/csrc", f"-I{loader.include_dir()}"]
+    source = tmp_path / "fresh_lib/csrc/stretch.cpp"
+    command = [str(toolchain.host_compiler()), *plain, "-fsyntax-only", str(source)]
+    done = subprocess.run([flag for flag in command if flag != "-xc++"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_clangd_is_told_of_cuda(tmp_path: Path) -> None:
+    from torch_jit_ops.cli import clangd
+
+    toolkit = toolchain.Toolkit(
+        Path("/cuda"), Path("/cuda/bin/nvcc"), (Path("/else/include"),), Path("/cuda/lib64"), "CUDA_HOME"
+    )
+    text = clangd.configuration(tmp_path, "9.0a", toolkit)
+    _, cuda, runtime = flags_of(text)
+    assert 'PathMatch: ".*\\\\.cuh?"' in text
+    expected = ["--cuda-path=/cuda", "--cuda-gpu-arch=sm_90a", "-DJITK_CUDA_ARCH=900", "-I/else/include", "-std=c++17"]
+    assert [flag for flag in expected if flag not in cuda] == []
+    assert not any(flag.startswith(("-Xcompiler", "-gencode")) for flag in cuda)
+    assert runtime[0] == f"-isystem{Path(torch.__file__).parent / 'include'}"
+    assert len(flags_of(clangd.configuration(tmp_path, "9.0a", None))) == 2
+
+
+def test_clangd_keeps_a_foreign_file(call: Call, tmp_path: Path) -> None:
+    (tmp_path / ".clangd").write_text("Diagnostics:\n")
+    said = call("clangd", str(tmp_path), code=1)
+    assert said == f"error: {tmp_path}/.clangd was written by somebody else; --force replaces it\n"
+    assert (tmp_path / ".clangd").read_text() == "Diagnostics:\n"
+    call("clangd", str(tmp_path), "--force")
+    call("clangd", str(tmp_path))  # our own is replaced without a word
+    assert call("clangd", str(tmp_path / "missing"), code=2) == f"error: there is no folder {tmp_path}/missing\n"

@@ -14,8 +14,8 @@ _COMMANDS = {
     "list": "the ops: schemas, dtypes, where their kernels are, and which are compiled",
     "build": "compile kernels ahead of their first call, also for a GPU that is not here",
     "cache": "look into the store of compiled kernels, explain it, prune it, carry it elsewhere",
-    #    "new": "start an op of your own: declaration, kernels, samples and a test that passes",
-    #    "clangd": "write a .clangd, so that an editor understands kernels",
+    "new": "start an op of your own: declaration, kernels, samples and a test that passes",
+    "clangd": "write a .clangd, so that an editor understands kernels",
 }
 
 _EPILOG = """\
