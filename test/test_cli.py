@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -179,6 +180,16 @@ def test_why_names_a_changed_and_a_missing_file(built: cache.Store, tmp_path: Pa
     assert why(unit(tmp_path), built) == [f"file {header}: {now}, was {was}"]
     header.unlink()
     assert why(unit(tmp_path), built) == [f"file {header}: {was} is gone"]
+
+
+def test_why_names_a_file_that_comes_first_now(built: cache.Store, tmp_path: Path) -> None:
+    """The compiler looked for jitk's header in the op's folder before, in vain."""
+    (tmp_path / "csrc/jitk").mkdir()
+    of = replace(unit(tmp_path), text="#include <jitk/abi.h>\n")
+    loader.load(of)
+    (tmp_path / "csrc/jitk/abi.h").write_text("#error not this one\n")
+    (line,) = why(of, built)
+    assert re.fullmatch(rf"file {tmp_path}/csrc/jitk/abi.h: [0-9a-f]{{12}} is new", line)
 
 
 def test_why_names_what_else_differs(built: cache.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,5 +159,8 @@ def _publish(store: cache.Store, folder: Path, place: str, record: dict[str, Any
     known = ("format", "key", "library", "digest", "dependencies")
     facts = {name: value for name, value in record.items() if name not in known}
     store.publish(folder, record["name"], record["key"], folder / record["library"], dependencies, facts)
-    if not (store.root / place.partition("/")[0]).is_dir():
-        raise OSError(f"{place} could not be put into {store.root}")
+    for built in (store.root / place.partition("/")[0]).glob(f"*/{cache.RECORD}"):
+        there = json.loads(built.read_text())
+        if (there["key"], there["dependencies"]) == (record["key"], record["dependencies"]):
+            return
+    raise OSError(f"{place} could not be put into {store.root}")

@@ -134,6 +134,11 @@ def _differences(unit: loader.Unit, variant: Variant, compiler: str | None) -> I
         file = roots[item["root"]] / item["path"]
         digest = cache.digest_of_file(file)
         if digest != item["digest"]:
-            yield Difference(f"file {file}", item["digest"][:12], None if digest is None else digest[:12])
+            yield Difference(f"file {file}", _short(item["digest"]), _short(digest))
     if not variant.library.is_file() or cache.digest_of(variant.library.read_bytes()) != record["digest"]:
         yield Difference(f"file {variant.library}", str(record["digest"])[:12], "damaged or missing")
+
+
+def _short(digest: str | None) -> str | None:
+    """A file that is not there has no digest: neither now, nor where the compiler looked for it in vain."""
+    return None if digest is None else digest[:12]
