@@ -30,14 +30,15 @@ HEAVY |= {"stdexcept", "tuple", "map", "unordered_map", "memory", "iomanip", "fs
 
 # Lower modules first; a module imports from those above it in this list alone. The root module and the CLI see all of them.
 ORDER = [
-    ("environment", "samples", "signature"),
+    ("environment", "limits", "samples", "signature", "statistics"),
     ("progress", "trust", "variant"),
     ("lock", "toolchain"),
     ("prune", "remedy"),
     ("cache",),
     ("loader",),
-    ("runtime",),
+    ("runtime", "inventory", "manifest"),
     ("op", "module"),
+    ("bundle", "warmup"),
     ("ops",),
 ]
 
@@ -133,7 +134,7 @@ def test_no_assert_guards_anything(path: Path) -> None:
 @pytest.mark.parametrize("path", _modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_only_one_module_reads_the_environment(path: Path) -> None:
     reads = re.findall(r"os\.(?:environ\b|getenv\b)", path.read_text())
-    assert reads == [] or path.name == "environment.py"
+    assert reads == [] or path.name in ("environment.py", "new.py")  # new.py holds the text of a test that sets one
 
 
 def test_the_import_is_light_and_compiles_nothing(tmp_path: Path) -> None:

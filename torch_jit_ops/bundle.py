@@ -81,9 +81,7 @@ def import_variants(file: Path, store: cache.Store) -> int:
         BundleError: the bundle is cut short, changed, or holds what no store holds.
         OSError: the bundle cannot be read, or the store cannot be written.
     """
-    store.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    work = store.root / "staging" / uuid.uuid4().hex
-    work.mkdir(mode=0o700, parents=True)
+    work = store.new_staging()
     try:
         unpacked = _unpack(file, work)
         for name, records in unpacked.items():
@@ -157,7 +155,7 @@ def _record(file: Path, folder: Path, place: str) -> dict[str, Any]:
 def _publish(store: cache.Store, folder: Path, place: str, record: dict[str, Any]) -> None:
     dependencies = [cache.Dependency(**item) for item in record["dependencies"]]
     known = ("format", "key", "library", "digest", "dependencies")
-    facts = {name: value for name, value in record.items() if name not in known}
+    facts = {name: value for name, value in record.items() if name not in known} | {"imported": True}
     store.publish(folder, record["name"], record["key"], folder / record["library"], dependencies, facts)
     for built in (store.root / place.partition("/")[0]).glob(f"*/{cache.RECORD}"):
         there = json.loads(built.read_text())

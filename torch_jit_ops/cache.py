@@ -245,7 +245,9 @@ class Store:
         record, damage = self._read(folder)
         if record is None:
             return None, damage
-        if record.get("key") != key or (compiler is not None and record.get("compiler") != compiler):
+        # What somebody put there on purpose, from a machine that may have had other compilers, is meant to be used.
+        given = self.shared or record.get("imported") is True
+        if record.get("key") != key or (compiler is not None and record.get("compiler") != compiler and not given):
             return None, None
         for item in record["dependencies"]:
             if item["root"] not in roots or digest_of_file(roots[item["root"]] / item["path"]) != item["digest"]:

@@ -5,9 +5,11 @@ Each function reads its variable when it is called, so a program or a test can s
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 _RANKS = ("LOCAL_RANK", "RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")  # torchrun, Slurm, Open MPI
@@ -85,6 +87,23 @@ def cxx() -> str:
 def compiler_choice() -> tuple[str | None, ...]:
     """All variables that decide which compilers are found."""
     return tuple(os.environ.get(name) for name in ("CXX", "PATH", "CUDA_HOME", "CUDA_PATH"))
+
+
+def given() -> dict[str, str]:
+    """All variables of this package that are set, known or not."""
+    return {name: value for name, value in sorted(os.environ.items()) if name.startswith("JITK_")}
+
+
+@contextlib.contextmanager
+def overridden(**values: str) -> Iterator[None]:
+    """Set variables while the block runs."""
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def put_on_path(program: Path) -> None:

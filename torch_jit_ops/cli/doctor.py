@@ -112,7 +112,7 @@ def _pytorch() -> Iterator[Check]:
 
 def _settings() -> Iterator[Check]:
     known = set(re.findall(r"JITK_[A-Z_]+", Path(environment.__file__).read_text()))
-    given = {name: value for name, value in sorted(os.environ.items()) if name.startswith("JITK_")}
+    given = environment.given()
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(name, sorted(known), n=1)
@@ -262,13 +262,10 @@ def _empty_store() -> Iterator[None]:
     """A store on the disk of the real one, which may forbid to run programs, if it can be written."""
     place = cache.default_store().root / "staging"
     folder = tempfile.mkdtemp(prefix="doctor", dir=place if os.access(place, os.W_OK) else None)
-    before = dict(os.environ)
-    os.environ.update({"JITK_CACHE_DIR": folder, "JITK_VERBOSE": "0", "JITK_NO_COMPILE": "0", "JITK_CACHE_PATH": ""})
     try:
-        yield
+        with environment.overridden(JITK_CACHE_DIR=folder, JITK_VERBOSE="0", JITK_NO_COMPILE="0", JITK_CACHE_PATH=""):
+            yield
     finally:
-        os.environ.clear()
-        os.environ.update(before)
         shutil.rmtree(folder, ignore_errors=True)
 
 
