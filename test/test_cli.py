@@ -84,7 +84,7 @@ def test_an_unknown_op_is_a_wrong_usage(call: Call, arguments: list[str]) -> Non
     [
         (["build", "--set", "constant"], "error: --set must be of the form name=value or name=value,value; got 'constant'\n"),
         (["build", "--dtype", "bf16"], "error: --dtype must be a dtype, such as bfloat16; got 'bf16'\n"),
-        (["build", "--jobs", "0", "--backend", "cpu"], "error: jobs must be at least 1, got 0\n"),
+        (["build", "add_constant", "--jobs", "0", "--backend", "cpu"], "error: jobs must be at least 1, got 0\n"),
         (["build", "--arch", "90"], "error: the CUDA architecture '90' must be of the form 8.0 or 9.0a\n"),
         (["--import", "no_such_library", "list"], "error: --import no_such_library: No module named 'no_such_library'\n"),
     ],
@@ -200,7 +200,7 @@ def test_why_names_what_else_differs(built: cache.Store, tmp_path: Path, monkeyp
     assert why(other, built) == ["architecture: x86-64-v3, was x86-64", "flags: -march=x86-64-v3, was -march=x86-64"]
     monkeypatch.setattr(loader, "compiler_of", lambda *_: "c++ 99")
     (line,) = why(unit(tmp_path), built)
-    assert line.startswith("compiler: c++ 99, was c++")
+    assert line.startswith("compiler: c++ 99, was ") and line != "compiler: c++ 99, was c++ 99"
 
 
 def test_why_names_an_older_abi(built: cache.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,7 +156,7 @@ struct Exception : std::exception {
 template <typename T>
 Tensor fail(TensorView x, Text how) {
   SymbolicSize tokens{"tokens"};
-  const int64_t huge[] = {int64_t{1} << 40, 3};
+  const int64_t huge[] = {int64_t{1} << 58, 3};
   Tensor made = empty_like(x);  // is freed whatever happens
   switch (how.data[0]) {
     case 'c': RuntimeCheck(x.numel() == 0, "the number of elements must be 0, got ", x.numel());
