@@ -569,6 +569,33 @@ def test_threads_that_meet_a_cold_op_build_once(ops: SimpleNamespace, compiled: 
     assert compiled == ({"dispatchlib::cold<1>": 1, "dispatchlib::cold<2>": 1} if fresh else compiled)
 
 
+def test_threads_that_meet_an_op_before_its_dispatcher_does(tmp_path: Path) -> None:
+    """PyTorch frees a kernel that is taken away, also under a thread that is about to call it: one op in a hundred crashed."""
+    (tmp_path / "none.cpp").write_text("")
+    library = OpLibrary("manylib", csrc=tmp_path)
+    for number in range(50):
+
+        def add(x: Tensor, number: int = number) -> Tensor:
+            return x + number
+
+        add.__name__ = f"add_{number}"
+        op = library.op(cpu="none.cpp", variant="add<{x.dtype}>", dtypes=())(add)
+        for result in _at_once(16, lambda _, op=op: op(torch.zeros(2))):
+            assert_same_bits(result, torch.full((2,), float(number)), "result")
+
+
+def test_a_tensor_that_only_shares_the_device_runs_the_reference(tmp_path: Path) -> None:
+    """A sparse tensor is on the CPU, and no kernel for the CPU gets it."""
+    (tmp_path / "none.cpp").write_text("")
+
+    def total(x: Tensor) -> Tensor:
+        return x.sum().to_dense()
+
+    op = OpLibrary("sparselib", csrc=tmp_path).op(cpu="none.cpp", variant="total<{x.dtype}>")(total)
+    for _ in range(2):
+        assert op(torch.eye(3).to_sparse()).item() == 3
+
+
 def test_threads_at_work(ops: SimpleNamespace) -> None:
     """Hits, misses of dtypes without a kernel, and errors, all at once."""
 

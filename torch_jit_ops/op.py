@@ -135,6 +135,7 @@ class OpLibrary:
         return declare
 
 
+_calling_again = threading.local()  # the ops whose first call is under way in this thread
 _variant = variant  # ``op`` has an argument of that name
 _libraries: list[OpLibrary] = []
 
@@ -197,7 +198,7 @@ class Op:
         self._fake = fake
         self._backward = backward
         self._flags = flags
-        self._boot: list[torch.library.Library] = []
+        self._taken_over = False
         self._boot_lock = threading.Lock()
         self._reference_library: torch.library.Library | None = None
         self.name = reference.__name__
@@ -286,13 +287,10 @@ class Op:
             torch.library.register_fake(f"{self.qualified_name}.out", _nothing, lib=definitions)
             implementations["out"] = self._run_out_reference
         for overload, implementation in implementations.items():
-            definitions.impl(self._dotted(overload), implementation, "CompositeExplicitAutograd")
-        for backend in self.kernels:
-            boot = torch.library.Library(self.library.namespace, "IMPL")
-            for overload, implementation in implementations.items():
-                call = functools.partial(self._boot_call, overload, implementation)
-                boot.impl(self._dotted(overload), call, _DISPATCH_KEYS[backend])
-            self._boot.append(boot)
+            call = functools.partial(self._boot_call, overload, implementation)
+            # On the key of all devices, so that the dispatcher's kernels come beside it and it can stay: to take a Python
+            # kernel away frees it under another thread that has found it and waits for the GIL.
+            definitions.impl(self._dotted(overload), call, "CompositeExplicitAutograd")
 
     def _dotted(self, overload: str) -> str:
         return f"{self.name}.{overload}" if overload else self.name
@@ -358,23 +356,31 @@ class Op:
     # --- the way to the kernel --------------------------------------------------------------------
 
     def _boot_call(self, overload: str, reference: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The first call: hand the op over to the C++ dispatcher, then call it again."""
+        """On a device with a kernel, the first call: hand the op over to the C++ dispatcher, then call it again.
+
+        On other devices every call: the reference. So are tensors that have the device alone, sparse ones, when they come back.
+        """
+        devices = {value.device.type for value in (*args, *kwargs.values()) if isinstance(value, Tensor)}
+        calling = _calling_again.__dict__.setdefault("ops", [])
+        if not devices or not devices <= self.kernels.keys() or self in calling:
+            return reference(*args, **kwargs)
         try:
             self.take_over(args, kwargs)
         except toolchain.MissingCompiler as missing:
             runtime.fall_back(self.qualified_name, missing)
             return reference(*args, **kwargs)
-        return getattr(self.packet, overload or "default")(*args, **kwargs)
+        calling.append(self)
+        try:
+            return getattr(self.packet, overload or "default")(*args, **kwargs)
+        finally:
+            calling.pop()
 
     def take_over(self, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> None:
         """Have the C++ dispatcher serve the op. If that must be compiled, the variant for ``args`` is so at the same time."""
         with self._boot_lock:
-            if not self._boot:
+            if self._taken_over:
                 return
             runtime.library(meanwhile=functools.partial(self._prefetch, args, kwargs or {}))
-            for boot in self._boot:
-                boot._destroy()
-            self._boot.clear()
             for backend, kernel in self.kernels.items():
                 for overload, signature in self.overloads().items():
                     runtime.register(
@@ -386,6 +392,7 @@ class Op:
                         kernel.pattern.plan(signature),
                         functools.partial(self._answer, backend, overload),
                     )
+            self._taken_over = True
 
     def _prefetch(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         try:
@@ -468,7 +475,8 @@ def _as_tuple(results: Any) -> tuple[Any, ...]:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    """What tells storages apart; 0 for a tensor without one, such as a sparse one."""
+    return tensor.untyped_storage()._cdata if torch._C._has_storage(tensor) else 0
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any, keyword_only_inputs: Mapping[str, Any] | None = None) -> None:
