@@ -45,6 +45,7 @@ _REMEDIES = tuple(
 _ERROR_LINE = re.compile(
     r"^(?P<file>[^\s:(][^:(]*)(?:\((?P<nv>\d+)\)|:(?P<gcc>\d+)(?::\d+)?): (?:fatal |catastrophic )?error:? ?(?P<text>.*)$"
 )
+_NINJA_LINE = re.compile(r"^Error building extension|^\[\d+/\d+\] |^FAILED: |^ninja: build stopped| -c .* -o ")
 
 
 def remedy_for(log: str) -> str | None:
@@ -62,7 +63,7 @@ def is_disk_full(log: str) -> bool:
 
 
 def first_errors(log: str, include: Iterable[Path]) -> list[str]:
-    """The first errors, as ``csrc/norm.cu:23: what is wrong``; without any, the last lines.
+    """The first errors, as ``csrc/norm.cu:23: what is wrong``; without any, what else speaks of errors, or the last lines.
 
     Args:
         log: what ninja and the compilers wrote.
@@ -81,4 +82,7 @@ def first_errors(log: str, include: Iterable[Path]) -> list[str]:
         text = f"{Path(file).name if file.startswith('/') else file}:{found['nv'] or found['gcc']}: {found['text']}"
         if text not in errors:
             errors.append(text)
-    return errors[:3] or [line.strip() for line in log.splitlines() if line.strip()][-5:]
+    if errors:
+        return errors[:3]
+    lines = [line.strip() for line in log.splitlines() if line.strip() and not _NINJA_LINE.search(line)]
+    return [line for line in lines if re.search(r"\b(error|fatal)\b", line)][:3] or lines[-5:]
