@@ -63,13 +63,13 @@ def digest_of_record(record: Any) -> str:
 _file_digests: dict[tuple[str, int, int], str] = {}
 
 
-def digest_of_file(path: Path) -> str | None:
+def digest_of_file(path: str | Path) -> str | None:
     """SHA-256 of a file, or None if there is none. Read once for each size and time stamp in this process."""
     try:
-        state = path.stat()
+        state = os.stat(path)
         key = (str(path), state.st_size, state.st_mtime_ns)
         if key not in _file_digests:
-            _file_digests[key] = digest_of(path.read_bytes())
+            _file_digests[key] = digest_of(Path(path).read_bytes())
         return _file_digests[key]
     except OSError:
         return None
@@ -250,7 +250,8 @@ class Store:
         if record.get("key") != key or (compiler is not None and record.get("compiler") != compiler and not given):
             return None, None
         for item in record["dependencies"]:
-            if item["root"] not in roots or digest_of_file(roots[item["root"]] / item["path"]) != item["digest"]:
+            root = roots.get(item["root"])  # joined as texts: pathlib would take as long as all the rest
+            if root is None or digest_of_file(f"{root}/{item['path']}") != item["digest"]:
                 return None, None
         library, damage = self._intact(folder, record)
         if library is not None and not self.shared:
