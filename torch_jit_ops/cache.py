@@ -161,14 +161,14 @@ class Store:
 
     def publish(
         self, staging: Path, name: str, key: str, library: Path, dependencies: Sequence[Dependency], facts: Mapping[str, Any]
-    ) -> Path | None:
+    ) -> Path:
         """Record what was built in ``staging`` and rename it into its place. If another build came first, it stays.
 
         Returns:
-            The place of the variant, or None if it could not be published; the loaded library stays usable in this process.
+            Where the library is now. Where it could not be published it is usable in this process.
         """
         if self.root not in staging.parents:
-            return None
+            return library
         record = {
             "format": FORMAT,
             "key": key,
@@ -185,17 +185,18 @@ class Store:
             try:
                 os.rename(staging, place)
             except OSError:
-                if self._intact(place)[0] is not None:
+                first, _ = self._intact(place)
+                if first is not None:
                     shutil.rmtree(staging, ignore_errors=True)
-                    return place
+                    return first
                 self.remove(place)
                 os.rename(staging, place)
         except OSError as error:
             self._warn(f"could not keep {name} ({error.strerror}); it is built again in the next process")
             _until_exit(staging)
-            return None
+            return library
         self._prune_in_passing(place)
-        return place
+        return place / library.name
 
     def lock_path(self, name: str, key: str) -> Path:
         """The file to lock while building ``key``."""

@@ -325,8 +325,7 @@ def _compile(unit: Unit, store: cache.Store, staging: Path, key: str, compiler: 
         "torch": torch.__version__ if unit.torch else None,
         "seconds": round(loaded.seconds, 3),
     }
-    place = store.publish(staging, unit.name, key, library, dependencies, facts)
-    return loaded if place is None else replace(loaded, path=place / library.name)
+    return replace(loaded, path=store.publish(staging, unit.name, key, library, dependencies, facts))
 
 
 def _run_cpp_extension(unit: Unit, staging: Path, source: Path, module: str) -> None:
