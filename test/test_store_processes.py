@@ -52,7 +52,8 @@ class Machine:
         }
 
     def set_delay(self, seconds: float) -> None:
-        text = f'#!/bin/sh\ncase "$*" in *" -c "*) echo "$*" >> {self.log}; sleep {seconds};; esac\nexec g++ "$@"\n'
+        compile_ = f'echo "$*" >> {self.log}; g++ "$@"; code=$?; sleep {seconds}; exit $code'
+        text = f'#!/bin/sh\ncase "$*" in *" -c "*) {compile_};; esac\nexec g++ "$@"\n'
         self.compiler.write_text(text)
         self.compiler.chmod(0o755)
 
@@ -103,6 +104,37 @@ def test_threads_share_a_failure_and_compile_once(machine: Machine) -> None:
     answers = machine.run([store_child.unit(text="static_assert(false);\n")] * 3, threads=4)
     assert {result.split("\n")[0] for result, _ in answers} == {"BuildError: store::tiny<0> did not compile (cpu, x86-64)"}
     assert machine.compiled() == 1
+
+
+def test_processes_that_wait_for_a_failure_share_it(machine: Machine) -> None:
+    machine.set_delay(1)
+    unit = store_child.unit(text="static_assert(false);\n")
+    answers = machine.run([unit], processes=8, threads=2)
+    assert len({result for result, _ in answers}) == 1
+    assert answers[0][0].startswith("BuildError: store::tiny<0> did not compile (cpu, x86-64)\n")
+    assert machine.compiled() == 1
+    machine.run([unit])
+    assert machine.compiled() == 2, "who comes later compiles anew: the cause may be gone"
+
+
+def test_a_failure_of_other_inputs_is_not_shared(machine: Machine) -> None:
+    machine.set_delay(1)
+    folder = machine.root / "csrc"
+    folder.mkdir()
+    header = folder / "value.h"
+    header.write_text("wrong")
+    text = '#include "value.h"\nextern "C" __attribute__((visibility("default"))) int jitk_value() { return VALUE; }\n'
+    unit = store_child.unit(text=text, include=(folder,))
+    _, failing = machine.start([unit])
+    while machine.compiled() == 0:
+        time.sleep(0.01)
+    time.sleep(0.3)  # it has read the header
+    _, fixed = machine.start([unit])
+    time.sleep(0.3)
+    machine.set_delay(0)
+    header.write_text("#define VALUE 7\n")
+    assert fixed.get(timeout=60)[0][0][0] == 7
+    assert failing.get(timeout=60)[0][0][0].startswith("BuildError")
 
 
 @pytest.mark.parametrize("death", store_child.DEATHS)

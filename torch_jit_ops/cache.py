@@ -24,7 +24,7 @@ import threading
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,17 @@ def digest_of_file(path: str | Path) -> str | None:
         return _file_digests[key]
     except OSError:
         return None
+
+
+def states_of(folders: Iterable[Path]) -> list[tuple[str, int, int]]:
+    """Path, size and time stamp of every file below the folders: where they are equal, nothing has changed meanwhile."""
+    files = (Path(top, name) for folder in folders for top, _, names in os.walk(folder) for name in names)
+    states = []
+    for file in files:
+        with contextlib.suppress(OSError):
+            state = file.stat()
+            states.append((str(file), state.st_size, state.st_mtime_ns))
+    return sorted(states)
 
 
 class Store:

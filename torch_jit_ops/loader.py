@@ -196,12 +196,20 @@ def _load(unit: Unit, stores: tuple[cache.Store, ...], meanwhile: Callable[[], o
         raise missing
     if meanwhile is not None:
         threading.Thread(target=meanwhile, daemon=True).start()
-    with lock.building(store.lock_path(unit.name, key), f"{unit.label} for {unit.target()}"):
+    with lock.building(store.lock_path(unit.name, key), f"{unit.label} for {unit.target()}") as held:
         loaded = look_up(repair=True)
         if loaded is not None:
             return loaded
-        with progress.building(f"{unit.label} for {unit.target()}", store.usual_seconds(unit.name, unit.backend)):
-            return _build(unit, store, key, compiler)
+        inputs = cache.digest_of_record([compiler, cache.states_of((*unit.include, include_dir()))])
+        failure = held.failure(inputs)
+        if failure is not None:
+            raise BuildError(failure)
+        try:
+            with progress.building(f"{unit.label} for {unit.target()}", store.usual_seconds(unit.name, unit.backend)):
+                return _build(unit, store, key, compiler)
+        except BuildError as error:
+            held.tell_failure(inputs, str(error))
+            raise
 
 
 def _look_up(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import os
 import socket
@@ -71,20 +72,44 @@ def is_alive(pid: int) -> bool:
 
 
 @contextlib.contextmanager
-def building(path: Path, label: str) -> Iterator[None]:
+def building(path: Path, label: str) -> Iterator[Building]:
     """Hold the lock file ``path`` while building ``label``, after waiting for another process that does so."""
-    lock = _acquire(path)
+    lock, waited_for = _acquire(path)
+    me = Owner(os.getpid(), socket.gethostname(), system(), time.time(), label)
+    held = Building(path.with_suffix(".failed"), me, waited_for)
     if lock is None:
-        yield
+        yield held
         return
     note = path.with_suffix(".owner")
     try:
-        _write_owner(note, label)
-        yield
+        _write(note, asdict(me))
+        yield held
     finally:
         with contextlib.suppress(OSError):
             note.unlink(missing_ok=True)
         lock.release()
+
+
+@dataclass(frozen=True)
+class Building:
+    """A build under the lock, and the one that was waited for."""
+
+    note: Path
+    me: Owner
+    waited_for: Owner | None
+
+    def tell_failure(self, inputs: str, error: str) -> None:
+        """Spare those who wait now: a build of the same ``inputs`` fails with the same ``error``."""
+        _write(self.note, {"owner": asdict(self.me), "inputs": inputs, "error": error})
+
+    def failure(self, inputs: str) -> str | None:
+        """The error of the build that was waited for, if it had the same ``inputs``. One before that counts for nothing."""
+        try:
+            told = json.loads(self.note.read_text())
+            mine = self.waited_for is not None and Owner(**told["owner"]) == self.waited_for
+            return str(told["error"]) if mine and told["inputs"] == inputs else None
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
 
 
 def owner(path: Path) -> Owner | None:
@@ -95,36 +120,39 @@ def owner(path: Path) -> Owner | None:
         return None
 
 
-def _acquire(path: Path) -> filelock.BaseFileLock | None:
+def _acquire(path: Path) -> tuple[filelock.BaseFileLock | None, Owner | None]:
+    """The lock, None where locks do not work, and who held it when this process came."""
     import filelock
 
     try:
         trust.make_private(path.parent)
         lock = filelock.FileLock(path)
-        told = None
-        timeout = PATIENCE_S
-        while True:
+        first = told = None
+        # At first and soon after: whom to wait for, who may not have written who it is yet.
+        for attempt in itertools.count():
+            timeout = (0.0, 0.1, PATIENCE_S)[attempt] if attempt < 3 else 1.0
             try:
                 lock.acquire(timeout=timeout, poll_interval=_POLL_S)
-                return lock
+                return lock, first
             except filelock.Timeout:
                 pass
             if isinstance(lock, filelock.SoftFileLock):
-                return None  # filelock falls back to it without OS locks; its file outlives a killed holder
+                return None, None  # filelock falls back to it without OS locks; its file outlives a killed holder
             holder = owner(path)
+            if attempt < 2:
+                first = first or holder
+                continue
             if holder is not None and holder.is_dead():
-                return None  # a child that it forked still has its lock
+                return None, None  # a child that it forked still has its lock
             if holder is not None and holder != told:
                 progress.waiting(holder.label, holder.pid, holder.host, holder.start)
                 told = holder
-            timeout = 1.0
     except (OSError, NotImplementedError):
-        return None
+        return None, None
 
 
-def _write_owner(note: Path, label: str) -> None:
-    me = Owner(os.getpid(), socket.gethostname(), system(), time.time(), label)
-    new = note.with_suffix(f".{me.system}-{me.pid}")
+def _write(note: Path, content: dict[str, object]) -> None:
+    new = note.with_name(f"{note.name}.{system()}-{os.getpid()}")
     with contextlib.suppress(OSError):  # a full disk: the others wait without knowing for whom
-        new.write_text(json.dumps(asdict(me)))
+        new.write_text(json.dumps(content))
         new.rename(note)
