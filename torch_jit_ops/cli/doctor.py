@@ -135,14 +135,9 @@ def _cpp_compiler() -> Iterator[Check]:
 
 
 def _ninja() -> Iterator[Check]:
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns that there is no GPU, as we do ourselves
-    from torch.utils import cpp_extension
-
-    if cpp_extension.is_ninja_available():
-        said = subprocess.run(["ninja", "--version"], capture_output=True, text=True, check=True).stdout.strip()
-        yield Check("ninja", "ok", f"{said}, {shutil.which('ninja')}")
-    else:
-        yield Check("ninja", "problem", "it is not there, and torch.utils.cpp_extension compiles with it", "pip install ninja")
+    program = toolchain.ninja()
+    said = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout.strip()
+    yield Check("ninja", "ok", f"{said}, {program}")
 
 
 def _cuda_compiler() -> Iterator[Check]:
@@ -224,6 +219,8 @@ def _machine() -> Iterator[Check]:
 
 
 def _compiling() -> Iterator[Check]:
+    # It warns at its import that there is no GPU, which was said above.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     with contextlib.suppress(toolchain.MissingCompiler):
         toolchain.host_compiler()
         yield _try(loader.Unit("doctor", "a CPU kernel", "cpu", toolchain.host_isa(), _CPU_KERNEL), call=True)
