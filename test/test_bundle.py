@@ -211,6 +211,7 @@ def test_a_huge_file_is_refused_unread(exported: Path, tmp_path: Path) -> None:
         bundle.import_variants(exported, cache.Store(tmp_path / "to"))
 
 
+@pytest.mark.filterwarnings("ignore:the kernel cache")
 def test_a_link_in_the_way_is_not_followed(exported: Path, tmp_path: Path) -> None:
     """Somebody's link where a variant belongs leads nowhere."""
     store, elsewhere = cache.Store(tmp_path / "to"), tmp_path / "elsewhere"

@@ -172,6 +172,33 @@ def test_clear_takes_some_ops(call: Call, built: cache.Store) -> None:
     assert call("cache", "clear", "answer") == f"removed 1 variants from {built.root}\n"
 
 
+def test_prune_takes_what_is_old_or_too_much(call: Call, built: cache.Store) -> None:
+    assert call("cache", "prune").endswith("; 1 are left\n")
+    assert call("cache", "prune", "--max-size", "1G", "--max-age", "1").endswith("; 1 are left\n")
+    (variant,) = inventory.variants(built)
+    os.utime(variant.folder / cache.RECORD, (1e9, 1e9))
+    said = call("cache", "prune", "--max-age", "1")
+    assert re.fullmatch(rf"removed 1 variants, \d+\.\d KB, from {built.root}; 0 are left\n", said)
+    assert "must be a number of bytes" in call("cache", "prune", "--max-size", "much", code=2)
+
+
+def test_clear_takes_what_is_damaged(call: Call, built: cache.Store) -> None:
+    (variant,) = inventory.variants(built)
+    (variant.folder / cache.RECORD).write_text("{")
+    assert call("cache", "clear") == f"removed 1 variants from {built.root}\n"
+    assert list(built.variants()) == []
+
+
+def test_a_shared_store_is_looked_into(call: Call, built: cache.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JITK_CACHE_PATH", str(built.root))
+    monkeypatch.setenv("JITK_CACHE_DIR", str(tmp_path / "own"))
+    monkeypatch.setattr(loader, "compiler_of", lambda *_: "c++ 99")  # of no matter to what is shared
+    assert inventory.why(unit(tmp_path), cache.stores()).present is not None
+    (tmp_path / "csrc/answer.h").write_text("#define ANSWER 43\n")
+    finding = inventory.why(unit(tmp_path), cache.stores())
+    assert [difference.what for difference in finding.differences] == [f"file {tmp_path}/csrc/answer.h"]
+
+
 def test_why_names_a_changed_and_a_missing_file(built: cache.Store, tmp_path: Path) -> None:
     header = tmp_path / "csrc/answer.h"
     was = cache.digest_of(header.read_bytes())[:12]
@@ -257,6 +284,18 @@ def test_doctor_names_each_problem_and_its_remedy(call: Call, tmp_path: Path, mo
     assert found["environment", "note"]["remedy"] == "did you mean JITK_CACHE_DIR?"
     assert not any(what.startswith("compiling") for what, _ in found)
     assert call("doctor", code=1).endswith("\n2 problems\n")
+
+
+def test_doctor_looks_at_shared_stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: cache.Store) -> None:
+    (tmp_path / "shared").mkdir(mode=0o755)
+    monkeypatch.setenv("JITK_CACHE_PATH", f"{tmp_path}/shared:{tmp_path}/missing")
+    first, second, own = doctor._cache()
+    assert (first.state, first.found) == ("ok", f"{tmp_path}/shared, searched first and never written")
+    assert (second.state, second.found) == ("note", f"{tmp_path}/missing of JITK_CACHE_PATH is not there")
+    assert own.state == "ok"
+    (tmp_path / "shared").chmod(0o777)
+    (found, *_) = doctor._guarded("cache", doctor._cache)
+    assert (found.state, found.remedy[:6]) == ("problem", "delete")
 
 
 def test_doctor_tells_a_compiler_that_compiles_nothing(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -155,6 +157,22 @@ def test_build_compiles_once(library: OpLibrary) -> None:
     again = torch_jit_ops.build("move", **request_)
     assert (again.kernels, again.compiled, again.failures) == (3, 0, ())
     assert torch_jit_ops.stats().total.hits == 3
+
+
+def test_a_terminal_shows_one_bar(library: OpLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for name, value in {"JITK_VERBOSE": "1", "TERM": "xterm", "COLUMNS": "150"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    forget()
+    torch_jit_ops.build("move", torch.float32, {"count": 31, "way": "forth"}, backend="cpu")
+    shown = sys.stderr.getvalue()
+    assert "2/2" in shown
+    assert "warmlib::move<fp32_t, 31, warmlib::forth> x86-64" in shown
+    assert "jitk: compil" not in shown  # the lines of single builds
 
 
 def test_one_that_does_not_compile_does_not_stop_the_others(library: OpLibrary) -> None:

@@ -93,7 +93,9 @@ def why(unit: loader.Unit, stores: Sequence[cache.Store]) -> Finding:
         for variant in variants(store):
             if (variant.record["name"], variant.record["backend"]) != (unit.name, unit.backend):
                 continue
-            differences = tuple(_differences(unit, variant, compiler))
+            # What was imported, or is in a shared store, is used whatever compiler built it.
+            given = store.shared or variant.record.get("imported") is True
+            differences = tuple(_differences(unit, variant, None if given else compiler))
             if best is None or _rank(differences, variant) < _rank(best.differences, best.nearest):
                 best = Finding(unit, None, variant, differences)
     return best or Finding(unit, None, None, ())

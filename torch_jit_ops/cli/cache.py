@@ -11,16 +11,16 @@ examples:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
-import shutil
+import sys
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from torch_jit_ops import bundle, cache, environment, inventory, runtime, warmup
+from torch_jit_ops import bundle, cache, environment, inventory, prune, runtime, warmup
 from torch_jit_ops.cli import build, screen
 
 _OPS = {"nargs": "*", "metavar": "op", "help": "names, as silu_and_mul or jitk::silu_and_mul (default: all)"}
@@ -91,7 +91,7 @@ def _why(options: argparse.Namespace) -> int:
     """Say of each kernel that an op needs whether it is in the store. If it is not: which input of its key (a file, the
     compiler, a flag, the architecture, the ABI, PyTorch) differs from the variant that comes nearest."""
     units = [runtime.unit()] if options.op == "dispatcher" else build.chosen_units([options.op], options)
-    findings = [inventory.why(unit, [cache.default_store()]) for unit in units]
+    findings = [inventory.why(unit, cache.stores()) for unit in units]
     if options.json:
         print(json.dumps([_plain(finding) for finding in findings], indent=1))
         return 0
@@ -130,8 +130,6 @@ def _plain(finding: inventory.Finding) -> dict[str, object]:
 def _prune(options: argparse.Namespace) -> int:
     """Remove variants that nobody used for --max-age days, then those unused for longest until the rest fits into --max-size.
     Builds do the same in passing."""
-    from torch_jit_ops import prune
-
     store = cache.default_store()
     max_bytes = environment.cache_bytes() if options.max_size is None else options.max_size
     max_age_s = prune.AGE_S if options.max_age is None else options.max_age * prune.DAY_S
@@ -152,19 +150,16 @@ def _bytes(text: str) -> int:
 def _clear(options: argparse.Namespace) -> int:
     """Remove all variants from the store, or those of the named ops. Processes that have loaded one keep it."""
     store = cache.default_store()
-    found = list(inventory.variants(store, options.ops))
-    folders = (
-        [variant.folder for variant in found] if options.ops else [file.parent for file in store.root.glob("*-*/*/*.json")]
-    )
-    trash = store.root / "staging" / uuid.uuid4().hex
-    for folder in dict.fromkeys(folders):
-        trash.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        folder.rename(trash)  # gone at once, as far as others can see
-        shutil.rmtree(trash)
-        if not any(folder.parent.iterdir()):
-            folder.parent.rmdir()
-    print(f"removed {len(dict.fromkeys(folders))} variants from {store.root}")
-    return 0
+    # Without names also what is damaged and has no name that could be read.
+    folders = [each.folder for each in inventory.variants(store, options.ops)] if options.ops else list(store.variants())
+    kept = [folder for folder in folders if not store.remove(folder)]
+    for folder in {folder.parent for folder in folders}:
+        with contextlib.suppress(OSError):  # other variants are in it
+            folder.rmdir()
+    print(f"removed {len(folders) - len(kept)} variants from {store.root}")
+    for folder in kept:
+        print(f"{folder} cannot be removed", file=sys.stderr)
+    return 1 if kept else 0
 
 
 def _export(options: argparse.Namespace) -> int:

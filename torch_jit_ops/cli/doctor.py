@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 
-from torch_jit_ops import cache, environment, limits, loader, toolchain
+from torch_jit_ops import cache, environment, limits, loader, toolchain, trust
 from torch_jit_ops.cli import screen
 
 _OLDEST_TORCH = (2, 11)
@@ -196,7 +196,13 @@ def _archs_of_nvcc() -> list[str]:
 
 
 def _cache() -> Iterator[Check]:
-    store = cache.default_store()
+    *shared, store = cache.stores()
+    for each in shared:
+        if each.root.is_dir():
+            trust.check(each.root)
+            yield Check("cache", "ok", f"{each.root}, searched first and never written")
+        else:
+            yield Check("cache", "note", f"{each.root} of JITK_CACHE_PATH is not there")
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         shutil.rmtree(store.staging(), ignore_errors=True)

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     ops = warmup.find_ops(options.ops or None)
     compiled: dict[str, list[str]] = {}
-    for variant in inventory.variants(cache.default_store()):
+    for variant in (variant for store in cache.stores() for variant in inventory.variants(store)):
         compiled.setdefault(variant.op, []).append(f"{variant.record['label']} {variant.record['arch']}")
     rows = [_row(op, compiled.get(op.qualified_name, [])) for op in ops]
     if options.json:
