@@ -6,6 +6,8 @@
 The import defines the ops and compiles nothing.
 """
 
+from typing import TYPE_CHECKING
+
 from torch_jit_ops.loader import BuildError as BuildError
 from torch_jit_ops.module import Module as Module
 from torch_jit_ops.module import cache_once as cache_once
@@ -22,7 +24,18 @@ from torch_jit_ops.statistics import Stats as Stats
 from torch_jit_ops.statistics import reset_stats as reset_stats
 from torch_jit_ops.statistics import stats as stats
 from torch_jit_ops.toolchain import MissingCompiler as MissingCompiler
-from torch_jit_ops.warmup import Report as Report
-from torch_jit_ops.warmup import build as build
+
+if TYPE_CHECKING:
+    from torch_jit_ops.warmup import Report as Report
+    from torch_jit_ops.warmup import build as build
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    """What few programs use is imported when it is asked for."""
+    if name in ("Report", "build"):
+        from torch_jit_ops import warmup
+
+        return getattr(warmup, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

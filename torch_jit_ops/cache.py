@@ -18,7 +18,6 @@ import hashlib
 import json
 import os
 import shutil
-import statistics
 import tempfile
 import threading
 import time
@@ -228,7 +227,8 @@ class Store:
                 record = json.loads((folder / RECORD).read_text())
                 if record["backend"] == backend:
                     (same if record["name"] == name else other).append(float(record["seconds"]))
-        return statistics.median(same or other) if same or other else None
+        seconds = sorted(same or other)
+        return seconds[len(seconds) // 2] if seconds else None
 
     def prune(self, max_bytes: int | None, max_age_s: float | None, keep: Path | None = None) -> prune.Pruned:
         """Remove variants that nobody used for ``max_age_s``, then those unused for longest until ``max_bytes`` hold the rest.

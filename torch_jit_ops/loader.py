@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from torch_jit_ops import cache, environment, lock, progress, remedy, statistics, toolchain, trust
+from torch_jit_ops import cache, environment, lock, progress, statistics, toolchain, trust
 
 ABI_VERSION = 1  # kAbiVersion of include/jitk/abi.h
 # -O is for the host code alone, most of which runs once an error occurs; ptxas optimises fully by default.
@@ -291,6 +291,8 @@ def _build(unit: Unit, store: cache.Store, key: str, compiler: str | None) -> Lo
     try:
         return _compile(unit, store, staging, key, compiler)
     except (OSError, BuildError) as error:
+        from torch_jit_ops import remedy
+
         if store.root not in staging.parents or not remedy.is_disk_full(f"{error}\n{error.__cause__}"):
             raise
     shutil.rmtree(staging, ignore_errors=True)
@@ -413,6 +415,8 @@ def _system_folders(unit: Unit) -> list[Path]:
 
 def _distill(unit: Unit, log: str, staging: Path) -> str:
     """The first errors of a compiler's log, where the whole log is, and what to do about it if that is known."""
+    from torch_jit_ops import remedy  # here and above: nobody waits for it while all is well
+
     errors = remedy.first_errors(log, (*unit.include, include_dir()))
     known = remedy.remedy_for(log)
     return "\n  ".join(

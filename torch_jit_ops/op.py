@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_jit_ops import loader, manifest, runtime, toolchain, variant
+from torch_jit_ops import environment, loader, runtime, toolchain, variant
 from torch_jit_ops.samples import Sample, SampleMaker
 from torch_jit_ops.signature import Signature, signature_of
 
@@ -415,7 +415,10 @@ class Op:
             return None
         arch = toolchain.device_arch(key[0]) if backend == "cuda" else toolchain.host_isa()
         loaded = loader.load(self.unit(backend, values, arch))
-        manifest.record(manifest.entry_of(self.qualified_name, backend, kernel.pattern, values, arch))
+        if environment.record_file() is not None:
+            from torch_jit_ops import manifest
+
+            manifest.record(manifest.entry_of(self.qualified_name, backend, kernel.pattern, values, arch))
         return loaded
 
     def _answer(self, backend: str, overload: str, key: Sequence[int]) -> int:
