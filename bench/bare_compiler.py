@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -64,7 +65,8 @@ def bare_command(device: str, link: bool, architecture: str) -> list[str]:
         if nvcc is None:
             raise Unavailable("nvcc: not found by CUDA_HOME or PATH")
         code = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
-        return [str(nvcc), *common, code, "-Xcompiler", "-fPIC", "empty.cu", "-o", "empty.out"]
+        target = f"-DJITK_CUDA_ARCH={int(re.sub(r'[^0-9]', '', architecture)) * 10}"  # which our headers ask for
+        return [str(nvcc), *common, code, target, "-Xcompiler", "-fPIC", "empty.cu", "-o", "empty.out"]
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         raise Unavailable("g++: not found by CXX or PATH")
