@@ -1,6 +1,6 @@
 """Loads the C++ dispatcher (csrc/runtime/dispatch.cpp) and answers its misses.
 
-Python talks to it through two C functions; it talks to Python through ops of the namespace ``jitk``, as both directions then
+Python talks to it through C functions; it talks to Python through ops of the namespace ``jitk``, as both directions then
 work in any thread and without a binding to a version of Python.
 """
 
@@ -88,13 +88,6 @@ def library(meanwhile: Callable[[], object] | None = None) -> ctypes.CDLL:
 
 def _prototyped(loaded: ctypes.CDLL) -> ctypes.CDLL:
     loaded.jitk_register.argtypes = [ctypes.c_int32, *[ctypes.c_char_p] * 7, ctypes.c_size_t]
-    loaded.jitk_add_variant.argtypes = [
-        ctypes.c_int32,
-        ctypes.POINTER(ctypes.c_int64),
-        ctypes.c_void_p,
-        ctypes.c_char_p,
-        ctypes.c_size_t,
-    ]
     loaded.jitk_set_several_devices(torch.cuda.device_count() > 1)
     return loaded
 
@@ -124,11 +117,6 @@ def register(who: str, namespace: str, overload: str, dispatch_key: str, referen
     texts = (who, namespace, overload, dispatch_key, reference, plan)
     _checked(library().jitk_register, number, *(text.encode() for text in texts))
     return number
-
-
-def add_variant(number: int, key: Sequence[int], entry: int) -> None:
-    """Put a variant into a slot's table before it is missed."""
-    _checked(library().jitk_add_variant, number, (ctypes.c_int64 * len(key))(*key), entry)
 
 
 def _checked(function: Callable[..., int], *args: object) -> None:

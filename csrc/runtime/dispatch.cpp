@@ -659,10 +659,3 @@ JITK_RUNTIME int jitk_register(int32_t number, const char* who, const char* ns, 
 }
 
 JITK_RUNTIME void jitk_set_several_devices(int several) { several_devices = several != 0; }
-
-// Puts a variant into the table before anybody asks for it. `key` is the device and then the placeholders' values.
-JITK_RUNTIME int jitk_add_variant(int32_t number, const int64_t* key, jitk::Entry entry, char* error, size_t capacity) {
-  if (number < 0 || number >= kMaxSlots || slots[number].load() == nullptr) return failure("no such slot", error, capacity);
-  slots[number].load()->add(key, entry);
-  return 0;
-}
