@@ -33,11 +33,12 @@ class SampleMaker:
         self.dtype = dtype
         self._generator = torch.Generator().manual_seed(seed)
 
-    def randn(self, *shape: int, scale: float = 1.0) -> Tensor:
-        """Normal values times ``scale``, of the maker's dtype; for an integer dtype uniform in [-100, 100]."""
-        if not self.dtype.is_floating_point:
-            return torch.randint(-100, 101, shape, generator=self._generator).to(self.device, self.dtype)
-        return (torch.randn(shape, generator=self._generator) * scale).to(self.device, self.dtype)
+    def randn(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        """Normal values times ``scale``; for an integer dtype uniform in [-100, 100]. ``dtype`` in place of the maker's."""
+        dtype = dtype or self.dtype
+        if not dtype.is_floating_point:
+            return torch.randint(-100, 101, shape, generator=self._generator).to(self.device, dtype)
+        return (torch.randn(shape, generator=self._generator) * scale).to(self.device, dtype)
 
     def values(self, *values: float) -> Tensor:
         """A 1-D tensor of exactly these values."""

@@ -1,4 +1,5 @@
 """The built-in ops, a module for each family. Adding an op touches its family's module here and its kernels in csrc/."""
 
 from torch_jit_ops.ops import activation as activation
+from torch_jit_ops.ops import norm as norm
 from torch_jit_ops.ops.library import library as library
