@@ -184,3 +184,11 @@ def test_only_wanted_gradients_are_computed(case: Case) -> None:
             tensor.requires_grad_(index == chosen)
         grads = gradients(case.op, again)
         assert [grad is not None for grad in grads] == [index == chosen for index in range(len(grads))]
+
+
+def test_gradient_of_one_tensor_passed_twice() -> None:
+    x = torch.tensor([-1.0, 0.5, 2.0], dtype=torch.float64, requires_grad=True)
+    (grad,) = torch.autograd.grad(torch.ops.jitk.fused_add_relu(x, x).square().sum(), x, create_graph=True)
+    assert grad.tolist() == [0.0, 4.0, 16.0]
+    (second,) = torch.autograd.grad(grad.sum(), x)
+    assert second.tolist() == [0.0, 8.0, 8.0]

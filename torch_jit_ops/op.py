@@ -334,24 +334,20 @@ class Op:
         if self._backward is not None:
             given = iter(_as_tuple(self._backward(*grads, *args, **kwargs)))
             return tuple(next(given) if isinstance(value, Tensor) else None for value in inputs)
-        wanted = [
-            value for value, needed in zip(inputs, ctx.needs_input_grad, strict=False) if isinstance(value, Tensor) and needed
-        ]
+        wanted = [i for i, value in enumerate(inputs) if isinstance(value, Tensor) and ctx.needs_input_grad[i]]
         again = torch.is_grad_enabled()  # a graph of the gradient itself is asked for
         with torch.enable_grad():
-            if not again:
-                leaves = {id(value): value.detach().requires_grad_() for value in wanted}
-                args = [leaves.get(id(value), value) for value in args]
-                kwargs = {name: leaves.get(id(value), value) for name, value in kwargs.items()}
-                wanted = list(leaves.values())
-            pairs = zip(_as_tuple(self.reference(*args, **kwargs)), grads, strict=True)
+            for i in wanted:  # a tensor of its own for each argument: the same one may have been passed for two
+                inputs[i] = inputs[i].view_as(inputs[i]) if again else inputs[i].detach().requires_grad_()
+            computed = self.reference(*inputs[: len(args)], **dict(zip(kwargs, inputs[len(args) :], strict=True)))
+            pairs = zip(_as_tuple(computed), grads, strict=True)
             # A result that has no derivative, such as integers, may still come with a gradient of zeros.
             results = [(result, grad) for result, grad in pairs if grad is not None and result.requires_grad]
             outputs = [result for result, _ in results]
-            found = torch.autograd.grad(outputs, wanted, [grad for _, grad in results], create_graph=again, allow_unused=True)
-        remaining = iter(found)
-        needs = ctx.needs_input_grad
-        return tuple(next(remaining) if isinstance(value, Tensor) and needs[i] else None for i, value in enumerate(inputs))
+            found = torch.autograd.grad(
+                outputs, [inputs[i] for i in wanted], [grad for _, grad in results], create_graph=again, allow_unused=True
+            )
+        return tuple(found[wanted.index(i)] if i in wanted else None for i in range(len(inputs)))
 
     # --- the way to the kernel --------------------------------------------------------------------
 
