@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     kernels = top.add_argument_group("kernels")
     kernels.add_argument("--op", nargs="+", default=[], metavar="OP", help="only these ops")
     kernels.add_argument("--tokens", nargs="+", type=_positive, default=[], metavar="N", help="only these numbers of tokens")
-    kernels.add_argument("--d", nargs="+", type=_positive, default=[], metavar="N", help="only these output widths")
+    kernels.add_argument("--d", nargs="+", type=_positive, default=[], metavar="N", help="only these last dimensions")
     kernels.add_argument("--providers", nargs="+", default=[], metavar="NAME", help="only these providers (--list shows them)")
     kernels.add_argument("--rounds", type=_positive, metavar="N", help="replays of each provider (default: 15, quick: 9)")
     kernels.add_argument("--cold", action="store_true", help="empty L2 before each replay, which small calls otherwise stay in")
@@ -93,7 +93,9 @@ def _list() -> None:
     from bench.providers import DEFAULT_PROVIDERS, PROVIDERS
 
     for op in dict.fromkeys(case.op for case in CASES):
-        print(f"{op:<18} (tokens, d): " + " ".join(f"({case.tokens},{case.d})" for case in CASES if case.op == op))
+        cases = [case for case in CASES if case.op == op]
+        axes = ", ".join(cases[0].operation.axes)
+        print(f"{op:<18} ({axes}): " + " ".join(case.shape.replace(" ", "") for case in cases))
     print()
     for provider in PROVIDERS.values():
         print(f"{provider.name:<18} {provider.title}{'' if provider.name in DEFAULT_PROVIDERS else '  (not by default)'}")
@@ -102,13 +104,13 @@ def _list() -> None:
 def _select(arguments: argparse.Namespace) -> tuple[tuple[Case, ...], tuple[str, ...]]:
     """Cases and providers of the kernel benchmark. Raises ValueError for names that do not exist."""
     from bench.cases import CASES, QUICK, select
-    from bench.providers import DEFAULT_PROVIDERS, PROVIDERS
+    from bench.providers import PROVIDERS
 
     unknown = [name for name in arguments.providers if name not in PROVIDERS]
     if unknown:
         raise ValueError(f"unknown provider {', '.join(unknown)}; known: {', '.join(PROVIDERS)}")
     cases = select(QUICK if arguments.quick else CASES, arguments.op, arguments.tokens, arguments.d)
-    return cases, tuple(arguments.providers) or DEFAULT_PROVIDERS
+    return cases, tuple(arguments.providers)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -5,14 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from bench.cases import Operation
 from bench.slots import Slot
-
-# Elements compared at a time, so that the float64 intermediates stay within a few GiB.
-GROUP_ELEMENTS = 2**26
 
 # Beyond twice the error of the plain PyTorch in the same dtype, a few roundings of the float32 arithmetic inside a kernel,
 # fast exponentials included.
@@ -22,7 +18,9 @@ FLOAT32_ROUNDINGS = 16 * 2.0**-24
 def poison(slots: Sequence[Slot]) -> None:
     """Fill every output with NaN, which no right answer contains: what a kernel leaves out then shows."""
     for slot in slots:
-        slot.out.fill_(math.nan)
+        slot.restore()
+        for out in slot.outs:
+            out.fill_(math.nan)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -36,29 +34,19 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return error if math.isfinite(error) else math.inf
 
 
-def _groups(slots: Sequence[Slot]) -> list[Sequence[Slot]]:
-    size = max(1, GROUP_ELEMENTS // max(1, sum(tensor.numel() for tensor in slots[0].inputs)))
-    return [slots[start : start + size] for start in range(0, len(slots), size)]
+def _worst(operation: Operation, slot: Slot, actual: Sequence[Tensor]) -> float:
+    expected = operation.results(*(tensor.double() for tensor in slot.given))
+    return max(relative_error(mine, truth) for mine, truth in zip(actual, expected, strict=True))
 
 
 def output_error(operation: Operation, slots: Sequence[Slot]) -> float:
-    """``relative_error`` of the outputs of all ``slots`` against the float64 reference of their inputs."""
-    worst = 0.0
-    for group in _groups(slots):
-        inputs = [torch.stack(tensors).double() for tensors in zip(*(slot.inputs for slot in group), strict=True)]
-        expected = operation.reference(*inputs)
-        worst = max(worst, relative_error(torch.stack([slot.out for slot in group]), expected))
-    return worst
+    """``relative_error`` of the results of all ``slots`` against the float64 reference of what they were given."""
+    return max(_worst(operation, slot, slot.results) for slot in slots)
 
 
 def allowed_error(operation: Operation, slots: Sequence[Slot]) -> float:
     """Twice the error that the plain PyTorch makes in the dtype of the slots, on the same inputs."""
-    worst = 0.0
-    for group in _groups(slots):
-        inputs = [torch.stack(tensors) for tensors in zip(*(slot.inputs for slot in group), strict=True)]
-        expected = operation.reference(*(tensor.double() for tensor in inputs))
-        worst = max(worst, relative_error(operation.reference(*inputs), expected))
-    return 2 * worst + FLOAT32_ROUNDINGS
+    return 2 * max(_worst(operation, slot, operation.results(*slot.given)) for slot in slots) + FLOAT32_ROUNDINGS
 
 
 def judge(operation: Operation, slots: Sequence[Slot], allowed: float) -> tuple[float, str | None]:

@@ -22,12 +22,16 @@ from bench.timing import Samples, interleave, us_per_call, without_garbage_colle
 PROVIDERS_CPU = ("jitk", "eager", "inductor", "copy")
 
 CASES: tuple[Case, ...] = (
-    Case("silu_and_mul", 512, 11008),  # a chunk of prefill of Llama 2 7B: beyond every cache
-    Case("silu_and_mul", 8, 1024),  # a call that costs less than waking the other threads
-    Case("silu_and_mul", 1, 11008),  # decoding
-    Case("silu_and_mul", 77, 2880),  # odd in both
-    Case("gelu_tanh_and_mul", 512, 11008),  # tanh instead of exp
-    Case("relu2", 512, 11008),  # no transcendental: memory alone
+    Case("silu_and_mul", (512, 11008)),  # a chunk of prefill of Llama 2 7B: beyond every cache
+    Case("silu_and_mul", (8, 1024)),  # a call that costs less than waking the other threads
+    Case("silu_and_mul", (1, 11008)),  # decoding
+    Case("silu_and_mul", (77, 2880)),  # odd in both
+    Case("gelu_tanh_and_mul", (512, 11008)),  # tanh instead of exp
+    Case("relu2", (512, 11008)),  # no transcendental: memory alone
+    Case("rmsnorm", (512, 4096)),
+    Case("rmsnorm", (1, 4096)),
+    Case("fused_add_rmsnorm", (512, 4096)),
+    Case("layernorm", (512, 4096)),
 )
 QUICK = CASES[:2]
 

@@ -3,7 +3,7 @@
 Method. Each provider's calls are captured in a CUDA graph of 32 to 64 calls over rotating buffers of 256 MiB in all, with the
 outputs passed in. What the graph writes is compared with a float64 reference before anything is timed. The replays of all
 providers are interleaved, and the median is reported with its spread. Bytes are counted from the arguments: every input read
-once, the output written once. ``copy`` is ``Tensor.copy_`` moving the same number of bytes.
+once, every output written once; what is written in place is both. ``copy`` is ``Tensor.copy_`` moving the same number of bytes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rich.console import Console
 
 from bench import correctness, replay, report
 from bench.cases import Case
-from bench.providers import DEFAULT_PROVIDERS, PROVIDERS, reason
+from bench.providers import PROVIDERS, default_providers, reason
 from bench.results import NOISE, Result, columns, notes, peer_ratio, row, summary
 from bench.slots import make_slots, plan
 
@@ -27,9 +27,7 @@ MORE_ROUNDS = 4
 class Bench:
     """What the cases of one run share: a stream, what runs ahead of each replay, and the number of replays."""
 
-    def __init__(
-        self, dtype: torch.dtype, rounds: int, providers: Sequence[str] = DEFAULT_PROVIDERS, cold: bool = False
-    ) -> None:
+    def __init__(self, dtype: torch.dtype, rounds: int, providers: Sequence[str] = (), cold: bool = False) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.dtype = dtype
         self.rounds = rounds
@@ -48,16 +46,21 @@ class Bench:
         missing: dict[str, str] = {}
         wrong: dict[str, str] = {}
         errors: dict[str, float] = {}
-        for name in self.providers:
+        for name in self.providers or default_providers(case.operation):
             try:
-                graph = replay.capture(PROVIDERS[name].bind(case.operation), slots, arranged.calls, self.stream)
+                call = PROVIDERS[name].bind(case.operation)
+                graph = replay.capture(call, slots, arranged.calls, self.stream)
             except Exception as error:  # Whatever a provider raises, the others are still worth measuring.
                 missing[name] = reason(error)
                 torch.cuda.synchronize(self.device)
                 continue
             if PROVIDERS[name].writes_out:
                 correctness.poison(slots)
-                graph.replay()
+                if case.operation.written:  # the graph writes each slot several times
+                    for slot in slots:
+                        call(slot)
+                else:
+                    graph.replay()
                 torch.cuda.synchronize(self.device)
                 errors[name], verdict = correctness.judge(case.operation, slots, allowed)
                 if verdict:
@@ -84,11 +87,14 @@ def run(
     cases: Sequence[Case],
     dtype: torch.dtype,
     rounds: int,
-    providers: Sequence[str] = DEFAULT_PROVIDERS,
+    providers: Sequence[str] = (),
     cold: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> list[Result]:
-    """Measure ``cases``; a table per op is printed as soon as its cases are done. ``cold`` empties L2 ahead of each replay."""
+    """Measure ``cases``; a table per op is printed as soon as its cases are done. ``cold`` empties L2 ahead of each replay.
+
+    Without ``providers`` each op is measured beside those who are its peers.
+    """
     progress = progress or _progress
     bench = Bench(dtype, rounds, providers, cold)
     results: list[Result] = []
@@ -100,8 +106,10 @@ def run(
         progress("\r")
         results += of_op
         caches = "L2 emptied before each replay" if cold else "rotating buffers"
+        operation = of_op[0].case.operation
+        shown = providers or default_providers(operation)
         title = f"{op}, {str(dtype).removeprefix('torch.')}, {caches}: us per call"
-        report.print_table(out, title, columns(providers), [row(result, providers) for result in of_op])
+        report.print_table(out, title, columns(shown, axes=operation.axes), [row(result, shown) for result in of_op])
         report.print_notes(out, notes(of_op))
     report.print_notes(out, summary(results))
     return results

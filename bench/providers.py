@@ -10,7 +10,7 @@ import functools
 import importlib
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TypeVar
@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from bench.cases import Operation
+from bench.cases import OPERATIONS, Operation
 from bench.slots import Slot
 
 
@@ -87,12 +87,26 @@ def jitk_packet(name: str) -> torch._ops.OpOverloadPacket:
 
 
 def _bind_jitk(operation: Operation) -> Call:
-    overload = jitk_packet(operation.name).out
+    packet = jitk_packet(operation.name)
+    if not operation.outs:
+        overload = packet.default
 
-    def call(slot: Slot) -> None:
-        overload(*slot.inputs, out=slot.out)
+        def in_place(slot: Slot) -> None:
+            overload(*slot.inputs)
 
-    return call
+        return in_place
+    overload = packet.out
+    if len(operation.outs) == 1:
+
+        def into_one(slot: Slot) -> None:
+            overload(*slot.inputs, out=slot.out)
+
+        return into_one
+
+    def into_several(slot: Slot) -> None:
+        overload(*slot.inputs, **dict(zip(operation.outs, slot.outs, strict=True)))
+
+    return into_several
 
 
 def _bind_copy(operation: Operation) -> Call:
@@ -110,10 +124,11 @@ def _bind_eager(operation: Operation) -> Call:
 
 
 def compiled_reference(operation: Operation) -> Callable[..., None]:
-    """``torch.compile`` of the plain PyTorch, writing into a given ``out``, specialised to the shapes that it meets."""
+    """``torch.compile`` of the plain PyTorch, writing into given results, specialised to the shapes that it meets."""
 
-    def into(out: Tensor, *inputs: Tensor) -> None:
-        out.copy_(operation.reference(*inputs))
+    def into(results: Sequence[Tensor], *inputs: Tensor) -> None:
+        for result, made in zip(results, operation.results(*inputs), strict=True):
+            result.copy_(made)
 
     # Without this the tenth shape would meet the recompilation limit and run eagerly.
     torch._dynamo.reset()
@@ -124,7 +139,7 @@ def _bind_inductor(operation: Operation) -> Call:
     into = compiled_reference(operation)
 
     def call(slot: Slot) -> None:
-        into(slot.out, *slot.inputs)
+        into(slot.results, *slot.inputs)
 
     return call
 
@@ -199,13 +214,23 @@ def _sglang_kernels_alone() -> dict[str, Callable[..., Tensor]]:
     }
 
 
+def _sglang_norms() -> dict[str, Callable[..., Tensor]]:
+    _loaded(_sglang_functions)  # decides whether the package imports or its kernels alone do
+    module = importlib.import_module("sglang.kernels.ops.layernorm.norm")
+    return {
+        "rmsnorm": module.rmsnorm,
+        "fused_add_rmsnorm": module.fused_add_rmsnorm,
+        "fused_qknorm": module.fused_inplace_qknorm,
+    }
+
+
 def sglang_function(name: str) -> Callable[..., Tensor]:
-    """SGLang's public function ``name(input, out=None)``.
+    """SGLang's public function ``name``: ``(*inputs, out)``, or ``(*inputs)`` where it works in place.
 
     Raises:
         Unavailable: SGLang is not there, or has no such op.
     """
-    functions = _loaded(_sglang_functions)
+    functions = _loaded(_sglang_norms if OPERATIONS[name].is_norm else _sglang_functions)
     if name not in functions:
         raise Unavailable(f"has no {name}")
     return functions[name]
@@ -215,38 +240,81 @@ def _bind_sglang(operation: Operation) -> Call:
     function = sglang_function(operation.name)
 
     def call(slot: Slot) -> None:
-        function(*slot.inputs, slot.out)
+        function(*slot.inputs, *slot.outs)
 
     return call
 
 
-def _flashinfer_activation() -> types.ModuleType:
+def _flashinfer(module: str) -> types.ModuleType:
     _require("flashinfer", "pip install flashinfer-python")
     try:
-        return importlib.import_module("flashinfer.activation")
+        return importlib.import_module(f"flashinfer.{module}")
     except Exception as error:
         raise Unavailable(f"import: {reason(error)}") from error
 
 
 def flashinfer_function(name: str) -> Callable[..., Tensor]:
-    """FlashInfer's public function ``name(input, out=None, enable_pdl=None)``; PDL is on by default from sm_90.
+    """FlashInfer's public function; PDL is on by default from sm_90.
 
     Raises:
         Unavailable: FlashInfer is not there, or has no such op.
     """
-    module = _loaded(_flashinfer_activation)
+    module = _loaded(functools.partial(_flashinfer, "norm" if OPERATIONS[name].is_norm else "activation"))
     if not hasattr(module, name):
         raise Unavailable(f"has no {name}")
     return getattr(module, name)
 
 
 def _bind_flashinfer(operation: Operation, enable_pdl: bool | None = None) -> Call:
+    if operation.name == "fused_qknorm":  # two calls, which is how its users normalise queries and keys
+        norm = flashinfer_function("rmsnorm")
+
+        def both(slot: Slot) -> None:
+            q, k, q_weight, k_weight = slot.inputs
+            norm(q, q_weight, 1e-6, q, enable_pdl)
+            norm(k, k_weight, 1e-6, k, enable_pdl)
+
+        return both
     function = flashinfer_function(operation.name)
+    if operation.name == "layernorm":
+        raise Unavailable("allocates, and wants weights in fp32")
+    if operation.is_norm:
+
+        def norm_call(slot: Slot) -> None:
+            function(*slot.inputs, 1e-6, *slot.outs, enable_pdl)
+
+        return norm_call
 
     def call(slot: Slot) -> None:
         function(*slot.inputs, slot.out, enable_pdl)
 
     return call
+
+
+def _bind_liger(operation: Operation) -> Call:
+    """Liger's gradients. The statistics, which its forward saves, are made before the timing; the results are its own."""
+    _require("liger_kernel", "pip install liger-kernel")
+    if operation.name == "rmsnorm_backward":
+        rms = importlib.import_module("liger_kernel.ops.rms_norm")
+
+        @functools.cache
+        def saved_rms(slot: Slot) -> tuple[object, ...]:
+            _, input, weight = slot.inputs
+            _, _, scale, block, warps, mode = rms.rms_norm_forward(input, weight, 1e-6, 0.0, "gemma", None)
+            return scale, 0.0, mode, block, warps, False, None
+
+        return lambda slot: rms.rms_norm_backward(*slot.inputs, *saved_rms(slot))
+    if operation.name == "layernorm_backward":
+        layer = importlib.import_module("liger_kernel.ops.layer_norm")
+
+        @functools.cache
+        def saved_layer(slot: Slot) -> tuple[Tensor, ...]:
+            _, input, weight = slot.inputs
+            _, _, mean, scale, _, _ = layer.layer_norm_forward(input, weight, weight, 1e-5)
+            return weight, mean, scale
+
+        return lambda slot: layer.layer_norm_backward(*slot.inputs, *saved_layer(slot))
+    raise Unavailable(f"is measured for gradients, not for {operation.name}")
 
 
 PROVIDERS: dict[str, Provider] = {
@@ -258,6 +326,7 @@ PROVIDERS: dict[str, Provider] = {
         Provider(
             "flashinfer-nopdl", "FlashInfer, into out, without PDL", functools.partial(_bind_flashinfer, enable_pdl=False)
         ),
+        Provider("liger", "Liger's gradients, allocating", _bind_liger, writes_out=False),
         Provider("inductor", "torch.compile of the plain PyTorch, into out", _bind_inductor),
         Provider("eager", "the plain PyTorch, op by op, allocating", _bind_eager, writes_out=False),
         Provider("copy", "Tensor.copy_ of the same bytes", _bind_copy, is_peer=False, writes_out=False),
@@ -265,3 +334,9 @@ PROVIDERS: dict[str, Provider] = {
 }
 
 DEFAULT_PROVIDERS = ("jitk", "sglang", "flashinfer", "inductor", "copy")
+_OF_GRADIENTS = ("jitk", "liger", "inductor", "copy")
+
+
+def default_providers(operation: Operation) -> tuple[str, ...]:
+    """Who is measured unless names are given: for gradients the libraries that have any."""
+    return _OF_GRADIENTS if operation.name.endswith("_backward") else DEFAULT_PROVIDERS

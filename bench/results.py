@@ -69,8 +69,7 @@ class Result:
 
         return {
             "op": self.case.op,
-            "tokens": self.case.tokens,
-            "d": self.case.d,
+            "sizes": dict(zip(self.case.operation.axes, self.case.sizes, strict=True)),
             "bytes": self.bytes,
             "calls": self.calls,
             "us": samples(self.samples),
@@ -95,8 +94,8 @@ def peer_ratio(samples: dict[str, Samples]) -> float | None:
     return None if peer is None or OURS not in samples else samples[peer].median / samples[OURS].median
 
 
-def columns(providers: Sequence[str], unit: str = "TB/s") -> list[str]:
-    return ["(tokens, d)", *providers, "best peer", "best/ours", "ours/copy", unit, "spread"]
+def columns(providers: Sequence[str], unit: str = "TB/s", axes: Sequence[str] = ("tokens", "d")) -> list[str]:
+    return [f"({', '.join(axes)})", *providers, "best peer", "best/ours", "ours/copy", unit, "spread"]
 
 
 def row(result: Result, providers: Sequence[str], unit: str = "TB/s") -> list[str]:

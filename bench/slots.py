@@ -24,14 +24,33 @@ LARGE_BYTES = 2**30
 CALLS_WHEN_LARGE = 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Slot:
-    """The arguments of one call. ``copy_to`` and ``copy_from`` are half of the call's bytes each."""
+    """The arguments of one call. ``copy_to`` and ``copy_from`` are half of the call's bytes each.
+
+    Attributes:
+        given: what the inputs that the op writes were; others are the inputs themselves.
+        results: the outs, or the inputs that the op writes.
+    """
 
     inputs: tuple[Tensor, ...]
-    out: Tensor
+    outs: tuple[Tensor, ...]
     copy_to: Tensor
     copy_from: Tensor
+    given: tuple[Tensor, ...]
+    results: tuple[Tensor, ...]
+
+    @property
+    def out(self) -> Tensor:
+        """The only out argument."""
+        (out,) = self.outs
+        return out
+
+    def restore(self) -> None:
+        """Undo what calls have written to the inputs."""
+        for now, then in zip(self.inputs, self.given, strict=True):
+            if now is not then:
+                now.copy_(then)
 
 
 @dataclass(frozen=True)
@@ -60,13 +79,13 @@ def make_slots(case: Case, count: int, dtype: torch.dtype, device: torch.device,
     half = case.bytes(dtype.itemsize) // 2 // dtype.itemsize
     slots = []
     for _ in range(count):
-        inputs = tuple(
-            torch.randn(shape, dtype=dtype, device=device, generator=generator)
-            for shape in case.operation.input_shapes(case.tokens, case.d)
-        )
-        out = torch.empty((case.tokens, case.d), dtype=dtype, device=device)
+        inputs = tuple(torch.randn(shape, dtype=dtype, device=device, generator=generator) for shape in case.input_shapes)
+        outs = tuple(torch.empty(shape, dtype=dtype, device=device) for shape in case.out_shapes)
         copies = [torch.empty(half, dtype=dtype, device=device) for _ in range(2)]
         # Zeros are not representative data: some memory systems move them faster.
         copies[1].normal_(generator=generator)
-        slots.append(Slot(inputs, out, copies[0], copies[1]))
+        written = case.operation.written
+        given = tuple(tensor.clone() if index in written else tensor for index, tensor in enumerate(inputs))
+        results = outs or tuple(inputs[index] for index in written)
+        slots.append(Slot(inputs, outs, copies[0], copies[1], given, results))
     return slots

@@ -82,9 +82,11 @@ def test_the_device_is_waited_for_outside_the_timed_region(monkeypatch):
 
 
 def test_bytes_count_each_argument_once():
-    assert Case("silu_and_mul", 4, 8).bytes(2) == (4 * 16 + 4 * 8) * 2
-    assert Case("relu2", 4, 8).bytes(4) == (4 * 8 + 4 * 8) * 4
-    assert Case("fused_add_relu", 4, 8).bytes(2) == 3 * 4 * 8 * 2
+    assert Case("silu_and_mul", (4, 8)).bytes(2) == (4 * 16 + 4 * 8) * 2
+    assert Case("relu2", (4, 8)).bytes(4) == (4 * 8 + 4 * 8) * 4
+    assert Case("fused_add_relu", (4, 8)).bytes(2) == 3 * 4 * 8 * 2
+    assert Case("fused_add_rmsnorm", (4, 8)).bytes(2) == (4 * 4 * 8 + 8) * 2
+    assert Case("fused_qknorm", (4, 3, 1, 8)).bytes(2) == 2 * (2 * 4 * 4 * 8 + 2 * 8)
 
 
 @pytest.mark.parametrize("size", [1, 24_576, 2**20, 11_010_048, 25_165_824, 352_321_536, 2**31])
@@ -104,17 +106,18 @@ def test_plan_refuses_no_bytes():
 
 @pytest.mark.parametrize("op", list(OPERATIONS))
 def test_slots_hold_the_arguments_and_a_copy_of_the_same_bytes(op):
-    case = Case(op, 3, 10)
+    case = Case(op, tuple(range(3, 3 + len(OPERATIONS[op].axes))))
     first, second = make_slots(case, 2, torch.bfloat16, CPU)
-    assert [tuple(tensor.shape) for tensor in first.inputs] == case.operation.input_shapes(3, 10)
-    assert first.out.shape == case.operation.reference(*first.inputs).shape
+    assert [tuple(tensor.shape) for tensor in first.inputs] == case.input_shapes
+    expected = case.operation.results(*first.inputs)
+    assert [result.shape for result in first.results] == [result.shape for result in expected]
     assert first.copy_to.nbytes + first.copy_from.nbytes == case.bytes(2)
     assert not torch.equal(first.inputs[0], second.inputs[0])
 
 
 def test_select_narrows_and_makes_sizes_of_its_own():
     assert all(case.op == "relu2" and case.tokens == 1 for case in select(CASES, ["relu2"], [1]))
-    assert select(CASES, ["relu2"], [640], [5120]) == (Case("relu2", 640, 5120),)
+    assert select(CASES, ["relu2"], [640], [5120]) == (Case("relu2", (640, 5120)),)
     assert set(QUICK) <= set(CASES)
     assert len(set(CASES)) == len(CASES)
 
@@ -131,19 +134,29 @@ def test_select_names_what_it_does_not_know():
 
 def outputs_of(op: str, compute) -> tuple[float, str | None]:
     """The verdict on ``compute(inputs, out)`` in bf16."""
-    case = Case(op, 5, 64)
+    case = Case(op, (5, 3, 2, 64) if op == "fused_qknorm" else (5, 64))
     slots = make_slots(case, 3, torch.bfloat16, CPU)
     allowed = correctness.allowed_error(case.operation, slots)
     correctness.poison(slots)
     for slot in slots:
-        compute(slot.inputs, slot.out)
+        compute(slot.inputs, *slot.results)
     return correctness.judge(case.operation, slots, allowed)
 
 
 @pytest.mark.parametrize("op", list(OPERATIONS))
 def test_the_reference_computed_in_float32_is_right(op):
-    reference = OPERATIONS[op].reference
-    assert outputs_of(op, lambda inputs, out: out.copy_(reference(*(tensor.float() for tensor in inputs))))[1] is None
+    def compute(inputs, *results):
+        for result, made in zip(results, OPERATIONS[op].results(*(tensor.float() for tensor in inputs)), strict=True):
+            result.copy_(made)
+
+    assert outputs_of(op, compute)[1] is None
+
+
+def test_what_an_op_in_place_leaves_undone_is_found():
+    def residual_alone(inputs, input, residual):
+        residual.copy_(OPERATIONS["fused_add_rmsnorm"].results(*inputs)[1])
+
+    assert outputs_of("fused_add_rmsnorm", residual_alone)[1].startswith("wrong result: relative error ")
 
 
 def test_an_element_that_is_not_written_is_found():
@@ -206,7 +219,7 @@ def some_results() -> list[results.Result]:
     not_there = {"sglang": "not installed", "flashinfer": "has no relu2"}
     return [
         results.Result(
-            Case("relu2", 1, 4096),
+            Case("relu2", (1, 4096)),
             16384,
             64,
             {"jitk": timed(1.0), "inductor": timed(1.2), "copy": timed(1.25)},
@@ -214,7 +227,7 @@ def some_results() -> list[results.Result]:
             not_there,
         ),
         results.Result(
-            Case("relu2", 1024, 4096),
+            Case("relu2", (1024, 4096)),
             16777216,
             32,
             {"jitk": timed(5.0), "inductor": timed(4.0), "copy": timed(4.0)},
@@ -222,7 +235,7 @@ def some_results() -> list[results.Result]:
             {"sglang": "not installed"},
         ),
         results.Result(
-            Case("relu2", 77, 2880),
+            Case("relu2", (77, 2880)),
             887040,
             64,
             {"inductor": timed(1.5)},
@@ -284,7 +297,8 @@ def test_json_holds_every_sample(tmp_path):
     report.write_json(target, {"kernels": [item.to_json() for item in some_results()]})
     first = json.loads(target.read_text())["kernels"][0]
     assert first["us"]["jitk"]["values"] == [0.99, 1.0, 1.01]
-    assert (first["op"], first["tokens"], first["ratio"], first["best_peer"]) == ("relu2", 1, 1.2, "inductor")
+    assert first["sizes"] == {"tokens": 1, "d": 4096}
+    assert (first["op"], first["sizes"]["tokens"], first["ratio"], first["best_peer"]) == ("relu2", 1, 1.2, "inductor")
     assert list(tmp_path.iterdir()) == [target]
 
 
@@ -363,7 +377,7 @@ def test_cpu_checks_before_it_times(monkeypatch):
         return lambda slot: slot.out[1:].copy_(operation.reference(*(tensor[1:] for tensor in slot.inputs)))
 
     monkeypatch.setitem(PROVIDERS, "jitk", Provider("jitk", "stub", forgets_rows, is_peer=False))
-    taken = cpu.measure(Case("relu2", 4, 64), torch.float32, 2, ("jitk", "eager", "copy"))
+    taken = cpu.measure(Case("relu2", (4, 64)), torch.float32, 2, ("jitk", "eager", "copy"))
     assert set(taken.samples) == {"eager", "copy"}
     assert taken.wrong["jitk"].startswith("wrong result: relative error inf")
     assert taken.best_peer == "eager"
@@ -575,7 +589,7 @@ def test_the_kernel_benchmark_keeps_going_past_a_provider_that_raises(monkeypatc
     bench = object.__new__(kernels.Bench)
     bench.device, bench.dtype, bench.rounds, bench.stream, bench.ahead = CPU, torch.bfloat16, 9, None, None
     bench.providers = ("jitk", "sglang", "inductor", "copy")
-    taken = bench.run(Case("silu_and_mul", 3, 64))
+    taken = bench.run(Case("silu_and_mul", (3, 64)))
     assert set(taken.samples) == {"jitk", "inductor", "copy"}
     assert taken.missing == {"sglang": "RuntimeError: no such kernel"}
     assert taken.wrong == {}

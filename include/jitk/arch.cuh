@@ -9,7 +9,8 @@
 // Left out: properties of the device that runs (launch.cuh).
 #pragma once
 
-#include <cstdint>  // uint32_t
+#include <cstdint>      // uint32_t
+#include <type_traits>  // is_same
 
 #if !defined(JITK_CUDA_ARCH)
 #error "JITK_CUDA_ARCH is not defined: compile with -DJITK_CUDA_ARCH=900 for -gencode=arch=compute_90a,code=sm_90a"
@@ -74,6 +75,20 @@ JITK_DEVICE void PDLWaitPrimary() {
 template <bool kUsePDL>
 JITK_DEVICE void PDLTriggerSecondary() {
   if constexpr (kUsePDL && kPDLSupported) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+// Has the compiler compute the values here. It puts off address arithmetic and parameters until they are needed, which is behind
+// a wait that the time before it was free for.
+template <typename T>
+JITK_DEVICE void compute_here(T value) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8, "a value is a register or two");
+  if constexpr (std::is_same_v<T, float>) {
+    asm volatile("" ::"f"(value));
+  } else if constexpr (sizeof(T) == 4) {
+    asm volatile("" ::"r"(value));
+  } else {
+    asm volatile("" ::"l"(value));
+  }
 }
 
 }  // namespace jitk::device

@@ -62,6 +62,17 @@ JITK_DEVICE void load_streaming(Words8& x, const void* from) {
                : "memory");
 }
 
+// A plain load, but volatile: it stays where it is written among the loads above.
+JITK_DEVICE void load_ordered(uint32_t& x, const void* from) {
+  asm volatile("ld.global.u32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
+}
+JITK_DEVICE void load_ordered(uint2& x, const void* from) {
+  asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "l"(from) : "memory");
+}
+JITK_DEVICE void load_ordered(uint4& x, const void* from) {
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(from) : "memory");
+}
+
 template <typename Words>
 JITK_DEVICE void store_streaming(const Words& x, void* to) {
   __stcs(static_cast<Words*>(to), x);
@@ -72,9 +83,36 @@ JITK_DEVICE void store_streaming(const Words8& x, void* to) {
                : "memory");
 }
 
+JITK_DEVICE void store_with_policy(const uint4& x, void* to, uint64_t policy) {
+  asm volatile("st.global.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w),
+               "l"(policy)
+               : "memory");
+}
+
 }  // namespace details
 
 namespace device {
+
+// How long L2 keeps what is stored: a value, so that one kernel serves both. To store more than fits in L2 with evict_first
+// leaves it to the tensors that are read.
+class L2Policy {
+ public:
+  JITK_DEVICE static L2Policy evict_first() {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return L2Policy(policy);
+  }
+  JITK_DEVICE static L2Policy evict_normal() {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_unchanged.b64 %0, 1.0;" : "=l"(policy));
+    return L2Policy(policy);
+  }
+  JITK_DEVICE uint64_t value() const { return value_; }
+
+ private:
+  JITK_DEVICE explicit L2Policy(uint64_t value) : value_(value) {}
+  uint64_t value_;
+};
 
 template <typename T, size_t N>
 class AlignedVector {
@@ -94,6 +132,15 @@ class AlignedVector {
   }
   JITK_DEVICE void store_streaming(void* data, int64_t offset = 0) const {
     details::store_streaming(words_, static_cast<Words*>(data) + offset);
+  }
+
+  // In the order of the program with load_streaming, where the compiler would wait with it until the value is needed.
+  JITK_DEVICE void load_ordered(const void* data, int64_t offset = 0) {
+    details::load_ordered(words_, static_cast<const Words*>(data) + offset);
+  }
+  // 16-byte vectors.
+  JITK_DEVICE void store(void* data, int64_t offset, L2Policy policy) const {
+    details::store_with_policy(words_, static_cast<Words*>(data) + offset, policy.value());
   }
 
   JITK_DEVICE void fill(T value) {
@@ -140,6 +187,37 @@ JITK_DEVICE void from_floats(const float (&values)[N], AlignedVector<T, N>& vect
     for (size_t i = 0; i < N; ++i) vector[i] = cast<T>(values[i]);
   }
 }
+
+// N elements in as many vectors as that takes, for a type that is wider than the one that the rest of a loop moves N of at once:
+// fp32 weights beside halves. Every place that is loaded is aligned to kAlignment bytes.
+template <typename T, uint32_t N, uint32_t kAlignment>
+class AlignedVectors {
+  static constexpr uint32_t kBytes = N * sizeof(T) < 16 ? N * sizeof(T) : 16;
+  static constexpr uint32_t kPart = (kBytes < kAlignment ? kBytes : kAlignment) / sizeof(T);
+
+ public:
+  // `data` points to the first of the N elements.
+  JITK_DEVICE void load(const T* data) {
+#pragma unroll
+    for (uint32_t i = 0; i < N / kPart; ++i) parts_[i].load(data, i);
+  }
+  JITK_DEVICE void load_ordered(const T* data) {
+#pragma unroll
+    for (uint32_t i = 0; i < N / kPart; ++i) parts_[i].load_ordered(data, i);
+  }
+  JITK_DEVICE void to_floats(float (&values)[N]) const {
+#pragma unroll
+    for (uint32_t i = 0; i < N / kPart; ++i) {
+      float part[kPart];
+      device::to_floats(parts_[i], part);
+#pragma unroll
+      for (uint32_t j = 0; j < kPart; ++j) values[i * kPart + j] = part[j];
+    }
+  }
+
+ private:
+  AlignedVector<T, kPart> parts_[N / kPart];
+};
 
 }  // namespace device
 

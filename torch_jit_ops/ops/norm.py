@@ -111,6 +111,7 @@ def _differentiate_layernorm(
 
 
 @library.op(
+    cuda="norm.cu",
     variant="rmsnorm<{input.dtype}, {weight.dtype}>",
     samples=_rms_norms,
     backward=_differentiate_rmsnorm,
@@ -130,6 +131,7 @@ def rmsnorm(input: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 @library.op(
+    cuda="norm.cu",
     variant="gemma_rmsnorm<{input.dtype}, {weight.dtype}>",
     samples=_rms_norms,
     backward=_differentiate_gemma_rmsnorm,
@@ -149,6 +151,7 @@ def gemma_rmsnorm(input: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 @library.op(
+    cuda="norm.cu",
     variant="layernorm<{input.dtype}, {weight.dtype}>",
     samples=_layer_norms,
     backward=_differentiate_layernorm,
@@ -175,6 +178,7 @@ def layernorm(input: Tensor, weight: Tensor, bias: Tensor | None = None, eps: fl
 
 
 @library.op(
+    cuda="norm.cu",
     variant="fused_add_rmsnorm<{input.dtype}, {weight.dtype}>",
     mutates=("input", "residual"),
     samples=_added,
@@ -195,6 +199,7 @@ def fused_add_rmsnorm(input: Tensor, residual: Tensor, weight: Tensor, eps: floa
 
 
 @library.op(
+    cuda="norm.cu",
     variant="gemma_fused_add_rmsnorm<{input.dtype}, {weight.dtype}>",
     mutates=("input", "residual"),
     samples=_added,
@@ -213,6 +218,7 @@ def gemma_fused_add_rmsnorm(input: Tensor, residual: Tensor, weight: Tensor, eps
 
 
 @library.op(
+    cuda="norm.cu",
     variant="fused_qknorm<{q.dtype}, {q_weight.dtype}>",
     mutates=("q", "k"),
     samples=_queries_and_keys,
@@ -232,6 +238,7 @@ def fused_qknorm(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: 
 
 
 @library.op(
+    cuda="norm_backward.cu",
     variant="rmsnorm_backward<{input.dtype}, {weight.dtype}>",
     outputs=("grad_input", "grad_weight"),
     samples=_gradients,
@@ -258,6 +265,7 @@ def rmsnorm_backward(grad: Tensor, input: Tensor, weight: Tensor, eps: float = 1
 
 
 @library.op(
+    cuda="norm_backward.cu",
     variant="layernorm_backward<{input.dtype}, {weight.dtype}>",
     outputs=("grad_input", "grad_weight", "grad_bias"),
     samples=_gradients,
