@@ -1,5 +1,6 @@
-// Elementwise fp32 arithmetic over rows of fp32_t, fp16_t or bf16_t, as wide as the CPU's registers.
+// fp32 arithmetic over rows of fp32_t, fp16_t or bf16_t, as wide as the CPU's registers: element by element, and sums.
 //
+//   const float square = simd::sum(width, [](simd::Floats x) { return x * x; }, x_row);
 //   simd::transform(width, out_row, [](simd::Floats x, simd::Floats y) { return x * simd::sigmoid(y); }, x_row, y_row);
 //
 // Floats is a vector in the compiler's own extension: + - * / and ?: act on each lane, at any optimisation level and without
@@ -9,12 +10,13 @@
 // Errors are the largest against fp64, in units in the last place of the fp32 result, over every float between 2^-13 and 2^7 in
 // magnitude and every 61st other: with FMA (AVX2 and AVX-512 agree to the bit) / without it (SSE2). NaN and infinity are exact.
 //
-// Left out: reductions and whatever else moves data between lanes (load and store choose their order), fp64.
+// Rows of one call may differ in element type. Left out: reductions other than sums, prefix sums, fp64.
 #pragma once
 
 #include <jitk/dtype.h>  // fp32_t, fp16_t, bf16_t, rounding::
 
 #include <cstring>  // memcpy, the unaligned load and store
+#include <utility>  // integer_sequence, the indices of a shuffle
 
 namespace jitk {
 namespace host {
@@ -38,6 +40,12 @@ struct Block {
   Floats first, second;
 };
 constexpr int32_t kBlock = 2 * kLanes;
+
+// Whether load puts the elements with even indices first. Otherwise they are in order.
+template <typename T>
+constexpr bool kEvenFirst = false;
+template <>
+inline constexpr bool kEvenFirst<bf16_t> = true;
 
 inline Floats filled(float value) { return Floats{} + value; }
 
@@ -110,6 +118,9 @@ inline void store(fp16_t* to, Block block) {
   write(to + kLanes, narrow(block.second));
 }
 #else
+template <>
+inline constexpr bool kEvenFirst<fp16_t> = true;
+
 inline Block load(const fp16_t* from) {
   const Words pairs = read<Words>(from);
   return {rounding::fp16_to_fp32<Floats>(pairs & 0xffffu), rounding::fp16_to_fp32<Floats>(pairs >> 16)};
@@ -181,12 +192,46 @@ inline Floats gaussian_cdf(Floats x) {
   return x < 0.f ? tail : 1.f - tail;
 }
 
+template <int32_t... kFirst, int32_t... kSecond>
+inline Block shuffled(Block in, std::integer_sequence<int32_t, kFirst...>, std::integer_sequence<int32_t, kSecond...>) {
+#if defined(__clang__)
+  return {__builtin_shufflevector(in.first, in.second, kFirst...), __builtin_shufflevector(in.first, in.second, kSecond...)};
+#else
+  using Indices = int32_t __attribute__((vector_size(4 * kLanes)));
+  return {__builtin_shuffle(in.first, in.second, Indices{kFirst...}),
+          __builtin_shuffle(in.first, in.second, Indices{kSecond...})};
+#endif
+}
+
+template <int32_t... I>
+inline Block even_first(Block in, std::integer_sequence<int32_t, I...>) {
+  return shuffled(in, std::integer_sequence<int32_t, 2 * I...>{}, std::integer_sequence<int32_t, 2 * I + 1 ...>{});
+}
+template <int32_t... I>
+inline Block in_order(Block in, std::integer_sequence<int32_t, I...>) {
+  return shuffled(in, std::integer_sequence<int32_t, I / 2 + I % 2 * kLanes...>{},
+                  std::integer_sequence<int32_t, (I + kLanes) / 2 + I % 2 * kLanes...>{});
+}
+
+// The elements in the order in which a block of `Like` has them.
+template <typename Like, typename T>
+inline Block load_like(const T* from) {
+  using Lanes = std::make_integer_sequence<int32_t, kLanes>;
+  if constexpr (kEvenFirst<Like> == kEvenFirst<T>) {
+    return load(from);
+  } else if constexpr (kEvenFirst<Like>) {
+    return even_first(load(from), Lanes{});
+  } else {
+    return in_order(load(from), Lanes{});
+  }
+}
+
 // The first n of a block; the rest is zero.
-template <typename T>
-inline Block load(const T* from, int64_t n) {
+template <typename Like, typename T>
+inline Block load_like(const T* from, int64_t n) {
   T block[kBlock] = {};
   std::memcpy(block, from, n * sizeof(T));
-  return load(block);
+  return load_like<Like>(block);
 }
 
 template <typename T>
@@ -201,12 +246,51 @@ inline Block apply(const Op& op, Blocks... in) {
   return {op(in.first...), op(in.second...)};
 }
 
-// out[i] = op(in[i]...) for i in [0, n), all of one element type. `out` may be one of the inputs.
+// out[i] = op(in[i]...) for i in [0, n). `out` may be one of the inputs.
 template <typename T, typename Op, typename... In>
 inline void transform(int64_t n, T* out, const Op& op, const In*... in) {
   int64_t i = 0;
-  for (; i + kBlock <= n; i += kBlock) store(out + i, apply(op, load(in + i)...));
-  if (i < n) store(out + i, apply(op, load(in + i, n - i)...), n - i);
+  for (; i + kBlock <= n; i += kBlock) store(out + i, apply(op, load_like<T>(in + i)...));
+  if (i < n) store(out + i, apply(op, load_like<T>(in + i, n - i)...), n - i);
+}
+
+inline float sum_of_lanes(Floats x) {
+  float lanes[kLanes];
+  write(lanes, x);
+  for (int32_t half = kLanes / 2; half > 0; half /= 2) {
+    for (int32_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}
+
+// The sum of op(in[i]...) over i in [0, n).
+//
+// In short runs, whose sums are then added: of 65536 elements fewer than 200 follow each other in one chain of additions. The
+// order depends on n, the element types and the width of the registers alone.
+template <typename Op, typename T, typename... In>
+inline float sum(int64_t n, const Op& op, const T* in, const In*... more) {
+  constexpr int64_t kRun = 64 * kBlock;
+  Floats total{};
+  int64_t i = 0;
+  while (i + 2 * kBlock <= n) {
+    // Four sums, because an addition waits for the one before it for as long as four take that do not.
+    Floats a{}, b{}, c{}, d{};
+    for (const int64_t end = i + kRun; i < end && i + 2 * kBlock <= n; i += 2 * kBlock) {
+      const Block one = apply(op, load(in + i), load_like<T>(more + i)...);
+      const Block two = apply(op, load(in + i + kBlock), load_like<T>(more + i + kBlock)...);
+      a += one.first, b += one.second, c += two.first, d += two.second;
+    }
+    total += (a + b) + (c + d);
+  }
+  for (; i < n; i += kBlock) {
+    const int64_t count = n - i < kBlock ? n - i : kBlock;
+    Block rest = apply(op, load_like<T>(in + i, count), load_like<T>(more + i, count)...);
+    float ones[kBlock];
+    for (float& one : ones) one = 1.f;
+    const Block inside = load_like<T>(ones, count);
+    total += (inside.first > 0.f ? rest.first : Floats{}) + (inside.second > 0.f ? rest.second : Floats{});
+  }
+  return sum_of_lanes(total);
 }
 
 }  // namespace simd

@@ -112,6 +112,7 @@ def _differentiate_layernorm(
 
 @library.op(
     cuda="norm.cu",
+    cpu="norm.cpp",
     variant="rmsnorm<{input.dtype}, {weight.dtype}>",
     samples=_rms_norms,
     backward=_differentiate_rmsnorm,
@@ -132,6 +133,7 @@ def rmsnorm(input: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
 
 @library.op(
     cuda="norm.cu",
+    cpu="norm.cpp",
     variant="gemma_rmsnorm<{input.dtype}, {weight.dtype}>",
     samples=_rms_norms,
     backward=_differentiate_gemma_rmsnorm,
@@ -152,6 +154,7 @@ def gemma_rmsnorm(input: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
 
 @library.op(
     cuda="norm.cu",
+    cpu="norm.cpp",
     variant="layernorm<{input.dtype}, {weight.dtype}>",
     samples=_layer_norms,
     backward=_differentiate_layernorm,
@@ -179,6 +182,7 @@ def layernorm(input: Tensor, weight: Tensor, bias: Tensor | None = None, eps: fl
 
 @library.op(
     cuda="norm.cu",
+    cpu="norm.cpp",
     variant="fused_add_rmsnorm<{input.dtype}, {weight.dtype}>",
     mutates=("input", "residual"),
     samples=_added,
@@ -200,6 +204,7 @@ def fused_add_rmsnorm(input: Tensor, residual: Tensor, weight: Tensor, eps: floa
 
 @library.op(
     cuda="norm.cu",
+    cpu="norm.cpp",
     variant="gemma_fused_add_rmsnorm<{input.dtype}, {weight.dtype}>",
     mutates=("input", "residual"),
     samples=_added,
@@ -219,6 +224,7 @@ def gemma_fused_add_rmsnorm(input: Tensor, residual: Tensor, weight: Tensor, eps
 
 @library.op(
     cuda="norm.cu",
+    cpu="norm.cpp",
     variant="fused_qknorm<{q.dtype}, {q_weight.dtype}>",
     mutates=("q", "k"),
     samples=_queries_and_keys,
@@ -239,6 +245,7 @@ def fused_qknorm(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: 
 
 @library.op(
     cuda="norm_backward.cu",
+    cpu="norm.cpp",
     variant="rmsnorm_backward<{input.dtype}, {weight.dtype}>",
     outputs=("grad_input", "grad_weight"),
     samples=_gradients,
@@ -266,6 +273,7 @@ def rmsnorm_backward(grad: Tensor, input: Tensor, weight: Tensor, eps: float = 1
 
 @library.op(
     cuda="norm_backward.cu",
+    cpu="norm.cpp",
     variant="layernorm_backward<{input.dtype}, {weight.dtype}>",
     outputs=("grad_input", "grad_weight", "grad_bias"),
     samples=_gradients,
