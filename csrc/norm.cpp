@@ -171,19 +171,27 @@ struct Chunks {
   }
 };
 
-// out[c] = the sum of the chunks' [c]
+// out[c] = the sum of the chunks' [c]. In pairs, pairs of pairs and so on, so that errors grow with the logarithm of their number.
+// Overwrites the chunks.
 template <typename W>
-void add_up(const float* sums, int64_t chunks, int64_t stride, int64_t width, W* out) {
+void add_up(float* sums, int64_t chunks, int64_t stride, int64_t width, W* out) {
   using namespace host;
   constexpr int64_t kPiece = 1024;
   const int64_t grain = div_ceil(kGrain, kPiece * (chunks > 0 ? chunks : 1));
   parallel_for(div_ceil(width, kPiece), grain, [=](int64_t begin, int64_t end) {
     for (int64_t column = begin * kPiece; column < width && column < end * kPiece; column += kPiece) {
       const int64_t count = width - column < kPiece ? width - column : kPiece;
-      float total[kPiece] = {};
-      for (int64_t chunk = 0; chunk < chunks; ++chunk)
-        simd::transform(count, total, [](Floats a, Floats b) { return a + b; }, total, sums + chunk * stride + column);
-      simd::transform(count, out + column, [](Floats x) { return x; }, total);
+      for (int64_t step = 1; step < chunks; step *= 2) {
+        for (int64_t chunk = 0; chunk + step < chunks; chunk += 2 * step) {
+          float* const sum = sums + chunk * stride + column;
+          simd::transform(count, sum, [](Floats a, Floats b) { return a + b; }, sum, sum + step * stride);
+        }
+      }
+      if (chunks > 0) {
+        simd::transform(count, out + column, [](Floats x) { return x; }, sums + column);
+      } else {
+        std::memset(out + column, 0, count * sizeof(W));  // no rows
+      }
     }
   });
 }

@@ -129,12 +129,12 @@ def with_tokens(sample: Sample, count: int) -> Sample:
     return map_tensors(sample, resize)
 
 
-def with_extremes(sample: Sample, dtype: torch.dtype, seed: int = 0) -> Sample:
+def with_extremes(sample: Sample, dtype: torch.dtype, seed: int = 0, largest: float | None = None) -> Sample:
     """The sample with most values of ``dtype`` replaced by infinities, NaN, the largest and smallest numbers and zeros."""
     generator = torch.Generator().manual_seed(seed)
     if dtype.is_floating_point:
         format = torch.finfo(dtype)
-        sizes = [torch.inf, format.max, 20.0, 1.0, format.tiny, format.tiny * format.eps, 0.0]
+        sizes = [torch.inf, largest or format.max, 20.0, 1.0, format.tiny, format.tiny * format.eps, 0.0]
         special = torch.tensor([torch.nan, *sizes, *(-size for size in sizes)], dtype=torch.float64)
     else:
         numbers = torch.iinfo(dtype)

@@ -12,6 +12,7 @@ import torch
 from cases import (
     OPS,
     Case,
+    Outcome,
     assert_only_written_inside,
     assert_same_bits,
     call,
@@ -125,7 +126,8 @@ def test_same_bits_every_time(case: Case) -> None:
 
 @over(is_first)
 def test_extreme_values(case: Case) -> None:
-    sample = with_extremes(case.sample(), case.dtype)
+    largest = oracle.largest_extreme(case.op, case.device, case.dtype)
+    sample = with_extremes(case.sample(), case.dtype, largest=largest)
     with kernel_alone(case.op):
         actual = call(case.op, copy_with_storage(sample))
     oracle.verify(case.op, case.device, case.dtype, sample, actual, extreme=True)
@@ -144,12 +146,37 @@ def differentiable(sample: Sample) -> Sample:
 
 def gradients(op: Op, sample: Sample, function: Any = None) -> list[Tensor | None]:
     results = [tensor for tensor in call(op, sample, function).tensors if tensor.requires_grad]
-    weights = [torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1)).to(tensor) for tensor in results]
-    torch.autograd.backward(results, weights)
+    # Multiples of an eighth, which every dtype holds.
+    eighths = [torch.randint(-16, 17, tensor.shape, generator=torch.Generator().manual_seed(1)) for tensor in results]
+    torch.autograd.backward(results, [(number / 8).to(tensor) for number, tensor in zip(eighths, results, strict=True)])
     return [tensor.grad for tensor in tensors_of(sample) if tensor.is_floating_point()]
 
 
-@over(has_gradient)
+def has_gradient_of_its_own(case: Case) -> bool:
+    return has_gradient(case) and case.op._backward is not None
+
+
+def has_derived_gradient(case: Case) -> bool:
+    return has_gradient(case) and case.op._backward is None
+
+
+def gradients_of_reference(op: Op, sample: Sample) -> Outcome:
+    return gradient_outcome(op, sample, op.reference)
+
+
+def gradient_outcome(op: Op, sample: Sample, function: Any = None) -> Outcome:
+    grads = [grad for grad in gradients(op, differentiable(sample), function) if grad is not None]
+    return Outcome(tuple(f"gradient {index}" for index in range(len(grads))), tuple(grads))
+
+
+@over(has_gradient_of_its_own)
+def test_declared_gradient_is_as_right_as_that_of_plain_pytorch(case: Case) -> None:
+    sample = case.sample()
+    actual = gradient_outcome(case.op, sample)
+    oracle.verify(case.op, case.device, case.dtype, sample, actual, reference=gradients_of_reference)
+
+
+@over(has_derived_gradient)
 def test_gradient_is_that_of_plain_pytorch(case: Case) -> None:
     sample = case.sample()
     actual = gradients(case.op, differentiable(sample))
