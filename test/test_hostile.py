@@ -25,6 +25,7 @@ from cases import (
     map_tensors,
     over,
     poisoned,
+    samples_of,
     tensors_of,
     tokens_of,
     with_tokens,
@@ -121,7 +122,9 @@ def _in_layouts() -> list[Any]:
         tensors = tensors_of(case.sample())
         for layout in LAYOUTS:
             fitting = [index for index, tensor in enumerate(tensors) if layout.fits(tensor, writes(case.op))]
-            alone = [[index] for index in fitting] if len(tensors) > 1 else []
+            # One tensor at a time takes many calls: every sample in one dtype, and one sample in every dtype.
+            several = len(tensors) > 1 and (case.index == 0 or case.dtype == case.op.dtypes[-1])
+            alone = [[index] for index in fitting] if several else []
             for which in ([fitting] if fitting else []) + alone:
                 name = f"{case}-{layout}-{','.join(map(str, which))}"
                 chosen.append(pytest.param(case, layout, which, id=name))
@@ -152,7 +155,8 @@ def test_input_layout(case: Case, layout: Layout, which: list[int]) -> None:
 
 
 def _has_several_tokens(case: Case) -> bool:
-    return (tokens_of(case.sample()) or 0) > 1
+    """Which is more than a shape: tensors without elements do not overlap."""
+    return (tokens_of(case.sample()) or 0) > 1 and tensors_of(case.sample())[0].numel() > 0
 
 
 @over(_has_several_tokens)
@@ -282,9 +286,9 @@ def test_rows_farther_apart_than_an_int32_reaches(case: Case) -> None:
             assert ".contiguous()" in str(error)
             continue
         oracle.verify(case.op, case.device, case.dtype, plain, actual)
-    for name in case.op.outputs:
+    for place, name in enumerate(case.op.outputs):
         expected = call(case.op, plain)
-        if not is_batched(expected.tensors[0], tokens):
+        if not is_batched(expected.tensors[place], tokens):
             continue
         outs = dict(zip(case.op.outputs, (torch.empty_like(tensor) for tensor in expected.tensors), strict=True))
         outs[name] = far(outs[name].fill_(0))
@@ -300,8 +304,11 @@ def test_rows_farther_apart_than_an_int32_reaches(case: Case) -> None:
 # --- sizes -----------------------------------------------------------------------------------------
 
 
-def _same_as_the_reference(case: Case, sample: Sample, refusal: str = "") -> None:
-    """The op does what its reference does, also if that is an error; or it refuses, with a text that holds ``refusal``."""
+def _same_as_the_reference(case: Case, sample: Sample, refusal: str = "", cancels: bool = False) -> None:
+    """The op does what its reference does, also if that is an error; or it refuses, with a text that holds ``refusal``.
+
+    What ``cancels``, as a layernorm of one column does, is near the truth instead: all digits of the reference may be wrong.
+    """
     try:
         expected = call(case.op, copy_with_storage(sample), case.op.reference)
     except Exception:
@@ -313,6 +320,9 @@ def _same_as_the_reference(case: Case, sample: Sample, refusal: str = "") -> Non
     except RuntimeError as error:
         assert refusal, f"refused: {error}"
         assert refusal in str(error)
+        return
+    if cancels:
+        oracle.verify(case.op, case.device, case.dtype, sample, actual)
         return
     for (name, tensor), (_, plain) in zip(actual, expected, strict=True):
         assert tensor.shape == plain.shape
@@ -347,9 +357,11 @@ def test_no_dimensions(case: Case) -> None:
 @over(is_first)
 def test_many_dimensions(case: Case) -> None:
     tokens = tokens_of(case.sample())
+    ranks = {tensors_of(sample)[0].dim() for sample in samples_of(case.op, case.device, case.dtype)}
     _same_as_the_reference(
         case,
         map_tensors(case.sample(), lambda t: t.reshape(1, 1, *t.shape[:1], 1, *t.shape[1:]) if t.shape[:1] == (tokens,) else t),
+        refusal=f"dimensions, expected {min(ranks)}" if len(ranks) == 1 else "",  # an op whose dimensions have names
     )
 
 
@@ -357,7 +369,7 @@ def test_many_dimensions(case: Case) -> None:
 def test_any_width(case: Case) -> None:
     for width in range(1, 20):
         sample = map_tensors(case.sample(), lambda tensor, width=width: tensor[..., :width].contiguous())
-        _same_as_the_reference(case, sample, refusal="does not match")
+        _same_as_the_reference(case, sample, refusal="does not match", cancels=True)
 
 
 # --- dtypes and devices ----------------------------------------------------------------------------
