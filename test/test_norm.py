@@ -51,14 +51,10 @@ def test_layernorm_of_a_large_mean(device, mean):
 def test_queries_and_keys_in_one_projection(device, dtype):
     """q and k are slices of one tensor: tokens and heads have strides of their own, and v is between the tokens."""
     q_heads, k_heads, head_dim = 4, 2, 80
-    for heads_last in (False, True):
-        heads = q_heads + 2 * k_heads
-        shape = (head_dim, 7, heads) if heads_last else (7, heads, head_dim)
-        qkv = randn(7, heads, head_dim, dtype=dtype, device=device)
-        if heads_last:
-            qkv = qkv.transpose(0, 1).contiguous().transpose(0, 1)  # tokens within a head
-        else:
-            assert qkv.shape == shape
+    for heads_outside in (False, True):
+        qkv = randn(7, q_heads + 2 * k_heads, head_dim, dtype=dtype, device=device)
+        if heads_outside:
+            qkv = qkv.transpose(0, 1).contiguous().transpose(0, 1)
         before = qkv.clone()
         q, k, v = qkv.split([q_heads, k_heads, k_heads], 1)
         weights = [randn(head_dim, dtype=dtype, device=device, seed=seed) for seed in (1, 2)]

@@ -32,6 +32,22 @@ FUNCTION(sigmoid, float, simd::sigmoid(x))
 FUNCTION(gaussian_cdf, float, simd::gaussian_cdf(x))
 FUNCTION(at_least, float, simd::at_least(x, 0.f))
 FUNCTION(at_most, float, simd::at_most(x, 0.f))
+#define MIXED(NAME, T, W) \\
+  extern "C" void product_##NAME(int64_t n, const T* a, const W* b, T* out) { \\
+    simd::transform(n, out, [](Floats x, Floats y) { return x * y; }, a, b); \\
+  } \\
+  extern "C" void sum_##NAME(int64_t n, const T* a, const W* b, float* out) { \\
+    *out = simd::sum(n, [](Floats x, Floats y) { return x * y + 1.f; }, a, b); \\
+  }
+MIXED(fp32_fp32, jitk::fp32_t, jitk::fp32_t)
+MIXED(fp32_fp16, jitk::fp32_t, jitk::fp16_t)
+MIXED(fp32_bf16, jitk::fp32_t, jitk::bf16_t)
+MIXED(fp16_fp32, jitk::fp16_t, jitk::fp32_t)
+MIXED(fp16_fp16, jitk::fp16_t, jitk::fp16_t)
+MIXED(fp16_bf16, jitk::fp16_t, jitk::bf16_t)
+MIXED(bf16_fp32, jitk::bf16_t, jitk::fp32_t)
+MIXED(bf16_fp16, jitk::bf16_t, jitk::fp16_t)
+MIXED(bf16_bf16, jitk::bf16_t, jitk::bf16_t)
 #define CONVERSION(NAME, T) \\
   extern "C" void NAME(int64_t n, const float* from, T* to, float* back) { \\
     for (int64_t i = 0; i < n; ++i) to[i] = jitk::from_float<T>(from[i]), back[i] = jitk::to_float(to[i]); \\
@@ -134,3 +150,33 @@ def test_limits_keep_nan(compiled, name, relative):
     out = torch.empty_like(x)
     call(compiled, name, x, x, out)
     assert_same_bits(out + 0.0, relative(x, torch.zeros(())) + 0.0)
+
+
+@pytest.mark.parametrize("second", DTYPES)
+@pytest.mark.parametrize("first", DTYPES)
+def test_rows_of_different_types_meet_element_by_element(compiled, first, second):
+    for n in (*range(1, 70), 200):
+        x, y = torch.randn(n).to(DTYPES[first]), torch.randn(n).to(DTYPES[second])
+        out = torch.full_like(x, 7)
+        call(compiled, f"product_{first}_{second}", x, y, out)
+        assert_same_bits(out, (x.float() * y.float()).to(x.dtype))
+
+
+@pytest.mark.parametrize("second", DTYPES)
+@pytest.mark.parametrize("first", DTYPES)
+def test_sums(compiled, first, second):
+    """Of products that are exact in fp32; the elements past the end, for which the term is 1, do not count."""
+    for n in (*range(70), 128, 2047, 2048, 2049, 65536, 100_003):
+        x, y = (torch.randint(-8, 9, (n,)).to(DTYPES[dtype]) for dtype in (first, second))
+        out = torch.full((1,), torch.nan)
+        getattr(compiled, f"sum_{first}_{second}")(ctypes.c_int64(n), *(ctypes.c_void_p(t.data_ptr()) for t in (x, y, out)))
+        assert out.item() == (x.double() * y.double() + 1).sum().item()
+
+
+def test_a_long_sum_is_not_a_running_one(compiled):
+    """Chains of additions are short: a running sum of so many terms is wrong by hundreds of units in the last place."""
+    x = torch.rand(1 << 20) + 0.5
+    out = torch.zeros(1)
+    compiled.sum_fp32_fp32(ctypes.c_int64(x.numel()), *(ctypes.c_void_p(t.data_ptr()) for t in (x, x, out)))
+    truth = (x.double().square() + 1).sum().item()
+    assert abs(out.item() - truth) <= 8 * 2.0**-24 * truth
