@@ -128,7 +128,7 @@ def test_fake_keeps_symbols(case: Case) -> None:
 
     with mode:
         fake = call(case.op, map_tensors(sample, symbolic))
-    batches = [is_batched(tensor, tokens) for tensor in call(case.op, case.sample()).tensors]
+    batches = [tokens in tensor.shape for tensor in call(case.op, case.sample()).tensors]
     assert any(batches)
     for tensor, batched in zip(fake.tensors, batches, strict=True):
         assert any(isinstance(size, torch.SymInt) for size in tensor.shape) == batched
