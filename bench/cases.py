@@ -193,10 +193,13 @@ class Case:
         return [tuple(made.shape) for made in self.operation.results(*inputs)] if self.operation.outs else []
 
     def elements(self) -> int:
-        """Elements read plus elements written: every argument once, those that are written in place twice."""
+        """Elements read plus elements written: every argument once, those that are written in place twice.
+
+        Without weights, which are a row of many, and would make the copy of as many bytes an odd one, and so a slow one.
+        """
         read = self.input_shapes
         written = [read[index] for index in self.operation.written] + self.out_shapes
-        return sum(math.prod(shape) for shape in read + written)
+        return sum(math.prod(shape) for shape in read + written if len(shape) > 1)
 
     def bytes(self, itemsize: int) -> int:
         return self.elements() * itemsize

@@ -98,31 +98,29 @@ struct Plan {
   float inverse_width;
   float eps;
   Trigger trigger;
-  bool streams;  // more than L2 keeps
 };
 
 constexpr uint32_t kWideBytes = 16;
 constexpr uint32_t kMaxBlock = 1024;
 constexpr uint32_t kMaxLanesBlock = 128;
 
-// Bytes of an output that L2 keeps for whoever reads it; it has 40 MB and more on the GPUs that this is for.
-constexpr int64_t kMostKept = int64_t{16} << 20;
-
+template <typename Value>
 struct Buffer {
-  float warps[device::cta::kMaxWarps];
-  float blocks[device::cluster::kMaxSize];
+  Value warps[device::cta::kMaxWarps];
+  Value blocks[device::cluster::kMaxSize];
 };
 
 // The sum over a team, for each of its threads. A buffer serves once.
-template <Team kTeam>
-JITK_DEVICE float sum_of_team(float value, uint32_t lanes_log2, Buffer& buffer) {
+template <Team kTeam, typename Value>
+JITK_DEVICE Value sum_of_team(Value value, uint32_t lanes_log2, Buffer<Value>& buffer) {
   using namespace device;
   if constexpr (kTeam == Team::kLanes) {
     const uint32_t lanes = 1u << lanes_log2;
 #pragma unroll
     for (uint32_t distance = 1; distance < kWarpThreads; distance *= 2) {
-      const float other = __shfl_xor_sync(warp::kFullMask, value, distance);
-      if (distance < lanes) value += other;
+      const Value other =
+          warp::shuffle_words(value, [=](uint32_t word) { return __shfl_xor_sync(warp::kFullMask, word, distance); });
+      if (distance < lanes) value = ReductionTrait<ReductionOp::SUM, Value>::reduce(value, other);
     }
   } else {
     value = cta::reduce_sum<cta::kBlockDim, cta::Buffer::kFresh>(value, buffer.warps);
@@ -144,7 +142,8 @@ __global__ void __launch_bounds__(kTeam == Team::kLanes ? kMaxLanesBlock : kMaxB
   // Weights that are asked for with the row are there with it; many would take the registers that hide memory's latency.
   constexpr bool kEarlyWeights = kHolds && kItems * kVec * sizeof(W) <= 64;
   using Index = std::conditional_t<kHolds, uint32_t, int64_t>;  // of vectors in a row
-  __shared__ Buffer buffers[2];
+  __shared__ Buffer<float> buffer;
+  __shared__ Buffer<fp32x2_t> centered_buffer;
 
   uint32_t lane = threadIdx.x;
   uint32_t lanes = blockDim.x;
@@ -165,18 +164,22 @@ __global__ void __launch_bounds__(kTeam == Team::kLanes ? kMaxLanesBlock : kMaxB
   const bool has_row = kTeam != Team::kLanes || index < plan.rows;
   const Row<T, W> row = place.row(has_row ? index : 0);
   const Index vectors = has_row ? static_cast<Index>(plan.width / kVec) : 0;
+  // A warp's vectors are next to each other, which memory likes better than the same place in each kItems-th of the row.
+  const uint32_t neighbours = kTeam == Team::kLanes ? lanes : kWarpThreads;
+  const uint32_t near = lane & (neighbours - 1);
+  const uint32_t first = (part * lanes + lane - near) * kItems + near;
   const auto each = [&](const auto& body) {
     if constexpr (kHolds) {
 #pragma unroll
       for (uint32_t i = 0; i < kItems; ++i) {
-        const uint32_t at = (part * kItems + i) * lanes + lane;
+        const uint32_t at = first + i * neighbours;
         if (at < vectors) body(i, at);
       }
     } else {
       for (Index at = lane; at < vectors; at += lanes) body(0, at);
     }
   };
-  const L2Policy policy = plan.streams ? L2Policy::evict_first() : L2Policy::evict_normal();
+  const L2Policy policy = L2Policy::evict_unchanged();
   const auto store = [&](const Vector& x, T* to, Index at) {
     if constexpr (kWide) {
       x.store(to, at, policy);
@@ -198,13 +201,24 @@ __global__ void __launch_bounds__(kTeam == Team::kLanes ? kMaxLanesBlock : kMaxB
 
   Vector x[kHeld];
   Vector residual[kHeld];
-  AlignedVectors<W, kVec, kWide ? kWideBytes : sizeof(W)> weights[kEarlyWeights ? kItems : 1];
+  using WeightVector = AlignedVectors<W, kVec, kWide ? kWideBytes : sizeof(W)>;
+  WeightVector weights[kEarlyWeights ? kItems : 1];
+  WeightVector biases[kEarlyWeights && Norm::kCenters ? kItems : 1];
   const auto load = [&](uint32_t i, Index at) {
-    x[i].load_streaming(row.input, at);
-    if constexpr (Norm::kAdds) residual[i].load_streaming(row.residual, at);
+    if constexpr (kWide) {
+      x[i].load_streaming(row.input, at, policy);
+      if constexpr (Norm::kAdds) residual[i].load_streaming(row.residual, at, policy);
+    } else {
+      x[i].load(row.input, at);
+      if constexpr (Norm::kAdds) residual[i].load(row.residual, at);
+    }
   };
   if constexpr (kHolds) each(load);
   if constexpr (kEarlyWeights) each([&](uint32_t i, Index at) { weights[i].load_ordered(row.weight + at * kVec); });
+  const bool has_bias = Norm::kCenters && row.bias != nullptr;
+  if constexpr (kEarlyWeights && Norm::kCenters) {
+    if (has_bias) each([&](uint32_t i, Index at) { biases[i].load_ordered(row.bias + at * kVec); });
+  }
 
   float sum = 0.0f;
   each([&](uint32_t i, Index at) {
@@ -226,21 +240,28 @@ __global__ void __launch_bounds__(kTeam == Team::kLanes ? kMaxLanesBlock : kMaxB
 #if JITK_ARCH_HOPPER_OR_GREATER
   if constexpr (kTeam == Team::kCluster) cluster::wait();
 #endif
-  sum = sum_of_team<kTeam>(sum, plan.lanes_log2, buffers[0]);
+  sum = sum_of_team<kTeam>(sum, plan.lanes_log2, buffer);
 
   const T* again = Norm::kAdds ? row.residual : row.input;
-  float mean = 0.0f;
+  float mean = 0.0f, rest = 0.0f;
   if constexpr (Norm::kCenters) {
+    // The mean of large numbers, rounded, is too far from theirs. The distances from it are small: their mean is what is missing.
     mean = sum * plan.inverse_width;
-    sum = 0.0f;
+    fp32x2_t sums{0.0f, 0.0f};
     each([&](uint32_t i, Index at) {
       if constexpr (!kHolds) x[i].load(again, at);
       float values[kVec];
       to_floats(x[i], values);
 #pragma unroll
-      for (uint32_t e = 0; e < kVec; ++e) sum += (values[e] - mean) * (values[e] - mean);
+      for (uint32_t e = 0; e < kVec; ++e) {
+        const float distance = values[e] - mean;
+        sums.x += distance;
+        sums.y += distance * distance;
+      }
     });
-    sum = sum_of_team<kTeam>(sum, plan.lanes_log2, buffers[1]);
+    sums = sum_of_team<kTeam>(sums, plan.lanes_log2, centered_buffer);
+    rest = sums.x * plan.inverse_width;
+    sum = fmaxf(sums.y - sums.x * rest, 0.0f);
   }
 
   const float scale = rsqrtf(sum * plan.inverse_width + plan.eps);
@@ -254,15 +275,13 @@ __global__ void __launch_bounds__(kTeam == Team::kLanes ? kMaxLanesBlock : kMaxB
 #pragma unroll
     for (uint32_t e = 0; e < kVec; ++e) {
       if constexpr (Norm::kOnePlus) factors[e] += 1.0f;
-      values[e] = (values[e] - mean) * scale * factors[e];
+      values[e] = (values[e] - mean - rest) * scale * factors[e];
     }
-    if constexpr (Norm::kCenters) {
-      if (row.bias != nullptr) {
-        weights[kept].load(row.bias + at * kVec);
-        weights[kept].to_floats(factors);
+    if (has_bias) {
+      if constexpr (!kEarlyWeights) biases[0].load(row.bias + at * kVec);
+      biases[Norm::kCenters ? kept : 0].to_floats(factors);
 #pragma unroll
-        for (uint32_t e = 0; e < kVec; ++e) values[e] += factors[e];
-      }
+      for (uint32_t e = 0; e < kVec; ++e) values[e] += factors[e];
     }
     from_floats(values, x[i]);
     store(x[i], row.out, at);
@@ -278,8 +297,8 @@ struct Spread {
   uint32_t blocks;   // of a cluster
 };
 
-// The numbers are measured (H200, bf16, 2026-11-20): two vectors a thread stream best; the residual's two more tensors want four,
-// until blocks become too large to share a multiprocessor. A few rows have the GPU to themselves, and take it.
+// The numbers are measured (H200, bf16, 2026-11-20): two vectors a thread stream best, but four of the short rows of an addition,
+// and of the long rows of two sums, for which a smaller block waits less. A few rows have the GPU to themselves, and take it.
 template <typename Norm>
 Spread spread_wide(int64_t rows, int64_t vectors, int64_t sms) {
   if (vectors <= 128) {
@@ -291,9 +310,8 @@ Spread spread_wide(int64_t rows, int64_t vectors, int64_t sms) {
   const bool few = rows * device::cluster::kMaxSize <= sms;
   uint32_t items = 2, blocks = 1;
   if (few) {
-    items = vectors > 512 ? 4 : 2;
     if (vectors > 1024 && device::kClusterSupported) items = vectors > 4096 ? 4 : 2, blocks = device::cluster::kMaxSize;
-  } else if (Norm::kAdds && vectors <= 1024) {
+  } else if (Norm::kAdds ? vectors <= 512 : Norm::kCenters && vectors > 512) {
     items = 4;
   }
   while (items < kMostItems && items * kMaxBlock * blocks < vectors) items *= 2;
@@ -346,15 +364,15 @@ void run(const Place& place, uint64_t places, int64_t rows, int64_t width, doubl
   const int64_t vectors = width / vec;
   const Spread spread = vec * sizeof(T) == kWideBytes ? spread_wide<Norm>(rows, vectors, sms) : spread_any(vectors);
 
-  Plan plan{rows, width, 0, 1.0f / static_cast<float>(width), static_cast<float>(eps), Trigger::kAtEnd, false};
+  Plan plan{rows, width, 0, 1.0f / static_cast<float>(width), static_cast<float>(eps), Trigger::kAtEnd};
   int64_t grid = rows * spread.blocks;
   if (spread.team == Team::kLanes) {
     const int64_t team = spread.items == 0 ? vectors : div_ceil(vectors, static_cast<int64_t>(spread.items));
     while (plan.lanes_log2 < 5 && int64_t{1} << plan.lanes_log2 < team) ++plan.lanes_log2;
     grid = div_ceil(rows, static_cast<int64_t>(spread.threads >> plan.lanes_log2));
   }
-  if (grid * spread.threads <= sms * 2048) plan.trigger = grid * 8 <= sms ? Trigger::kBeforeWait : Trigger::kAfterWait;
-  plan.streams = rows * width * static_cast<int64_t>(sizeof(T)) > kMostKept;
+  if (grid * spread.threads <= sms * 2048)
+    plan.trigger = grid * spread.threads <= sms * 32 && spread.threads <= 256 ? Trigger::kBeforeWait : Trigger::kAfterWait;
 
   LaunchKernel launch(grid, spread.threads, device);
   launch.enable_pdl();

@@ -96,6 +96,8 @@ __global__ void __launch_bounds__(kMaxThreads) backward_kernel(const __grid_cons
   const int64_t step = int64_t{gridDim.x} * teams;
   int64_t row = int64_t{blockIdx.x} * teams + team;
 
+  const L2Policy policy = L2Policy::evict_unchanged();
+
   PDLWaitPrimary<true>();
   Vector x[kItems], y[kItems], next_x[kItems], next_y[kItems];
   AlignedVectors<W, kVec, kWideBytes> weights[kItems];
@@ -105,8 +107,8 @@ __global__ void __launch_bounds__(kMaxThreads) backward_kernel(const __grid_cons
     for (uint32_t i = 0; i < kItems; ++i) {
       const uint32_t at = i * lanes + lane;
       if (at < vectors) {
-        x[i].load_streaming(params.input + of * params.input_stride, at);
-        y[i].load_streaming(params.grad + of * params.grad_stride, at);
+        x[i].load_streaming(params.input + of * params.input_stride, at, policy);
+        y[i].load_streaming(params.grad + of * params.grad_stride, at, policy);
       }
     }
   };
@@ -152,7 +154,7 @@ __global__ void __launch_bounds__(kMaxThreads) backward_kernel(const __grid_cons
       }
       Vector out;
       from_floats(grads, out);
-      out.store(params.grad_input + row * params.grad_input_stride, at);
+      out.store(params.grad_input + row * params.grad_input_stride, at, policy);
     });
 #pragma unroll
     for (uint32_t i = 0; i < kItems; ++i) {

@@ -14,6 +14,9 @@
 #pragma once
 
 #include <jitk/arch.cuh>  // JITK_ARCH_HOPPER_OR_GREATER
+#include <jitk/warp.cuh>  // ReductionTrait
+
+#include <cstring>  // memcpy, to store a value as words
 
 namespace jitk::device {
 
@@ -40,22 +43,29 @@ JITK_DEVICE void arrive() { asm volatile("barrier.cluster.arrive.release.aligned
 JITK_DEVICE void wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 // Writes to where `place`, in this block's shared memory, is in that of the block `rank`.
-JITK_DEVICE void store(float* place, uint32_t rank, float value) {
+template <typename T>
+JITK_DEVICE void store(T* place, uint32_t rank, const T& value) {
+  static_assert(sizeof(T) % 4 == 0, "values are whole words");
   const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(place));
-  uint32_t there;
+  uint32_t there, words[sizeof(T) / 4];
+  memcpy(words, &value, sizeof(T));
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(value) : "memory");
+#pragma unroll
+  for (uint32_t i = 0; i < sizeof(T) / 4; ++i) {
+    asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(there + 4 * i), "r"(words[i]) : "memory");
+  }
 }
 
 // The blocks' values added in the order of their ranks, for every thread. A buffer serves once: a second sum needs another, or
 // a barrier before it.
-JITK_DEVICE float reduce_sum(float value, float (&parts)[kMaxSize]) {
+template <typename T>
+JITK_DEVICE T reduce_sum(T value, T (&parts)[kMaxSize]) {
   if (threadIdx.x < size()) store(&parts[rank()], threadIdx.x, value);
   __syncwarp();
   arrive();
   wait();
-  float sum = parts[0];
-  for (uint32_t i = 1; i < size(); ++i) sum += parts[i];
+  T sum = parts[0];
+  for (uint32_t i = 1; i < size(); ++i) sum = ReductionTrait<ReductionOp::SUM, T>::reduce(sum, parts[i]);
   return sum;
 }
 #endif
