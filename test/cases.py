@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -38,15 +39,19 @@ class Case:
 
     def sample(self) -> Sample:
         """Fresh arguments, the same in every call."""
-        return samples_of(self.op, self.device, self.dtype)[self.index]
+        return copy.deepcopy(_kept(self.op, self.device, self.dtype)[self.index])
 
 
 def samples_of(op: Op, device: str, dtype: torch.dtype, seed: int = 0) -> list[Sample]:
     return list(op.samples(SampleMaker(device, dtype, seed))) if op.samples else []
 
 
+# Random numbers took most of the suite's time. Tests of one op come one after another, so a few lists are enough.
+_kept = functools.lru_cache(maxsize=4)(samples_of)
+
+
 @functools.cache
-def _count(op: Op) -> int:
+def samples_in(op: Op) -> int:
     return len(samples_of(op, "cpu", op.dtypes[0]))
 
 
@@ -57,7 +62,7 @@ def every_case() -> list[Case]:
         for device in devices()
         if device in op.kernels
         for dtype in op.dtypes
-        for index in range(_count(op))
+        for index in range(samples_in(op))
     ]
 
 

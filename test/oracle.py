@@ -32,7 +32,7 @@ _FLUSHED = torch.finfo(torch.float32).smallest_normal  # computing in fp32, hard
 # result are not looked at, unless the values are extreme, where the largest says nothing about the rest.
 _UNKNOWN = 2.0**-48
 _ROUNDING = 2.0**-24  # the largest relative error of one fp32 operation
-_TRIALS = 8  # of stochastic arithmetic: the largest of eight normal deviations is 0.5 to 3 standard deviations
+_TRIALS = 16  # of stochastic arithmetic: the largest of sixteen normal deviations is 0.7 to 3.5 standard deviations
 
 
 def _outcome_of_reference(op: Op, sample: Sample) -> Outcome:
