@@ -37,6 +37,7 @@ ORDER = [
     ("cache",),
     ("loader",),
     ("runtime", "inventory", "manifest"),
+    ("background",),
     ("op", "module"),
     ("bundle", "warmup"),
     ("ops",),

@@ -47,6 +47,11 @@ def compiling_is_forbidden() -> bool:
     return os.environ.get("JITK_NO_COMPILE", "0") == "1"
 
 
+def building_in_background() -> bool:
+    """``JITK_BACKGROUND=0``: build no kernel while a graph that will call it is being compiled, only on its first call."""
+    return os.environ.get("JITK_BACKGROUND", "1") != "0" and not compiling_is_forbidden()
+
+
 def is_first_rank() -> bool:
     """Whether this process is alone, or the first one of a parallel job, as far as its launcher says."""
     return all(os.environ.get(name, "0") == "0" for name in _RANKS)

@@ -32,10 +32,15 @@ ABI_VERSION = 1  # kAbiVersion of include/jitk/abi.h
 _CUDA_FLAGS = ("-O1", "-Xcompiler=-fvisibility=hidden")
 _CPU_FLAGS = ("-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")
 _STANDARD = "-std=c++17"
+_INTERRUPTED = "ninja: build stopped: interrupted by user"
 
 
 class BuildError(RuntimeError):
     """A kernel did not compile. The text holds the compiler's first errors and where its whole log is."""
+
+
+class BuildInterrupted(RuntimeError):
+    """Ctrl-C reached the compilers of a thread, as they share the program's terminal. A later call builds again."""
 
 
 class CompileRefused(RuntimeError):
@@ -177,6 +182,8 @@ def load(unit: Unit, meanwhile: Callable[[], object] | None = None) -> Loaded:
                     del _results[key]  # not the kernel's fault: a later call may succeed
             result.set_exception(error)
     error = result.exception()
+    if isinstance(error, BuildInterrupted) and not mine:
+        return load(unit, meanwhile)
     if error is not None:
         raise error.with_traceback(None)  # which would grow with every call
     return result.result()
@@ -367,6 +374,8 @@ def _run_cpp_extension(unit: Unit, staging: Path, source: Path, module: str) -> 
             is_python_module=False,
         )
     except RuntimeError as error:
+        if _INTERRUPTED in str(error):
+            raise BuildInterrupted(f"{unit.label}: the build was interrupted; the next call builds it again") from None
         raise BuildError(_distill(unit, str(error), staging)) from error
 
 

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_jit_ops import environment, loader, runtime, toolchain, variant
+from torch_jit_ops import background, environment, loader, runtime, toolchain, variant
 from torch_jit_ops.samples import Sample, SampleMaker
 from torch_jit_ops.signature import Signature, signature_of
 
@@ -284,7 +284,7 @@ class Op:
             # Without torch.Tag.out: with it Inductor 2.13 plans the buffer, but fails on a dynamic size
             # (ir.FallbackKernel.create).
             definitions.define(self.overloads()["out"].schema(f"{self.name}.out"), tags=tags)
-            torch.library.register_fake(f"{self.qualified_name}.out", _nothing, lib=definitions)
+            torch.library.register_fake(f"{self.qualified_name}.out", self._build_ahead, lib=definitions)
             implementations["out"] = self._run_out_reference
         for overload, implementation in implementations.items():
             call = functools.partial(self._boot_call, overload, implementation)
@@ -319,7 +319,13 @@ class Op:
                 )
             out.copy_(result)
 
+    def _build_ahead(self, *args: Any, **kwargs: Any) -> None:
+        given = {name: value for name, value in kwargs.items() if name not in self.outputs}
+        patterns = {backend: kernel.pattern for backend, kernel in self.kernels.items()}
+        background.start(self.qualified_name, patterns, self._load, functools.partial(self.arguments, *args, **given))
+
     def _run_fake(self, *args: Any, **kwargs: Any) -> Any:
+        self._build_ahead(*args, **kwargs)
         if self._fake is not None:
             return self._fake(*args, **kwargs)
         if self.signature.results == 0:
@@ -463,10 +469,6 @@ class Op:
             runtime.keep_error(text if text.startswith(self.qualified_name) else f"{self.qualified_name}: {text}")
             results = (None,) * made if made > 1 else None
         return results if made else None
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    return None
 
 
 def _as_tuple(results: Any) -> tuple[Any, ...]:

@@ -6,6 +6,7 @@ Of the processes of a parallel job only the first speaks, as all of them come to
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import threading
 import time
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 _silenced = threading.Event()
+_background = threading.local()
 
 
 @contextlib.contextmanager
@@ -31,6 +33,16 @@ def silenced() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def in_background() -> Iterator[None]:
+    """Builds of this thread are lines while the block runs: a live one would be left on the terminal of a program that ends."""
+    _background.on = True
+    try:
+        yield
+    finally:
+        _background.on = False
+
+
+@contextlib.contextmanager
 def building(what: str, usual_s: float | None = None) -> Iterator[None]:
     """Show that ``what`` is being built while the block runs, and that it takes ``usual_s`` seconds as a rule."""
     if not _speaks() or _silenced.is_set():
@@ -38,11 +50,12 @@ def building(what: str, usual_s: float | None = None) -> Iterator[None]:
         return
     start = time.monotonic()
     usual = "" if usual_s is None else f" (usually {_duration(usual_s)})"
-    if sys.stderr.isatty() and environment.verbosity() < 2:  # 2: the compilers write to the terminal themselves
+    background = getattr(_background, "on", False)
+    if sys.stderr.isatty() and not background and environment.verbosity() < 2:  # 2: the compilers write there themselves
         with _live.line(f"{what}{usual}"):
             yield
     else:
-        say(f"compiling {what}{usual}")
+        say(f"compiling {what}{' in the background' if background else ''}{usual}")
         yield
     say(f"compiled {what} in {time.monotonic() - start:.1f} s")
 
@@ -114,3 +127,12 @@ class _Live:
 
 
 _live = _Live()
+
+
+def _after_fork() -> None:
+    """In a child: a thread of the parent may have held the lock."""
+    global _live
+    _live = _Live()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -130,6 +130,11 @@ class VariantPattern:
         """The runtime's key, without its leading device, for all arguments of a call in order."""
         return self.key([_value_of(part, arguments[part.argument]) for part in self.placeholders])
 
+    def static_words_of(self, arguments: Sequence[object]) -> tuple[int, ...] | None:
+        """``words_of``; None where one is a symbol of a traced graph, which ``int`` would turn into a constant of it."""
+        values = [_value_of(part, arguments[part.argument]) for part in self.placeholders]
+        return None if any(isinstance(value, (torch.SymInt, torch.SymBool)) for value in values) else self.key(values)
+
     def instantiate(self, values: Sequence[Value], suffix: str = "") -> str:
         """The C++ expression for these values; ``suffix`` goes behind the function's name (``_out``)."""
         named, template = self._split()
