@@ -40,6 +40,7 @@ ORDER = [
     ("background",),
     ("op", "module"),
     ("bundle", "warmup"),
+    ("deployment",),
     ("ops",),
 ]
 

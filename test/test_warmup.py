@@ -92,13 +92,17 @@ def test_loads_are_counted_by_op(library: OpLibrary) -> None:
 # --- what is built ---------------------------------------------------------------------------------
 
 
-def names(units: list[loader.Unit]) -> list[str]:
-    return [f"{unit.label} {unit.arch}" for unit in units]
+def names(wanted: list[warmup.Wanted]) -> list[str]:
+    return [f"{each.unit().label} {each.arch}" for each in wanted]
+
+
+def labels(wanted: list[warmup.Wanted]) -> list[str]:
+    return [each.unit().label for each in wanted]
 
 
 def test_samples_say_what_is_needed() -> None:
     units = warmup.needed(["silu_and_mul", "add_constant"], backend="cpu")
-    assert [unit.label for unit in units] == [
+    assert labels(units) == [
         "jitk::silu_and_mul<fp16_t>",
         "jitk::silu_and_mul<bf16_t>",
         "jitk::silu_and_mul<fp32_t>",
@@ -117,7 +121,7 @@ def test_dtypes_and_arguments_say_it_better(library: OpLibrary) -> None:
         "jitk::add_constant<7> 9.0a"
     ]
     units = warmup.needed("warmlib::move", [torch.float32], {"count": ["1", 2], "way": ["forth", "back"]}, backend="cpu")
-    assert [unit.label for unit in units] == [
+    assert labels(units) == [
         "warmlib::move<fp32_t, 1, warmlib::forth>",
         "warmlib::move<fp32_t, 1, warmlib::back>",
         "warmlib::move<fp32_t, 2, warmlib::forth>",
@@ -207,7 +211,7 @@ def test_a_run_is_recorded_and_replayed(library: OpLibrary, tmp_path: Path, monk
     assert len(file.read_text().splitlines()) == 3
 
     monkeypatch.delenv("JITK_RECORD")
-    assert [unit.label for unit in warmup.replayed(file)] == [
+    assert labels(warmup.replayed(file)) == [
         "warmlib::move<fp32_t, 5, warmlib::forth>",
         "warmlib::move<fp32_t, 5, warmlib::back>",
         "warmlib::move<fp32_t, 6, warmlib::forth>",

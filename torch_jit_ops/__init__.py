@@ -26,6 +26,8 @@ from torch_jit_ops.statistics import stats as stats
 from torch_jit_ops.toolchain import MissingCompiler as MissingCompiler
 
 if TYPE_CHECKING:
+    from torch_jit_ops.deployment import Deployment as Deployment
+    from torch_jit_ops.deployment import deploy as deploy
     from torch_jit_ops.warmup import Report as Report
     from torch_jit_ops.warmup import build as build
 
@@ -34,6 +36,10 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> object:
     """What few programs use is imported when it is asked for."""
+    if name in ("Deployment", "deploy"):
+        from torch_jit_ops import deployment
+
+        return getattr(deployment, name)
     if name in ("Report", "build"):
         from torch_jit_ops import warmup
 

@@ -249,7 +249,7 @@ def _not_in_the_cache(unit: Unit, stores: tuple[cache.Store, ...]) -> str:
     command = f"python -m torch_jit_ops build {namespace}::{name} --backend {unit.backend}{arch}"
     if not name:
         command = "python -m torch_jit_ops build"  # always builds the dispatcher
-    if namespace == "module":
+    if unit.name.startswith(("module.", "runtime.")):
         command = "run the program once without JITK_NO_COMPILE"
     return (
         f"{unit.label} for {unit.target()} is not in the kernel cache, and JITK_NO_COMPILE=1 forbids to compile it\n"

@@ -432,6 +432,14 @@ class Op:
         if loaded is None:
             self._define_references()
             return runtime.REFERENCE
+        return loaded.entry(self.export(backend, overload, loaded))
+
+    def export(self, backend: str, overload: str, loaded: loader.Loaded) -> str:
+        """The name by which a variant's library exports the function of an overload.
+
+        Raises:
+            RuntimeError: the function does not fit the schema.
+        """
         export = self._export(self.kernels[backend], overload)
         expected = self.kernels[backend].pattern.cpp_signature(self.overloads()[overload])
         if loaded.signature(export) != expected:
@@ -441,7 +449,7 @@ class Op:
                 f"  (T Tensor, i int, f float, b bool, s str, l list of int, ? optional, > results)\n"
                 f"  in {self.kernels[backend].source}"
             )
-        return loaded.entry(export)
+        return export
 
     def _reference_name(self, overload: str) -> str:
         return f"_reference_{self.name}{overload and '_'}{overload}"

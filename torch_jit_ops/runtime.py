@@ -59,12 +59,21 @@ _library.impl("_explain_allocation", _explain_allocation, "CompositeExplicitAuto
 
 def unit() -> loader.Unit:
     """The translation unit of the dispatcher. Its library depends on PyTorch's version; a variant's does not."""
+    return _unit("runtime", "the dispatcher", "dispatch.cpp")
+
+
+def standalone_unit() -> loader.Unit:
+    """The translation unit of the dispatcher for programs without Python."""
+    return _unit("runtime.standalone", "the dispatcher without Python", "standalone.cpp")
+
+
+def _unit(name: str, label: str, source: str) -> loader.Unit:
     return loader.Unit(
-        name="runtime",
-        label="the dispatcher",
+        name=name,
+        label=label,
         backend="cpu",
         arch="x86-64",
-        text='#include "dispatch.cpp"\n',
+        text=f'#include "{source}"\n',
         include=(loader.csrc_dir() / "runtime",),
         flags=("-O2", "-DTORCH_TARGET_VERSION=0x020b000000000000"),
         torch=True,

@@ -27,6 +27,20 @@ from torch_jit_ops.op import Op, libraries
 from torch_jit_ops.samples import SampleMaker
 from torch_jit_ops.variant import Value, VariantPattern
 
+
+@dataclass(frozen=True)
+class Wanted:
+    """A variant of an op, for an architecture."""
+
+    op: Op
+    backend: str
+    values: tuple[Value, ...]
+    arch: str
+
+    def unit(self) -> loader.Unit:
+        return self.op.unit(self.backend, self.values, self.arch)
+
+
 Names = str | Op | Sequence[str | Op] | None
 
 
@@ -72,10 +86,10 @@ def build(
     if manifest is not None:
         if dtypes is not None or arguments is not None:
             raise ValueError("build takes dtypes and arguments, or a manifest, which holds them")
-        units = replayed(Path(manifest), ops, arch, backend)
+        wanted = replayed(Path(manifest), ops, arch, backend)
     else:
-        units = needed(ops, dtypes, arguments, arch, backend)
-    report = load_all(units, jobs)
+        wanted = needed(ops, dtypes, arguments, arch, backend)
+    report = load_all([each.unit() for each in wanted], jobs)
     if report.failures:
         raise loader.BuildError(
             f"{len(report.failures)} of {report.kernels} kernels could not be built\n" + "\n".join(report.failures)
@@ -143,35 +157,35 @@ def needed(
     arguments: Mapping[str, Any] | None = None,
     arch: str | Sequence[str] | None = None,
     backend: str | Sequence[str] | None = None,
-) -> list[loader.Unit]:
-    """The units of ``build``'s arguments, without a manifest."""
+) -> list[Wanted]:
+    """The variants of ``build``'s arguments, without a manifest."""
     chosen = find_ops(ops)
-    backends, archs = _targets(arch, backend)
+    backends, archs = targets(arch, backend)
     given = {name: _listed(values) for name, values in (arguments or {}).items()}
-    wanted = _listed(dtypes) if dtypes is not None else None
+    only = _listed(dtypes) if dtypes is not None else None
     known = {part.text for op in chosen for kernel in op.kernels.values() for part in kernel.pattern.placeholders}
     for name in given:
         if name not in known:
             raise ValueError(f"no op here has the placeholder {name!r}{_nearest(name, known)}")
-    units = []
+    wanted = []
     for op in chosen:
-        if wanted is not None and ops is not None and not set(wanted) <= set(op.dtypes):
-            raise ValueError(f"{op.qualified_name} has kernels for {_shown(op.dtypes)}; got {_shown(wanted)}")
+        if only is not None and ops is not None and not set(only) <= set(op.dtypes):
+            raise ValueError(f"{op.qualified_name} has kernels for {_shown(op.dtypes)}; got {_shown(only)}")
         for each in backends:
             if each in op.kernels:
-                for values in _values(op, op.kernels[each].pattern, wanted, given):
-                    units += [op.unit(each, values, target) for target in _archs_of(each, archs)]
-    return units
+                for values in _values(op, op.kernels[each].pattern, only, given):
+                    wanted += [Wanted(op, each, values, target) for target in archs_of(each, archs)]
+    return wanted
 
 
 def replayed(
     file: Path, ops: Names = None, arch: str | Sequence[str] | None = None, backend: str | Sequence[str] | None = None
-) -> list[loader.Unit]:
-    """The units that a manifest lists; CUDA kernels for ``arch`` where it is given, else for what they were recorded for."""
+) -> list[Wanted]:
+    """The variants that a manifest lists; CUDA kernels for ``arch`` where it is given, else for what they were recorded for."""
     chosen = {op.qualified_name: op for op in find_ops(ops)}
     everything = {op.qualified_name for library in libraries() for op in library.ops.values()}
     archs = _listed(arch) if arch is not None else []
-    units = []
+    wanted = []
     for entry in manifest.read(file):
         if entry.op not in everything:
             raise ValueError(f"{file} has the op {entry.op}, which is not declared here: import its library first")
@@ -182,8 +196,8 @@ def replayed(
             raise ValueError(f"{file}: {entry.op} has no {entry.backend} kernel")
         values = manifest.values_of(entry, op.kernels[entry.backend].pattern)
         targets = archs if entry.backend == "cuda" and archs else [entry.arch]
-        units += [op.unit(entry.backend, values, target) for target in targets]
-    return units
+        wanted += [Wanted(op, entry.backend, values, target) for target in targets]
+    return wanted
 
 
 def find_ops(names: Names = None) -> list[Op]:
@@ -210,7 +224,7 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(sorted(set(known))) or 'none'}"
 
 
-def _targets(arch: str | Sequence[str] | None, backend: str | Sequence[str] | None) -> tuple[list[str], list[str]]:
+def targets(arch: str | Sequence[str] | None, backend: str | Sequence[str] | None) -> tuple[list[str], list[str]]:
     """Backends and CUDA architectures."""
     archs = _listed(arch) if arch is not None else sorted({toolchain.device_arch(i) for i in range(torch.cuda.device_count())})
     for each in archs:
@@ -224,7 +238,7 @@ def _targets(arch: str | Sequence[str] | None, backend: str | Sequence[str] | No
     return backends, archs
 
 
-def _archs_of(backend: str, archs: list[str]) -> list[str]:
+def archs_of(backend: str, archs: list[str]) -> list[str]:
     return archs if backend == "cuda" else [toolchain.host_isa()]
 
 

@@ -520,6 +520,10 @@ const Variant* build(Slot& slot, const int64_t* key) {
   return slot.add(key, reinterpret_cast<jitk::Entry>(std::stoull(answer)));
 }
 
+// Finds the variant of a key that a call has for the first time. Other libraries than Python's set another way: standalone.cpp.
+using Miss = const Variant* (*)(Slot& slot, const int64_t* key);
+Miss on_miss = build;
+
 // The reference takes over the stack, and returns each result as an optional. If it failed, Python has kept the text.
 void run_reference(const Slot& slot, StableIValue* stack, StableIValue* made) {
   StableIValue cells[kMaxArguments + kMaxResults];
@@ -547,7 +551,7 @@ void dispatch(int32_t number, StableIValue* stack) {
     call.read();
     const DeviceGuard guard(call.device_id());
     const Variant* variant = slot.find(call.key());
-    if (__builtin_expect(variant == nullptr, 0)) variant = build(slot, call.key());
+    if (__builtin_expect(variant == nullptr, 0)) variant = on_miss(slot, call.key());
     if (__builtin_expect(variant->entry != nullptr, 1)) {
       Value results[kMaxResults];
       if (__builtin_expect(variant->entry(&host, call.values(), slot.passed, results) != 0, 0)) {
@@ -619,6 +623,30 @@ void read_plan(const char* plan, Slot& slot) {
   }
 }
 
+// Serves `overload` ("silu_and_mul.out") of `ns` on the dispatch key "CPU" or "CUDA" from now on. Called once for each
+// `number`. `who` stands in the texts of errors.
+void register_slot(int32_t number, const char* who, const char* ns, const char* overload, const char* dispatch_key,
+                   const char* reference, const char* plan) {
+  if (number < 0 || number >= kMaxSlots)
+    throw std::runtime_error("a process has at most " + std::to_string(kMaxSlots) + " op overloads");
+  auto* slot = new Slot;
+  slot->number = number;
+  slot->name = who;
+  slot->reference = reference;
+  slot->on_cuda = strcmp(dispatch_key, "CUDA") == 0;
+  read_plan(plan, *slot);
+  slots[number].store(slot, std::memory_order_release);
+
+  static std::mutex mutex;
+  static std::map<std::string, TorchLibraryHandle> libraries;  // kept for good: dropping one takes its kernels away
+  const std::lock_guard<std::mutex> lock(mutex);
+  TorchLibraryHandle& library = libraries[std::string(ns) + "/" + dispatch_key];
+  if (library == nullptr)
+    check(aoti_torch_library_init_impl(ns, dispatch_key, __FILE__, __LINE__, &library), "open an op library");
+  const Trampoline kernel = trampoline_of(number, std::make_integer_sequence<int32_t, kMaxSlots>{});
+  check(torch_library_impl(library, overload, kernel, TORCH_ABI_VERSION), "register a kernel");
+}
+
 int failure(const char* text, char* error, size_t capacity) {
   strncpy(error, text, capacity - 1);
   error[capacity - 1] = '\0';
@@ -629,29 +657,11 @@ int failure(const char* text, char* error, size_t capacity) {
 
 #define JITK_RUNTIME extern "C" __attribute__((visibility("default")))
 
-// Serves `overload` ("silu_and_mul.out") of `ns` on the dispatch key "CPU" or "CUDA" from now on. Called once for each
-// `number`. `who` stands in the texts of errors.
+// `register_slot`. 0, or else `error` holds the reason.
 JITK_RUNTIME int jitk_register(int32_t number, const char* who, const char* ns, const char* overload, const char* dispatch_key,
                                const char* reference, const char* plan, char* error, size_t capacity) {
   try {
-    if (number < 0 || number >= kMaxSlots)
-      throw std::runtime_error("a process has at most " + std::to_string(kMaxSlots) + " op overloads");
-    auto* slot = new Slot;
-    slot->number = number;
-    slot->name = who;
-    slot->reference = reference;
-    slot->on_cuda = strcmp(dispatch_key, "CUDA") == 0;
-    read_plan(plan, *slot);
-    slots[number].store(slot, std::memory_order_release);
-
-    static std::mutex mutex;
-    static std::map<std::string, TorchLibraryHandle> libraries;  // kept for good: dropping one takes its kernels away
-    const std::lock_guard<std::mutex> lock(mutex);
-    TorchLibraryHandle& library = libraries[std::string(ns) + "/" + dispatch_key];
-    if (library == nullptr)
-      check(aoti_torch_library_init_impl(ns, dispatch_key, __FILE__, __LINE__, &library), "open an op library");
-    const Trampoline kernel = trampoline_of(number, std::make_integer_sequence<int32_t, kMaxSlots>{});
-    check(torch_library_impl(library, overload, kernel, TORCH_ABI_VERSION), "register a kernel");
+    register_slot(number, who, ns, overload, dispatch_key, reference, plan);
     return 0;
   } catch (const std::exception& problem) {
     return failure(problem.what(), error, capacity);

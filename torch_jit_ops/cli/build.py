@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from torch_jit_ops import limits, loader, warmup
+from torch_jit_ops import limits, warmup
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,20 +53,25 @@ def add_choice(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def chosen_units(ops: list[str], options: argparse.Namespace) -> list[loader.Unit]:
+def chosen(ops: list[str], options: argparse.Namespace) -> list[warmup.Wanted]:
     """The kernels of these ops, all for none, that the options of ``add_choice`` ask for."""
+    return warmup.needed(ops or None, *chosen_values(options), options.arch, options.backend)
+
+
+def chosen_values(options: argparse.Namespace) -> tuple[list[torch.dtype] | None, dict[str, list[str]]]:
+    """The dtypes and placeholders' values among the options of ``add_choice``."""
     dtypes = [_dtype(name) for name in options.dtype] if options.dtype else None
-    return warmup.needed(ops or None, dtypes, dict(map(_assignment, options.set)), options.arch, options.backend)
+    return dtypes, dict(map(_assignment, options.set))
 
 
 def run(options: argparse.Namespace) -> int:
     if options.manifest is not None:
         if options.dtype or options.set:
             raise ValueError("--dtype and --set do not go with --manifest, which holds them")
-        units = warmup.replayed(options.manifest, options.ops or None, options.arch, options.backend)
+        wanted = warmup.replayed(options.manifest, options.ops or None, options.arch, options.backend)
     else:
-        units = chosen_units(options.ops, options)
-    report = warmup.load_all(units, options.jobs)
+        wanted = chosen(options.ops, options)
+    report = warmup.load_all([each.unit() for each in wanted], options.jobs)
     for failure in report.failures:
         print(failure, file=sys.stderr)
     if options.json:

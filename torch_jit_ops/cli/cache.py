@@ -90,7 +90,7 @@ def _target(backend: str, arch: str) -> str:
 def _why(options: argparse.Namespace) -> int:
     """Say of each kernel that an op needs whether it is in the store. If it is not: which input of its key (a file, the
     compiler, a flag, the architecture, the ABI, PyTorch) differs from the variant that comes nearest."""
-    units = [runtime.unit()] if options.op == "dispatcher" else build.chosen_units([options.op], options)
+    units = [runtime.unit()] if options.op == "dispatcher" else [each.unit() for each in build.chosen([options.op], options)]
     findings = [inventory.why(unit, cache.stores()) for unit in units]
     if options.json:
         print(json.dumps([_plain(finding) for finding in findings], indent=1))

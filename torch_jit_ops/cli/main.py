@@ -13,6 +13,7 @@ _COMMANDS = {
     "doctor": "check everything that compiling needs, and say how to get what is missing",
     "list": "the ops: schemas, dtypes, where their kernels are, and which are compiled",
     "build": "compile kernels ahead of their first call, also for a GPU that is not here",
+    "deploy": "write ops and their kernels as a folder for programs without Python",
     "cache": "look into the store of compiled kernels, explain it, prune it, carry it elsewhere",
     "new": "start an op of your own: declaration, kernels, samples and a test that passes",
     "clangd": "write a .clangd, so that an editor understands kernels",

@@ -1,0 +1,389 @@
+"""Ops without Python: the folder that ``deploy`` writes, what a program finds in it, and what it is told it does not find."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import OPS, call, copy_with_storage, samples_of
+from child import ROOT, run_python
+from torch import Tensor
+
+import torch_jit_ops
+from torch_jit_ops import deployment, manifest, toolchain, warmup
+from torch_jit_ops.cli import main
+
+EXAMPLE = ROOT / "examples/aot_cpp"
+ON_CPU = [op for op in OPS if "cpu" in op.kernels and op.samples is not None]
+
+
+# --- a program without Python -----------------------------------------------------------------------
+
+
+def compile_program(folder: Path) -> Path:
+    """The example's program: with CMake where it is, and can find all that PyTorch's CMake files ask for."""
+    if shutil.which("cmake") and (torch.version.cuda is None or shutil.which("nvcc")):
+        prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
+        commands = [["cmake", "-S", str(EXAMPLE), "-B", str(folder), prefix], ["cmake", "--build", str(folder)]]
+    else:
+        torch_folder = Path(torch.__file__).parent
+        include = [f"-isystem{torch_folder / 'include'}", f"-isystem{torch_folder / 'include/torch/csrc/api/include'}"]
+        names = ["torch", "torch_cpu", "c10", *(["torch_cuda", "c10_cuda"] if torch.version.cuda else []), "dl"]
+        link = [f"-L{torch_folder / 'lib'}", f"-Wl,-rpath,{torch_folder / 'lib'}", "-Wl,--no-as-needed"]
+        link += [f"-l{name}" for name in names]
+        commands = [["c++", "-std=c++20", *include, str(EXAMPLE / "main.cpp"), "-o", str(folder / "main"), *link]]
+    for command in commands:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "main"
+
+
+def test_the_example_runs_without_python(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    exported = [sys.executable, str(EXAMPLE / "export.py"), str(tmp_path)]
+    said = subprocess.run(exported, env=environment, capture_output=True, text=True, check=False)
+    assert said.returncode == 0, said.stderr
+    x = torch.arange(32.0).view(2, 16) / 16 + 1
+    expected = [float(value) for value in said.stdout.split()[1:]]
+    torch.testing.assert_close(torch.tensor(expected), (torch.nn.functional.silu(x[:, :8]) * x[:, 8:]).sum(-1))
+
+    program = compile_program(tmp_path)
+    command = [str(program), "model.pt2", "kernels/libjitk_ops.so"]
+    clean = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=clean, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.partition(":")[2] == said.stdout.partition(":")[2]
+
+    for file in (program, *(tmp_path / "kernels").glob("*.so")):
+        linked = subprocess.run(["ldd", str(file)], capture_output=True, text=True, check=True).stdout
+        assert "python" not in linked.replace(str(Path(torch.__file__).parent), ""), linked
+
+    # The model asks for what is not there: the call says so, in the text of PyTorch's error.
+    table = tmp_path / "kernels/ops.txt"
+    table.write_text(table.read_text().replace(f" {FLOAT32} ", f" {FLOAT32 + 1} "))
+    done = subprocess.run(command, cwd=tmp_path, env=clean, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "jitk::silu_and_mul: there is no kernel for input.dtype=float32 on " in done.stderr
+
+
+FLOAT32 = 2 << 8 | 32  # DLPack's code and bits
+
+
+# --- every op, in a process that has not heard of this package --------------------------------------
+
+
+def without_package(library: Path, code: str) -> str:
+    """What ``code`` prints in a process that knows the ops from ``library`` alone."""
+    program = f"""
+import sys
+import torch
+torch.ops.load_library({str(library)!r})
+def failure(function, *args):
+    try:
+        function(*args)
+    except RuntimeError as error:
+        return str(error)
+{code}
+assert "torch_jit_ops" not in sys.modules
+"""
+    return run_python(program)
+
+
+@pytest.fixture(scope="module")
+def every_op(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("deployed")
+    wanted = [each for op in ON_CPU for each in warmup.needed([op], [op.dtypes[-1]], backend="cpu")]
+    entries = [
+        manifest.entry_of(each.op.qualified_name, "cpu", each.op.kernels["cpu"].pattern, each.values, each.arch)
+        for each in wanted
+    ]
+    lines = [json.dumps({**asdict(entry), "values": dict(entry.values)}) for entry in entries]
+    (folder / "run.jsonl").write_text("\n".join(lines))
+    return deployment.deploy(folder / "kernels", manifest=folder / "run.jsonl").folder
+
+
+def test_every_op_is_itself(every_op: Path, tmp_path: Path) -> None:
+    calls = []
+    for op in ON_CPU:
+        for sample in samples_of(op, "cpu", op.dtypes[-1]):
+            expected = call(op, copy_with_storage(sample))
+            written = [argument.written for argument in op.signature.arguments]
+            calls.append((op.library.namespace, op.name, sample.args, dict(sample.kwargs), written, list(expected.tensors)))
+    torch.save(calls, tmp_path / "calls.pt")
+    code = f"""
+for namespace, name, args, kwargs, written, expected in torch.load({str(tmp_path / "calls.pt")!r}):
+    results = getattr(getattr(torch.ops, namespace), name)(*args, **kwargs)
+    results = [] if results is None else list(results) if isinstance(results, (tuple, list)) else [results]
+    results += [arg for arg, is_written in zip(args, written) if is_written]
+    for actual, plain in zip(results, expected, strict=True):
+        assert actual.shape == plain.shape, (namespace, name)
+        bits = [tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (actual, plain)]
+        assert torch.equal(*bits), (namespace, name)
+    print(namespace, name)
+"""
+    said = without_package(every_op / deployment.LIBRARY, code)
+    assert set(said.splitlines()) == {f"{op.library.namespace} {op.name}" for op in ON_CPU}
+
+
+# --- what is not there ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """One op, one kernel."""
+    deployment.deploy(tmp_path / "kernels", ["relu2"], torch.float32, backend="cpu")
+    return tmp_path / "kernels"
+
+
+def shown(text: str, folder: Path) -> list[str]:
+    return text.replace(str(folder), "<folder>").replace(toolchain.host_isa(), "<cpu>").splitlines()
+
+
+def test_calls_without_a_kernel(folder: Path) -> None:
+    (kernel,) = folder.glob("jitk.relu2*.so")
+    table = folder / "ops.txt"
+    lines = table.read_text().splitlines()
+    (here,) = [line for line in lines if line.startswith("kernel") and " relu2 " in line]
+    elsewhere = here.replace(f" {FLOAT32} ", f" {2 << 8 | 16} ").replace(toolchain.host_isa(), "x86-64-v9")
+    lines.insert(lines.index(here), elsewhere.replace("fp32_t", "fp16_t"))
+    table.write_text("\n".join(lines) + "\n")
+    code = f"""
+import os
+print(failure(torch.ops.jitk.relu2, torch.zeros(3).bfloat16()))
+print(failure(torch.ops.jitk.relu2, torch.zeros(3).half()))
+os.chmod({str(kernel)!r}, 0o666)
+print(failure(torch.ops.jitk.relu2, torch.zeros(3)))
+os.rename({str(kernel)!r}, {str(kernel)!r} + ".away")
+print(failure(torch.ops.jitk.relu2, torch.zeros(3)))
+os.rename({str(kernel)!r} + ".away", {str(kernel)!r})
+os.environ["JITK_CACHE_TRUST"] = "1"
+print(torch.ops.jitk.relu2(torch.arange(-1.0, 3)).tolist())
+"""
+    rest = [
+        "  there is  jitk::relu2<fp16_t> for x86-64-v9",
+        "  there is  jitk::relu2<fp32_t> for <cpu>",
+        "  remedy: python -m torch_jit_ops deploy, with this kernel too",
+    ]
+    assert shown(without_package(folder / "libjitk_ops.so", code), folder) == [
+        "jitk::relu2: there is no kernel for input.dtype=bfloat16 on <cpu> in <folder>/ops.txt",
+        *rest,
+        "jitk::relu2: there is no kernel for input.dtype=float16 on <cpu> in <folder>/ops.txt",
+        *rest,
+        f"<folder>/{kernel.name} can be written by others, so it could be anybody's code",
+        "  remedy: chmod -R go-w <folder>, or JITK_CACHE_TRUST=1",
+        f"<folder>/{kernel.name} is not there",
+        "[0.0, 0.0, 1.0, 4.0]",
+    ]
+
+
+def stderr_of(*folders: Path, before: str = "") -> list[str]:
+    """What loading the libraries, each in a process that has the ones before it, says."""
+    code = f"{before}\nimport torch\n" + "".join(
+        f"torch.ops.load_library({str(folder / 'libjitk_ops.so')!r})\n" for folder in folders
+    )
+    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    said = done.stderr
+    for folder in folders:
+        said = said.replace(str(folder), f"<{folder.name}>")
+    return [line for line in said.splitlines() if line.startswith(("jitk: ", "  "))]
+
+
+def test_folders_that_define_nothing(folder: Path) -> None:
+    """And a line says why: PyTorch will only say that it does not know the op."""
+    cases: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+        "open": (
+            lambda copy: copy.chmod(0o777),
+            [
+                "<open> can be written by others, so it could be anybody's code",
+                "  remedy: chmod -R go-w <open>, or JITK_CACHE_TRUST=1",
+            ],
+        ),
+        "table": (
+            lambda copy: (copy / "ops.txt").chmod(0o664),
+            [
+                "<table>/ops.txt can be written by others, so it could be anybody's code",
+                "  remedy: chmod -R go-w <table>, or JITK_CACHE_TRUST=1",
+            ],
+        ),
+        "gone": (lambda copy: (copy / "ops.txt").unlink(), ["<gone>/ops.txt is not there"]),
+        "newer": (
+            lambda copy: (copy / "ops.txt").write_text("jitk 2\n"),
+            ["<newer>/ops.txt begins with 'jitk 2', expected 'jitk 1'"],
+        ),
+        "empty": (lambda copy: (copy / "ops.txt").write_text(""), ["<empty>/ops.txt begins with '', expected 'jitk 1'"]),
+        "slot": (
+            lambda copy: (copy / "ops.txt").write_text("jitk 1\nslot jitk relu2"),
+            ["a line of ops.txt is cut short: slot jitk relu2"],
+        ),
+        "op": (lambda copy: (copy / "ops.txt").write_text("jitk 1\nop jitk\n"), ["a line of ops.txt is cut short: op jitk"]),
+    }
+    expected = []
+    for name, (damage, (first, *rest)) in cases.items():
+        copy = folder.parent / name
+        shutil.copytree(folder, copy)
+        damage(copy)
+        expected += [f"jitk: no ops are defined: {first}", *rest]
+    assert stderr_of(*(folder.parent / name for name in cases)) == expected
+
+
+def test_beside_the_package_itself(folder: Path) -> None:
+    assert stderr_of(folder, before="import torch_jit_ops")[-2:] == [
+        "jitk: no ops are defined: PyTorch refuses to define jitk::relu2(Tensor input) -> Tensor",
+        "  an op is defined once in a process: load one such library for all models, and none where Python has imported "
+        "torch_jit_ops",
+    ]
+
+
+# --- what is written --------------------------------------------------------------------------------
+
+
+def test_the_folder(folder: Path) -> None:
+    (kernel,) = folder.glob("jitk.relu2*.so")
+    isa = toolchain.host_isa()
+    assert sorted(file.name for file in folder.iterdir()) == sorted([kernel.name, "libjitk_ops.so", "ops.txt"])
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (folder, *folder.iterdir())] == [0o755, 0o644, 0o644, 0o644]
+    lines = (folder / "ops.txt").read_text().splitlines()
+    assert lines[:3] == [
+        "jitk 1",
+        "op jitk relu2(Tensor input) -> Tensor",
+        "op jitk relu2.out(Tensor input, *, Tensor(a1!) out) -> ()",
+    ]
+    assert [line for line in lines if line.startswith("kernel")] == [
+        f"kernel {kernel.name} relu2 {isa} {FLOAT32} jitk::relu2<fp32_t>",
+        f"kernel {kernel.name} relu2_out {isa} {FLOAT32} jitk::relu2<fp32_t>",
+    ]
+
+
+def test_a_folder_is_replaced_as_a_whole(folder: Path) -> None:
+    (folder / "jitk.old-0.so").write_text("")
+    made = deployment.deploy(folder, ["relu2"], [torch.float32, torch.bfloat16], backend="cpu")
+    assert (made.folder, made.library, made.kernels) == (folder, folder / "libjitk_ops.so", 2)
+    assert not (folder / "jitk.old-0.so").exists()
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_another_folder_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(FileExistsError) as caught:
+        deployment.deploy(tmp_path, ["relu2"], torch.float32, backend="cpu")
+    assert str(caught.value) == f"{tmp_path} is there, and is no folder that deploy wrote: name another, or remove it"
+
+
+def export(function: Callable[..., Any], *args: Tensor, dynamic: dict[int, Any] | None = None) -> torch.export.ExportedProgram:
+    class Module(torch.nn.Module):
+        def forward(self, *args: Tensor) -> Any:
+            return function(*args)
+
+    shapes = (tuple(dynamic for _ in args),) if dynamic else None
+    return torch.export.export(Module(), args, dynamic_shapes=shapes)
+
+
+def labels(program: deployment.Program, arch: str | None = None) -> list[str]:
+    return [f"{each.unit().label} {each.arch}" for each in deployment.called_by(program, arch)]
+
+
+def test_a_program_says_what_it_calls(tmp_path: Path) -> None:
+    def run(x: Tensor) -> Tensor:
+        y = torch.ops.jitk.relu2(x)
+        torch.ops.jitk.silu_and_mul.out(x.bfloat16(), out=torch.empty(2, 8, dtype=torch.bfloat16))
+        return torch.ops.jitk.add_constant(torch.cond(x.sum() > 0, torch.ops.jitk.relu2, torch.relu, (y.half(),)).int(), 7)
+
+    program = export(run, torch.randn(2, 16))
+    torch.export.save(program, tmp_path / "model.pt2")
+    isa = toolchain.host_isa()
+    expected = {
+        f"jitk::relu2<fp32_t> {isa}",
+        f"jitk::silu_and_mul<bf16_t> {isa}",
+        f"jitk::add_constant<7> {isa}",
+        f"jitk::relu2<fp16_t> {isa}",
+    }
+    assert set(labels(program)) == expected
+    assert set(labels(tmp_path / "model.pt2")) == expected
+
+
+def test_a_program_for_a_gpu() -> None:
+    with torch._subclasses.FakeTensorMode():
+        x = torch.empty(2, 16, device="cuda")
+    program = export(torch.ops.jitk.relu2, x)
+    assert labels(program, "9.0a") == ["jitk::relu2<fp32_t> 9.0a"]
+
+
+def why_not(program: torch.export.ExportedProgram) -> str:
+    with pytest.raises(ValueError) as caught:
+        labels(program)
+    return str(caught.value)
+
+
+def test_programs_that_cannot_be_served(tmp_path: Path) -> None:
+    x = torch.randn(2, 16)
+    assert why_not(export(torch.ops.jitk.relu2, x.double())) == (
+        "the program's call of jitk::relu2 is in float64, for which the op has no kernel; it has some for "
+        "float16, bfloat16, float32"
+    )
+    with torch._subclasses.FakeTensorMode():
+        cuda = torch.empty(2, 16, device="cuda")
+    assert why_not(export(torch.ops.userlib.swap, cuda)) == (
+        "the program's call of userlib::swap is on cuda, where the op has no kernel; it has some for cpu"
+    )
+    (tmp_path / "wide.cpp").write_text("")
+    library = torch_jit_ops.OpLibrary("deploywide", csrc=tmp_path)
+
+    @library.op(cpu="wide.cpp", variant="wide<{x.shape[-1]}>")
+    def wide(x: Tensor) -> Tensor:
+        return x + 1
+
+    try:
+        assert why_not(export(wide.default, x, dynamic={1: torch.export.Dim("width")})) == (
+            "the program's call of deploywide::wide leaves open what picks its kernel (x.shape[-1]): export it with these "
+            "sizes static, or name the op and the values instead of the program"
+        )
+    finally:
+        torch_jit_ops.op._libraries.remove(library)
+
+
+# --- the command ------------------------------------------------------------------------------------
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.export.save(export(torch.ops.jitk.relu2, torch.randn(3)), tmp_path / "model.pt2")
+    folder = tmp_path / "kernels"
+    assert main.main(["deploy", str(folder), "--program", str(tmp_path / "model.pt2"), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert {name: said[name] for name in ("folder", "library", "kernels")} == {
+        "folder": str(folder),
+        "library": str(folder / "libjitk_ops.so"),
+        "kernels": 1,
+    }
+    arguments = ["deploy", str(folder), "silu_and_mul", "--dtype", "float32", "--backend", "cpu"]
+    assert main.main([*arguments, "--program", str(tmp_path / "model.pt2")]) == 0
+    assert capsys.readouterr().out.startswith("2 kernels, ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["--program", "away.pt2"], 1, "error: [Errno 2] No such file or directory: 'away.pt2'\n"),
+        (["reluu2"], 2, "error: there is no op 'reluu2'; did you mean 'relu2'?\n"),
+        (
+            ["--manifest", "run.jsonl", "--dtype", "float32"],
+            2,
+            "error: --dtype and --set go with ops; --program and --manifest say them themselves\n",
+        ),
+    ],
+)
+def test_a_wrong_usage(arguments: list[str], code: int, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["deploy", str(tmp_path / "kernels"), *arguments]) == code
+    assert capsys.readouterr().err == text
+    assert list(tmp_path.iterdir()) == []

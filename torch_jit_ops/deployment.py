@@ -1,0 +1,188 @@
+"""Writes ops and their built kernels as a folder for programs without Python.
+
+    torch_jit_ops.deploy("kernels", programs=[torch.export.export(model, (x,))])      what these programs call
+    torch_jit_ops.deploy("kernels", ops=["silu_and_mul"], dtypes=[torch.bfloat16])    said by hand, as for build()
+    torch_jit_ops.deploy("kernels", manifest="run.jsonl")                             what a run in Python recorded
+
+A program loads ``kernels/libjitk_ops.so``, which defines the ops by itself, before it loads a model that calls them.
+``csrc/runtime/standalone.cpp`` is that library and reads what is written here.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torch_jit_ops import loader, runtime, toolchain, trust, warmup
+from torch_jit_ops.op import Op, libraries
+
+LIBRARY = "libjitk_ops.so"
+TABLE = "ops.txt"
+_VERSION = "jitk 1"  # read_table of standalone.cpp
+
+Program = torch.export.ExportedProgram | str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A folder that was written: ``library`` to load, and how many ``kernels`` it has."""
+
+    folder: Path
+    library: Path
+    kernels: int
+    compiled: int
+    seconds: float
+
+
+def deploy(
+    folder: str | os.PathLike[str],
+    ops: warmup.Names = None,
+    dtypes: torch.dtype | Sequence[torch.dtype] | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    *,
+    programs: Sequence[Program] = (),
+    manifest: str | os.PathLike[str] | None = None,
+    arch: str | Sequence[str] | None = None,
+    backend: str | Sequence[str] | None = None,
+    jobs: int | None = None,
+) -> Deployment:
+    """Write a folder from which a program without Python runs ops. What is not in the store is compiled.
+
+    Args:
+        folder: a new one, or one that this function wrote, which is replaced as a whole.
+        ops, dtypes, arguments, arch, backend, jobs: as for ``build``; all ops if nothing says which.
+        programs: exported programs, or files of ``torch.export.save``, whose calls say which kernels are needed.
+        manifest: a file that ``JITK_RECORD`` wrote.
+
+    Raises:
+        BuildError: a kernel does not compile.
+        FileExistsError: ``folder`` is something else.
+        ValueError: as for ``build``; or a program calls an op in a way that has no kernel, or whose kernel depends on a size
+            that the program leaves open.
+    """
+    start = time.monotonic()
+    target = Path(folder)
+    if target.exists() and not (target / TABLE).is_file() and not (target.is_dir() and not any(target.iterdir())):
+        raise FileExistsError(f"{target} is there, and is no folder that deploy wrote: name another, or remove it")
+    wanted = [each for program in programs for each in called_by(program, arch)]
+    if manifest is not None:
+        wanted += warmup.replayed(Path(manifest), None, arch, backend)
+    if ops is not None or not (programs or manifest is not None):
+        wanted += warmup.needed(ops, dtypes, arguments, arch, backend)
+    wanted = list(dict.fromkeys(wanted))
+    units = [each.unit() for each in wanted]
+    report = warmup.load_all([runtime.standalone_unit(), *units], jobs)
+    if report.failures:
+        raise loader.BuildError(
+            f"{len(report.failures)} of {report.kernels} kernels could not be built\n" + "\n".join(report.failures)
+        )
+    unfinished = target.resolve().with_name(f".{target.resolve().name}.{uuid.uuid4().hex[:8]}")
+    trust.make_private(unfinished)
+    try:
+        _write(unfinished, wanted, units)
+        _replace(target.resolve(), unfinished)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return Deployment(target, target / LIBRARY, len(wanted), report.compiled, time.monotonic() - start)
+
+
+def _write(folder: Path, wanted: Sequence[warmup.Wanted], units: Sequence[loader.Unit]) -> None:
+    shutil.copyfile(loader.load(runtime.standalone_unit()).path, folder / LIBRARY)
+    files = {}
+    for unit in units:
+        files[unit] = f"{unit.name}-{unit.key()[:16]}.so"
+        shutil.copyfile(loader.load(unit).path, folder / files[unit])
+    lines = [_VERSION]
+    for op in dict.fromkeys(each.op for each in wanted):
+        forms = op.overloads()
+        lines += [f"op {op.library.namespace} {signature.schema(_name(op, form))}" for form, signature in forms.items()]
+        for backend, kernel in op.kernels.items():
+            for form, signature in forms.items():
+                lines.append(f"slot {op.library.namespace} {_name(op, form)} {backend.upper()}")
+                lines.append(kernel.pattern.plan(signature))
+                lines += [f"asked {part.text}" for part in kernel.pattern.placeholders]
+                for each, unit in zip(wanted, units, strict=True):
+                    if (each.op, each.backend) == (op, backend):
+                        export = op.export(backend, form, loader.load(unit))
+                        words = ",".join(map(str, kernel.pattern.key(each.values))) or "-"
+                        lines.append(f"kernel {files[unit]} {export} {each.arch} {words} {unit.label}")
+    (folder / TABLE).write_text("\n".join(lines) + "\n")
+    # Others may read it, such as the user of a service, and only this one write it.
+    for path in (folder, *folder.iterdir()):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+
+
+def _name(op: Op, form: str) -> str:
+    return f"{op.name}.{form}" if form else op.name
+
+
+def _replace(target: Path, made: Path) -> None:
+    """Whoever opens the folder finds the old or the new one, or for a moment none, but never a mixture."""
+    old = made.with_name(f"{made.name}.old")
+    if target.exists():
+        os.rename(target, old)
+    os.rename(made, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# --- what a program calls ---------------------------------------------------------------------------
+
+
+def called_by(program: Program, arch: str | Sequence[str] | None = None) -> Iterator[warmup.Wanted]:
+    """The variants that an exported program needs; those of CUDA for ``arch``, by default of the GPUs here.
+
+    Raises:
+        ValueError: a call has no kernel, or it is not known which.
+    """
+    exported = program if isinstance(program, torch.export.ExportedProgram) else torch.export.load(program)
+    ops = {op.qualified_name: op for library in libraries() for op in library.ops.values()}
+    for node in _nodes(exported.graph_module):
+        for target in (node.target, *node.args):  # a functionalised call has the op as its first argument
+            op = ops.get(target._schema.name) if isinstance(target, torch._ops.OpOverload) else None
+            if op is None:
+                continue
+            if target is not node.target:
+                raise ValueError(
+                    f"the program's call of {op.qualified_name} is functionalised: pass it as torch.export made it"
+                )
+            yield from _of_call(op, node, arch)
+
+
+def _nodes(module: torch.fx.GraphModule) -> Iterable[torch.fx.Node]:
+    """The calls of the program and of the bodies of its loops and conditions."""
+    parts = (part for part in module.modules() if isinstance(part, torch.fx.GraphModule))
+    return (node for part in parts for node in part.graph.nodes if node.op == "call_function")
+
+
+def _of_call(op: Op, node: torch.fx.Node, arch: str | Sequence[str] | None) -> Iterator[warmup.Wanted]:
+    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda each: each.meta["val"])
+    given = {name: value for name, value in kwargs.items() if name not in op.outputs}
+    values = op.arguments(*args, **given)
+    device = next(value.device.type for value in values if isinstance(value, torch.Tensor))
+    who = f"the program's call of {op.qualified_name}"
+    if device not in op.kernels:
+        raise ValueError(f"{who} is on {device}, where the op has no kernel; it has some for {', '.join(op.kernels) or 'none'}")
+    pattern = op.kernels[device].pattern
+    words = pattern.static_words_of(values)
+    if words is None:
+        names = ", ".join(part.text for part in pattern.placeholders)
+        raise ValueError(
+            f"{who} leaves open what picks its kernel ({names}): export it with these sizes static, or name the op and the "
+            "values instead of the program"
+        )
+    chosen = pattern.values(words)
+    for value in chosen:
+        if isinstance(value, torch.dtype) and value not in op.dtypes:
+            served = ", ".join(str(dtype).removeprefix("torch.") for dtype in op.dtypes)
+            asked = str(value).removeprefix("torch.")
+            raise ValueError(f"{who} is in {asked}, for which the op has no kernel; it has some for {served}")
+    archs = warmup.targets(arch, "cuda")[1] if device == "cuda" else [toolchain.host_isa()]
+    yield from (warmup.Wanted(op, device, chosen, each) for each in archs)
