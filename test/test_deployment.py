@@ -31,8 +31,8 @@ ON_CPU = [op for op in OPS if "cpu" in op.kernels and op.samples is not None]
 
 
 def compile_program(folder: Path) -> Path:
-    """The example's program: with CMake where it is, and can find all that PyTorch's CMake files ask for."""
-    if shutil.which("cmake") and (torch.version.cuda is None or shutil.which("nvcc")):
+    """The example's program, with CMake where it is. For a CUDA build PyTorch's CMake files want a whole CUDA toolkit."""
+    if shutil.which("cmake") and torch.version.cuda is None:
         prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
         commands = [["cmake", "-S", str(EXAMPLE), "-B", str(folder), prefix], ["cmake", "--build", str(folder)]]
     else:
