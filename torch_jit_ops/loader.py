@@ -32,6 +32,7 @@ ABI_VERSION = 1  # kAbiVersion of include/jitk/abi.h
 _CUDA_FLAGS = ("-O1", "-Xcompiler=-fvisibility=hidden")
 _CPU_FLAGS = ("-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")
 _STANDARD = "-std=c++17"
+_EXPORTS = "#include <jitk/export.h>"
 _INTERRUPTED = "ninja: build stopped: interrupted by user"
 
 
@@ -106,6 +107,12 @@ class Loaded:
     def entry(self, name: str) -> int:
         """The address of the exported function ``name``."""
         return int(ctypes.cast(getattr(self.library, f"jitk_entry_{name}"), ctypes.c_void_p).value or 0)
+
+    def load_kernels(self, device_index: int) -> int:
+        """Have CUDA load the library's kernels on the device now, not on their first launch. Returns how many there are."""
+        with contextlib.suppress(AttributeError):  # a library without exports, such as doctor's
+            return int(self.library.jitk_load_kernels(device_index))
+        return 0
 
     def signature(self, name: str) -> str:
         """The C++ signature of the exported function, as export.h writes it."""
@@ -358,6 +365,8 @@ def _run_cpp_extension(unit: Unit, staging: Path, source: Path, module: str) -> 
         cpp_extension.CUDA_HOME = _cuda_home(toolkit, staging)
         include += toolkit.include
         link += _cudart_flags(toolkit, staging)
+        if _EXPORTS in unit.text:
+            link.append("-Wl,--wrap=__cudaRegisterFunction")  # what that header does with it stands there
     cuda = unit.backend == "cuda"
     flags = list(unit.compile_flags())
     try:

@@ -251,7 +251,10 @@ class _Part:
     def _answer(self, export: str, key: Sequence[int]) -> int:
         on_device = self.backend == "cuda" and key[0] >= 0
         arch = toolchain.device_arch(key[0]) if on_device else _default_arch(self.backend)
-        return loader.load(self.unit(arch)).entry(export)
+        loaded = loader.load(self.unit(arch))
+        if on_device:
+            loaded.load_kernels(key[0])
+        return loaded.entry(export)
 
 
 def _signature(label: str, export: str, text: str, written: Sequence[int] | None) -> Signature:

@@ -417,6 +417,8 @@ class Op:
             return None
         arch = toolchain.device_arch(key[0]) if backend == "cuda" else toolchain.host_isa()
         loaded = loader.load(self.unit(backend, values, arch))
+        if backend == "cuda":
+            loaded.load_kernels(key[0])
         if environment.record_file() is not None:
             from torch_jit_ops import manifest
 

@@ -105,11 +105,17 @@ def load_all(units: Iterable[loader.Unit], jobs: int | None = None) -> Report:
     start = time.monotonic()
     failures = []
     compiled = 0
+    # Of several GPUs the current one: the others' kernels are loaded, from this process's libraries, when they are called.
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else -1
+    here = toolchain.device_arch(device) if device >= 0 else None
     with _bar(len(wanted)) as working, ThreadPoolExecutor(jobs or limits.compiler_jobs()) as pool:
 
         def load(unit: loader.Unit) -> loader.Loaded:
             with working(f"{unit.label} {unit.arch}"):
-                return loader.load(unit)
+                loaded = loader.load(unit)
+                if unit.arch == here:
+                    loaded.load_kernels(device)
+                return loaded
 
         results = [pool.submit(load, unit) for unit in wanted]
         try:

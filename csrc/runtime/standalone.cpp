@@ -145,6 +145,8 @@ const Variant* find_deployed(Slot& slot, const int64_t* key) {
     throw std::runtime_error(slot.name + ": " + path + " is of another version than libjitk_ops.so");
   const auto entry = reinterpret_cast<jitk::Entry>(dlsym(library, ("jitk_entry_" + best->entry).c_str()));
   if (entry == nullptr) throw std::runtime_error(slot.name + ": " + dlerror());
+  const auto load_kernels = reinterpret_cast<int32_t (*)(int32_t)>(dlsym(library, "jitk_load_kernels"));
+  if (load_kernels != nullptr && key[0] >= 0) load_kernels(static_cast<int32_t>(key[0]));
   return slot.add(key, entry);
 }
 

@@ -197,3 +197,52 @@ int call(R (*function)(Args...), const HostApi* host, const Value* args, int32_t
 
 // Read by the loader before it calls anything else of the file.
 JITK_PUBLIC inline __attribute__((used)) uint32_t jitk_abi_version() { return jitk::kAbiVersion; }
+
+#if defined(__CUDACC__)
+#include <cuda_runtime.h>
+
+// CUDA loads each kernel on its first launch, which must not happen while a graph is captured. The loader links with
+// -Wl,--wrap=__cudaRegisterFunction, so this library knows all of its kernels and can have them loaded before.
+namespace jitk {
+namespace details {
+
+constexpr int32_t kMaxKernels = 1024;  // beyond it a kernel is loaded on its first launch, as without this
+inline const void* kernels[kMaxKernels];
+inline int32_t kernel_count = 0;
+
+}  // namespace details
+}  // namespace jitk
+
+// Without --wrap there is none, and nobody calls the function below.
+extern "C" __attribute__((weak)) void __real___cudaRegisterFunction(void** binary, const char* function, char* device_function,
+                                                                    const char* name, int thread_limit, uint3* tid, uint3* bid,
+                                                                    dim3* block, dim3* grid, int* warp_size);
+
+extern "C" inline __attribute__((used)) void __wrap___cudaRegisterFunction(void** binary, const char* function,
+                                                                           char* device_function, const char* name,
+                                                                           int thread_limit, uint3* tid, uint3* bid,
+                                                                           dim3* block, dim3* grid, int* warp_size) {
+  using namespace jitk::details;
+  if (kernel_count < kMaxKernels) kernels[kernel_count++] = function;
+  __real___cudaRegisterFunction(binary, function, device_function, name, thread_limit, tid, bid, block, grid, warp_size);
+}
+
+// Loads all kernels of this library on the device, and returns how many there are. One that cannot be loaded is not
+// reported: its launch fails with the reason.
+JITK_PUBLIC inline __attribute__((used)) int32_t jitk_load_kernels(int32_t device) {
+  using namespace jitk::details;
+  int before = device;
+  (void)cudaGetDevice(&before);
+  if (before != device) (void)cudaSetDevice(device);
+  // Another thread may be capturing; what is loaded here is none of its graph's work.
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  (void)cudaThreadExchangeStreamCaptureMode(&mode);
+  for (int32_t i = 0; i < kernel_count; ++i) {
+    cudaFuncAttributes attributes;
+    if (cudaFuncGetAttributes(&attributes, kernels[i]) != cudaSuccess) (void)cudaGetLastError();
+  }
+  (void)cudaThreadExchangeStreamCaptureMode(&mode);
+  if (before != device) (void)cudaSetDevice(before);
+  return kernel_count;
+}
+#endif
