@@ -64,8 +64,8 @@ def measure(device: str, rounds: int) -> dict[str, list[dict[str, float]]]:
     with tempfile.TemporaryDirectory(prefix="jitk-bench-", ignore_cleanup_errors=True) as name:
         warm = Path(name) / "warm"
         warm.mkdir(mode=0o700)
-        for index in range(-1, rounds):  # the first round fills the warm cache
-            for way in WAYS if index < 0 else round_order(list(WAYS), index):
+        for index in range(-1, rounds):  # the first one fills the warm cache
+            for way in ("warm",) if index < 0 else round_order(list(WAYS), index):
                 folder = Path(tempfile.mkdtemp(dir=name))
                 environment = child_environment(folder)
                 if way.startswith("warm"):

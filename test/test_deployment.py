@@ -68,6 +68,13 @@ def test_the_example_runs_without_python(tmp_path: Path) -> None:
         linked = subprocess.run(["ldd", str(file)], capture_output=True, text=True, check=True).stdout
         assert "python" not in linked.replace(str(Path(torch.__file__).parent), ""), linked
 
+    code = f"""
+x = torch.arange(32.0).view(2, 16) / 16
+model = torch._inductor.aoti_load_package({str(tmp_path / "model.pt2")!r})
+print("python:", *(f"{{value:.5f}}" for value in model(x if not torch.cuda.is_available() else x.cuda()).tolist()))
+"""
+    assert without_package(tmp_path / "kernels/libjitk_ops.so", code) == said.stdout
+
     # The model asks for what is not there: the call says so, in the text of PyTorch's error.
     table = tmp_path / "kernels/ops.txt"
     table.write_text(table.read_text().replace(f" {FLOAT32} ", f" {FLOAT32 + 1} "))
@@ -179,9 +186,9 @@ print(torch.ops.jitk.relu2(torch.arange(-1.0, 3)).tolist())
         *rest,
         "jitk::relu2: there is no kernel for input.dtype=float16 on <cpu> in <folder>/ops.txt",
         *rest,
-        f"<folder>/{kernel.name} can be written by others, so it could be anybody's code",
+        f"jitk::relu2: <folder>/{kernel.name} can be written by others, so it could be anybody's code",
         "  remedy: chmod -R go-w <folder>, or JITK_CACHE_TRUST=1",
-        f"<folder>/{kernel.name} is not there",
+        f"jitk::relu2: <folder>/{kernel.name} is not there",
         "[0.0, 0.0, 1.0, 4.0]",
     ]
 

@@ -40,17 +40,17 @@ Deployment& deployment() {
 }
 
 // Whoever can write a kernel can run code as the user who loads it: the rules of torch_jit_ops/trust.py.
-void check_trust(const std::string& path) {
+void check_trust(const std::string& path, const std::string& who = "") {
   const char* trusted = getenv("JITK_CACHE_TRUST");
   if (trusted != nullptr && strcmp(trusted, "1") == 0) return;
   struct stat state = {};
-  if (stat(path.c_str(), &state) != 0) throw std::runtime_error(path + " is not there");
+  if (stat(path.c_str(), &state) != 0) throw std::runtime_error(who + path + " is not there");
   if (state.st_uid != getuid() && state.st_uid != 0) {
-    throw std::runtime_error(path + " belongs to another user (uid " + std::to_string(state.st_uid) +
+    throw std::runtime_error(who + path + " belongs to another user (uid " + std::to_string(state.st_uid) +
                              "), so it could be anybody's code\n  remedy: a copy of your own, or JITK_CACHE_TRUST=1");
   }
   if ((state.st_mode & (S_IWGRP | S_IWOTH)) != 0) {
-    throw std::runtime_error(path + " can be written by others, so it could be anybody's code\n  remedy: chmod -R go-w " +
+    throw std::runtime_error(who + path + " can be written by others, so it could be anybody's code\n  remedy: chmod -R go-w " +
                              deployment().folder + ", or JITK_CACHE_TRUST=1");
   }
 }
@@ -137,7 +137,7 @@ const Variant* find_deployed(Slot& slot, const int64_t* key) {
   }
   if (best == nullptr) refuse(slot, key);
   const std::string path = deployment().folder + "/" + best->file;
-  check_trust(path);
+  check_trust(path, slot.name + ": ");
   void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) throw std::runtime_error(slot.name + ": " + dlerror());
   const auto version = reinterpret_cast<uint32_t (*)()>(dlsym(library, "jitk_abi_version"));
