@@ -83,7 +83,7 @@ def test_host_headers_need_no_cuda(path: Path) -> None:
     assert re.findall(r"#include <(cuda\w*\.h|.*\.cuh)>", outside) == []
 
 
-@pytest.mark.parametrize("path", (ROOT / "csrc").glob("*.c*"), ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", sorted((ROOT / "csrc").glob("*.c*")), ids=lambda path: str(path.relative_to(ROOT)))
 def test_kernels_do_not_include_kernels(path: Path) -> None:
     assert [
         name for name in _includes(path) if not name.startswith(("jitk/", "torch/")) and "." in name and _is_ours(name)
