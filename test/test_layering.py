@@ -38,6 +38,7 @@ ORDER = [
     ("loader",),
     ("runtime", "inventory", "manifest"),
     ("background",),
+    ("autograd",),
     ("op", "module"),
     ("bundle", "warmup"),
     ("deployment",),

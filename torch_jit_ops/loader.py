@@ -196,6 +196,15 @@ def load(unit: Unit, meanwhile: Callable[[], object] | None = None) -> Loaded:
     return result.result()
 
 
+def find(unit: Unit) -> Loaded | None:
+    """Load the unit's library if it is in a store; None if it would have to be compiled."""
+    stores = cache.stores()
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        return None
+    compiler = compiler_of(unit, stores[-1])
+    return _look_up(unit, unit.key(), stores, compiler, time.monotonic(), repair=False)
+
+
 def _load(unit: Unit, stores: tuple[cache.Store, ...], meanwhile: Callable[[], object] | None) -> Loaded:
     key = unit.key()
     store = stores[-1]

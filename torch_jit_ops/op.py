@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_jit_ops import background, environment, loader, runtime, toolchain, variant
+from torch_jit_ops import autograd, background, environment, loader, runtime, toolchain, variant
 from torch_jit_ops.samples import Sample, SampleMaker
 from torch_jit_ops.signature import Signature, signature_of
 
@@ -201,6 +201,8 @@ class Op:
         self._taken_over = False
         self._boot_lock = threading.Lock()
         self._reference_library: torch.library.Library | None = None
+        dotted = [f"{library.namespace}::{reference.__name__}{form and '.'}{form}" for form in self.overloads()]
+        self._gate = autograd.Gate(dotted, lambda: self._taken_over)
         self.name = reference.__name__
         self.qualified_name = f"{library.namespace}::{self.name}"
         functools.update_wrapper(self, reference)
@@ -276,8 +278,6 @@ class Op:
         tags = (torch.Tag.pt2_compliant_tag,)
         definitions.define(self.signature.schema(self.name), tags=tags)
         torch.library.register_fake(self.qualified_name, self._run_fake, lib=definitions)
-        if not any(argument.written for argument in self.signature.arguments) and self.signature.results > 0:
-            torch.library.register_autograd(self.qualified_name, self._differentiate, setup_context=_save, lib=definitions)
         implementations = {"": self._run_reference}
         if self.outputs:
             # The functional form is defined first: a packet tries its overloads in this order, and a miss costs 4 us.
@@ -291,6 +291,30 @@ class Op:
             # On the key of all devices, so that the dispatcher's kernels come beside it and it can stay: to take a Python
             # kernel away frees it under another thread that has found it and waits for the GIL.
             definitions.impl(self._dotted(overload), call, "CompositeExplicitAutograd")
+        for overload in self.overloads():
+            definitions.impl(self._dotted(overload), self._autograd_kernel(overload), "Autograd", with_keyset=True)
+
+    def _autograd_kernel(self, overload: str) -> Callable[..., Any]:
+        signature = self.overloads()[overload]
+        function = getattr(self.packet, overload or "default")
+        who = f"{self.library.namespace}::{self._dotted(overload)}"
+        if overload == "out":
+            return autograd.writing_kernel(
+                function,
+                signature,
+                f"{who}: functions with out=... arguments don't support automatic differentiation, but argument {{}} requires "
+                "grad\n  remedy: call the functional form, or this one under torch.no_grad()",
+                self._gate,
+            )
+        if not any(argument.written for argument in signature.arguments) and signature.results > 0:
+            return autograd.functional_kernel(function, signature, self.reference, self._backward, self._gate)
+        return autograd.writing_kernel(
+            function,
+            signature,
+            f"{who}: an op that writes its arguments has no derivative, but argument {{}} requires grad\n"
+            "  remedy: call it under torch.no_grad(), or write the same with operations that return new tensors",
+            self._gate,
+        )
 
     def _dotted(self, overload: str) -> str:
         return f"{self.name}.{overload}" if overload else self.name
@@ -333,27 +357,6 @@ class Op:
         results = self.reference(*args, **kwargs)
         fresh = tuple(result.new_empty(result.shape) for result in _as_tuple(results))
         return fresh if isinstance(results, tuple) else fresh[0]
-
-    def _differentiate(self, ctx: Any, *grads: Tensor | None) -> Any:
-        args, kwargs = _restore(ctx)
-        inputs = [*args, *kwargs.values()]
-        if self._backward is not None:
-            given = iter(_as_tuple(self._backward(*grads, *args, **kwargs)))
-            return tuple(next(given) if isinstance(value, Tensor) else None for value in inputs)
-        wanted = [i for i, value in enumerate(inputs) if isinstance(value, Tensor) and ctx.needs_input_grad[i]]
-        again = torch.is_grad_enabled()  # a graph of the gradient itself is asked for
-        with torch.enable_grad():
-            for i in wanted:  # a tensor of its own for each argument: the same one may have been passed for two
-                inputs[i] = inputs[i].view_as(inputs[i]) if again else inputs[i].detach().requires_grad_()
-            computed = self.reference(*inputs[: len(args)], **dict(zip(kwargs, inputs[len(args) :], strict=True)))
-            pairs = zip(_as_tuple(computed), grads, strict=True)
-            # A result that has no derivative, such as integers, may still come with a gradient of zeros.
-            results = [(result, grad) for result, grad in pairs if grad is not None and result.requires_grad]
-            outputs = [result for result, _ in results]
-            found = torch.autograd.grad(
-                outputs, [inputs[i] for i in wanted], [grad for _, grad in results], create_graph=again, allow_unused=True
-            )
-        return tuple(found[wanted.index(i)] if i in wanted else None for i in range(len(inputs)))
 
     # --- the way to the kernel --------------------------------------------------------------------
 
@@ -488,20 +491,3 @@ def _as_tuple(results: Any) -> tuple[Any, ...]:
 def _storage(tensor: Tensor) -> int:
     """What tells storages apart; 0 for a tensor without one, such as a sparse one."""
     return tensor.untyped_storage()._cdata if torch._C._has_storage(tensor) else 0
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any, keyword_only_inputs: Mapping[str, Any] | None = None) -> None:
-    """Keep all arguments: tensors where autograd watches them, the rest beside."""
-    values = [*inputs, *(keyword_only_inputs or {}).values()]
-    ctx.jitk_names = tuple(keyword_only_inputs or ())
-    ctx.jitk_rest = [None if isinstance(value, Tensor) else value for value in values]
-    ctx.jitk_tensors = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
-    ctx.save_for_backward(*[values[i] for i in ctx.jitk_tensors])
-
-
-def _restore(ctx: Any) -> tuple[list[Any], dict[str, Any]]:
-    values = list(ctx.jitk_rest)
-    for i, tensor in zip(ctx.jitk_tensors, ctx.saved_tensors, strict=True):
-        values[i] = tensor
-    positional = len(values) - len(ctx.jitk_names)
-    return values[:positional], dict(zip(ctx.jitk_names, values[positional:], strict=True))

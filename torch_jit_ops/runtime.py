@@ -11,6 +11,7 @@ import itertools
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 
 import torch
 
@@ -93,6 +94,62 @@ def library(meanwhile: Callable[[], object] | None = None) -> ctypes.CDLL:
     if _loaded is None:
         _loaded = _prototyped(loader.load(unit(), meanwhile).library)
     return _loaded
+
+
+def autograd_unit() -> loader.Unit:
+    """The translation unit that looks for wanted gradients. It takes four times as long as the dispatcher to compile."""
+    return loader.Unit(
+        name="runtime_autograd",
+        label="the dispatcher for autograd",
+        backend="cpu",
+        arch="x86-64",
+        text='#include "autograd.cpp"\n',
+        include=(loader.csrc_dir() / "runtime",),
+        flags=("-O2", "-std=c++20"),
+        torch=True,
+    )
+
+
+_autograd: Future[ctypes.CDLL] | None = None
+_autograd_lock = threading.Lock()
+
+
+def differentiate(overloads: Sequence[str]) -> bool:
+    """Have C++ tell from now on whether calls of these overloads want a gradient.
+
+    Returns:
+        Whether that is done. If not, the library is being compiled: ask again.
+    """
+    global _autograd
+    if _autograd is None:
+        with _autograd_lock:
+            if _autograd is None:
+                _autograd = _in_background(autograd_unit())
+    if not _autograd.done() or _autograd.exception() is not None:
+        return False
+    for overload in overloads:
+        name, _, form = overload.partition(".")
+        _checked(_autograd.result().jitk_differentiate, name.encode(), form.encode())
+    return True
+
+
+def _in_background(unit: loader.Unit) -> Future[ctypes.CDLL]:
+    """Load the unit at once if it is in the store; else compile it in a thread."""
+    result: Future[ctypes.CDLL] = Future()
+    found = loader.find(unit)
+    if found is not None:
+        result.set_result(found.library)
+    if found is not None or not environment.building_in_background():
+        return result
+
+    def build() -> None:
+        try:
+            result.set_result(loader.load(unit).library)
+        except BaseException as error:  # ops work without it: a call that wants no gradient takes 4 us more
+            result.set_exception(error)
+
+    threading.Thread(target=build, name="jitk autograd", daemon=True).start()
+    return result
 
 
 def _prototyped(loaded: ctypes.CDLL) -> ctypes.CDLL:

@@ -1,0 +1,414 @@
+"""Derivatives: the way to the kernel without one, the transforms of torch.func, and what refuses to have one."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import (
+    Case,
+    call,
+    copy_with_storage,
+    has_gradient,
+    has_out,
+    is_first_of_op,
+    map_tensors,
+    over,
+    poisoned,
+    tensors_of,
+    writes,
+)
+from expecttest import assert_expected_inline
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import checkpoint
+
+import torch_jit_ops
+from torch_jit_ops import Op, OpLibrary, Sample, loader, runtime
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _library_for_autograd() -> None:
+    """Compiled here, as it would be in the background, so that it is there for all that follows."""
+    loader.load(runtime.autograd_unit())
+
+
+def ready(op: Op) -> Op:
+    """The op, with its autograd keys handed over to C++."""
+    sample = next(iter(op.samples(torch_jit_ops.SampleMaker("cpu", op.dtypes[-1]))))
+    for _ in range(2):
+        with torch.no_grad():
+            call(op, copy_with_storage(sample))
+    assert "autograd.cpp" in torch._C._dispatch_dump(op.qualified_name)
+    return op
+
+
+def silu_and_mul() -> Op:
+    return ready(torch_jit_ops.ops.activation.silu_and_mul)
+
+
+def functions_called(run: Callable[[], object]) -> set[str]:
+    """The files of this package whose Python functions ``run`` calls."""
+    files: set[str] = set()
+    package = str(Path(torch_jit_ops.__file__).parent)
+
+    def note(frame: Any, event: str, _: object) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(package):
+            files.add(Path(frame.f_code.co_filename).name)
+
+    sys.setprofile(note)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return files
+
+
+# --- the way without a gradient ---------------------------------------------------------------------
+
+
+def test_no_python_unless_a_gradient_is_wanted() -> None:
+    op = silu_and_mul()
+    x, out = torch.randn(2, 8), torch.empty(2, 4)
+    wanting = x.clone().requires_grad_()
+    run, run_out = op.default, op.out
+    run_out(x, out=out)  # the first call of a form compiles or finds its kernel
+    assert functions_called(lambda: run(x)) == set()
+    assert functions_called(lambda: run_out(x, out=out)) == set()
+    with torch.no_grad():
+        assert functions_called(lambda: run(wanting)) == set()
+    with torch.inference_mode():
+        assert functions_called(lambda: run(x)) == set()
+    assert functions_called(lambda: run(wanting)) == {"autograd.py"}
+    assert run(wanting).requires_grad
+    assert not run(x).requires_grad
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self, error: Exception | None = None) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.error = error
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        if self.error is not None:
+            raise self.error
+        return func(*args, **(kwargs or {}))
+
+
+class Wrapped(Tensor):
+    """A subclass that holds a tensor and adds 1 to whatever an op of it returns."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Wrapped:
+        made = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, requires_grad=inner.requires_grad)
+        made.inner = inner.detach()
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        plain = tree_map(lambda value: value.inner if isinstance(value, Wrapped) else value, (args, kwargs or {}))
+        return tree_map(lambda value: cls(value + 1) if isinstance(value, Tensor) else value, func(*plain[0], **plain[1]))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_modes_and_subclasses_see_the_op(requires_grad: bool) -> None:
+    op = silu_and_mul()
+    x = torch.randn(2, 8, requires_grad=requires_grad)
+    expected = op.reference(x)
+    with Seen() as mode:
+        seen = op.default(x)
+    torch.testing.assert_close(seen, expected)
+    assert mode.names == ["jitk.silu_and_mul.default"]
+
+    wrapped = op.default(Wrapped(x))
+    assert isinstance(wrapped, Wrapped)
+    torch.testing.assert_close(wrapped.inner, expected.detach() + 1)
+
+    with FakeTensorMode() as fakes:
+        fake = op.default(fakes.from_tensor(x))
+    assert isinstance(fake, FakeTensor)
+    assert fake.requires_grad == requires_grad
+
+    functional = torch._to_functional_tensor(x.detach())
+    torch._enable_functionalization(reapply_views=True)
+    try:
+        result = op.default(functional)
+    finally:
+        torch._disable_functionalization()
+    assert torch._is_functional_tensor(result)
+    torch.testing.assert_close(torch._from_functional_tensor(result), expected.detach())
+
+    meta = op.default(x.to("meta"))
+    assert (meta.device.type, meta.requires_grad) == ("meta", requires_grad)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_an_exception_of_python_keeps_its_type(requires_grad: bool) -> None:
+    class Stop(Exception):
+        pass
+
+    op = silu_and_mul()
+    with pytest.raises(Stop), Seen(Stop()):
+        op.default(torch.randn(2, 8, requires_grad=requires_grad))
+
+
+def test_a_negated_view_is_materialised() -> None:
+    op = ready(torch_jit_ops.ops.activation.fused_add_relu)
+    x = torch.randn(3, 4)
+    negative = torch._neg_view(x)
+    torch.testing.assert_close(op.default(negative, x), torch.zeros(3, 4))
+
+
+def test_a_size_stays_a_symbol(tmp_path: Path) -> None:
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    (tmp_path / "shift.cpp").write_text(
+        "#include <jitk/result.h>\n"
+        "void shift_out(jitk::TensorView x, int64_t by, jitk::TensorView out) {\n"
+        "  for (int64_t i = 0; i < x.numel(); ++i)\n"
+        "    static_cast<float*>(out.data_ptr())[i] = static_cast<const float*>(x.data_ptr())[i] + by;\n"
+        "}\n"
+        "jitk::Tensor shift(jitk::TensorView x, int64_t by) {\n"
+        "  jitk::Tensor out = jitk::host::empty_like(x);\n  shift_out(x, by, out);\n  return out;\n}\n"
+    )
+    library = OpLibrary("autograd_shift", csrc=tmp_path)
+
+    @library.op(cpu="shift.cpp", variant="shift")
+    def shift(x: Tensor, by: int) -> Tensor:
+        return x + by
+
+    assert [shift(torch.zeros(1), n).item() for n in (2, 3)] == [2, 3]
+    assert "autograd.cpp" in torch._C._dispatch_dump(shift.qualified_name)
+    environment = ShapeEnv()
+    mode = FakeTensorMode(shape_env=environment)
+    size = mode.from_tensor(torch.empty(5), static_shapes=False).shape[0]
+    for requires_grad in (False, True):
+        shift(mode.from_tensor(torch.empty(4, requires_grad=requires_grad)), size)
+    assert [str(guard.expr) for guard in environment.guards] == []
+
+
+def test_what_was_saved_of_a_written_tensor_is_known_to_be_stale() -> None:
+    op = silu_and_mul()
+    x = torch.randn(2, 8, requires_grad=True)
+    y = x * 1
+    loss = (y[:, :4] * y[:, 4:]).sum()
+    with torch.no_grad():
+        before = y._version
+        op.out(torch.randn(2, 8), out=y.view(4, 4)[:2])
+    assert y._version == before + 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_tensor_of_inference_mode_can_be_written() -> None:
+    op = silu_and_mul()
+    with torch.inference_mode():
+        out = torch.empty(2, 4)
+    x = torch.randn(2, 8)
+    op.out(x, out=out)
+    torch.testing.assert_close(out, op.reference(x))
+
+
+# --- derivatives of every kind ------------------------------------------------------------------------
+
+
+def total(function: Callable[..., Any]) -> Callable[..., Tensor]:
+    return lambda *args: sum(tensor.sin().sum() for tensor in tree_leaves(function(*args)))
+
+
+def forward_mode(function: Callable[..., Any], *args: Any) -> Any:
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(arg, arg.cos()) for arg in args]
+        return [tuple(forward_ad.unpack_dual(tensor)) for tensor in tree_leaves(function(*duals))]
+
+
+def batched_backward(function: Callable[..., Any], *args: Any) -> Any:
+    args = [arg.clone().requires_grad_() for arg in args]
+    results = [tensor for tensor in tree_leaves(function(*args)) if tensor.requires_grad]
+    weights = [torch.stack([tensor.detach().cos(), tensor.detach().sin()]) for tensor in results]
+    return torch.autograd.grad(results, args, weights, is_grads_batched=True, allow_unused=True)
+
+
+def mixed(function: Callable[..., Any], *args: Any) -> Any:
+    args = [arg.clone().requires_grad_() for arg in args]
+    return torch.autograd.grad(grad(total(function))(*args).square().sum(), args, allow_unused=True)
+
+
+def partly_without(function: Callable[..., Any], *args: Any) -> Any:
+    def product(*again: Any) -> Tensor:
+        with torch.no_grad():
+            constant = total(function)(*again)
+        return constant * total(function)(*again)
+
+    return grad(product)(*args)
+
+
+TRANSFORMS: dict[str, Callable[..., Any]] = {
+    "grad": lambda function, *args: grad(total(function), tuple(range(len(args))))(*args),
+    "second grad": lambda f, *args: grad(lambda *again: grad(total(f))(*again).square().sum())(*args),
+    "hessian": lambda function, *args: hessian(total(function))(*args),
+    "jvp": lambda function, *args: jvp(total(function), args, tuple(arg.cos() for arg in args)),
+    "jvp of grad": lambda function, *args: jvp(grad(total(function)), args, args),
+    "jacrev": lambda function, *args: jacrev(function)(*args),
+    "jacfwd": lambda function, *args: jacfwd(function)(*args),
+    "vmap of grad": lambda f, *args: vmap(grad(total(f)))(*(torch.stack([arg, arg.cos()]) for arg in args)),
+    "grad of vmap": lambda f, *args: grad(lambda *b: total(vmap(f))(*b))(*(torch.stack([arg, arg.cos()]) for arg in args)),
+    "forward mode": forward_mode,
+    "batched backward": batched_backward,
+    "grad in autograd": mixed,
+    "no_grad within grad": partly_without,
+}
+
+
+def small(case: Case) -> tuple[list[Tensor], Callable[[Callable[..., Any]], Callable[..., Any]]]:
+    """A few elements of a case in float64, and what makes a function of tensors alone of an op."""
+
+    def cut(tensor: Tensor) -> Tensor:
+        return tensor.double()[(slice(2), ..., slice(8)) if tensor.dim() > 1 else slice(8)].contiguous()
+
+    sample = map_tensors(case.sample(), cut)
+
+    def of_tensors(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*tensors: Tensor) -> Any:
+            rest = iter(tensors)
+            again = map_tensors(sample, lambda _: next(rest))
+            results = tree_leaves(function(*again.args, **again.kwargs))
+            return tuple(tensor for tensor in results if tensor.is_floating_point())
+
+        return run
+
+    return tensors_of(sample), of_tensors
+
+
+@over(has_gradient, is_first_of_op)
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_transforms_are_those_of_the_reference(case: Case) -> None:
+    tensors, of_tensors = small(case)
+    for name, transform in TRANSFORMS.items():
+        actual = tree_leaves(transform(of_tensors(case.op.default), *tensors))
+        expected = tree_leaves(transform(of_tensors(case.op.reference), *tensors))
+        for result, plain in zip(actual, expected, strict=True):
+            torch.testing.assert_close(result, plain, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@over(has_gradient, is_first_of_op)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoint(case: Case, reentrant: bool) -> None:
+    """Its second forward pass ends by an exception from within the op's autograd function."""
+
+    def run(*args: Any) -> Tensor:
+        results = tree_leaves(case.op.default(*(arg * 1 if isinstance(arg, Tensor) else arg for arg in args)))
+        return sum(tensor.sin().sum() for tensor in results if tensor.is_floating_point())
+
+    samples = [map_tensors(case.sample(), lambda tensor: tensor.detach().clone().requires_grad_()) for _ in range(2)]
+    checkpoint(run, *samples[0].args, use_reentrant=reentrant).backward()
+    run(*samples[1].args).backward()
+    for actual, expected in zip(*map(tensors_of, samples), strict=True):
+        assert torch.equal(actual.grad, expected.grad)
+
+
+def test_autocast_changes_nothing() -> None:
+    """An op computes in the dtype that it is given: the layers around it decide."""
+    op = silu_and_mul()
+    layer = torch.nn.Linear(4, 8)
+    x = torch.randn(3, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = layer(x)
+        assert (hidden.dtype, op.default(hidden).dtype) == (torch.bfloat16, torch.bfloat16)
+        assert op.default(torch.randn(3, 8)).dtype == torch.float32
+        op.default(hidden).float().sum().backward()
+    assert layer.weight.grad.dtype == torch.float32
+
+
+# --- no derivative ------------------------------------------------------------------------------------
+
+
+def is_writing(case: Case) -> bool:
+    return writes(case.op)
+
+
+def wanting(sample: Sample) -> Sample:
+    return map_tensors(sample, lambda tensor: tensor.detach().clone().requires_grad_(tensor.is_floating_point()))
+
+
+@over(is_writing, is_first_of_op)
+def test_an_op_that_writes_refuses_to_be_differentiated(case: Case) -> None:
+    with pytest.raises(RuntimeError, match="has no derivative"):
+        call(case.op, wanting(case.sample()))
+    with torch.no_grad():
+        call(case.op, wanting(case.sample()))
+    call(case.op, case.sample())
+
+
+@over(has_out, has_gradient, is_first_of_op)
+def test_an_out_form_refuses_to_be_differentiated(case: Case) -> None:
+    sample = wanting(case.sample())
+    outs = [poisoned(tensor.shape, tensor.dtype, case.device) for tensor in call(case.op, sample).tensors]
+    kwargs = {**sample.kwargs, **dict(zip(case.op.outputs, outs, strict=True))}
+    with pytest.raises(RuntimeError, match="don't support automatic differentiation"):
+        case.op.out(*sample.args, **kwargs)
+    with torch.no_grad():
+        case.op.out(*sample.args, **kwargs)
+    with pytest.raises(RuntimeError, match="don't support automatic differentiation"), forward_ad.dual_level():
+        given = map_tensors(case.sample(), lambda tensor: forward_ad.make_dual(tensor, tensor))
+        case.op.out(*given.args, **kwargs)
+
+
+@pytest.fixture(params=[True, False], ids=["handed over", "in Python"])
+def op_without_derivative(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Op, Op]]:
+    """An op with an out form and one in place; their autograd keys are C++'s or, as they have no kernel, still Python's."""
+    library = OpLibrary(f"autograd_refusal{request.param:d}", csrc=tmp_path)
+
+    def twice(x: Tensor) -> Tensor:
+        return 2 * x
+
+    def double(x: Tensor, by: Tensor | None = None) -> None:
+        x.mul_(2 if by is None else by)
+
+    ops = [
+        library.op(variant="twice")(twice),
+        library.op(variant="double", mutates=("x",))(double),
+    ]
+    if request.param:
+        assert runtime.differentiate([f"{library.namespace}::{form}" for form in ("twice", "twice.out", "double")])
+    yield ops[0], ops[1]
+
+
+def test_refusals(op_without_derivative: tuple[Op, Op]) -> None:
+    twice, double = op_without_derivative
+    texts = []
+    x = torch.ones(2)
+    for run in (
+        lambda: twice.out(x.clone().requires_grad_(), out=torch.empty(2)),
+        lambda: twice.out(x, out=torch.empty(2, requires_grad=True)),
+        lambda: double(x.clone().requires_grad_()),
+        lambda: double(x, x.clone().requires_grad_()),
+    ):
+        with pytest.raises(RuntimeError) as caught:
+            run()
+        texts.append(str(caught.value).replace(twice.library.namespace, "lib"))
+    assert_expected_inline(
+        "\n".join(texts),
+        """\
+lib::twice.out: functions with out=... arguments don't support automatic differentiation, but argument 'x' requires grad
+  remedy: call the functional form, or this one under torch.no_grad()
+lib::twice.out: functions with out=... arguments don't support automatic differentiation, but argument 'out' requires grad
+  remedy: call the functional form, or this one under torch.no_grad()
+lib::double: an op that writes its arguments has no derivative, but argument 'x' requires grad
+  remedy: call it under torch.no_grad(), or write the same with operations that return new tensors
+lib::double: an op that writes its arguments has no derivative, but argument 'by' requires grad
+  remedy: call it under torch.no_grad(), or write the same with operations that return new tensors""",
+    )
+    y = x.clone()
+    double(y, by=torch.full((2,), 3.0))
+    assert (y.tolist(), y._version > 0) == ([3, 3], True)
