@@ -15,7 +15,7 @@ from expecttest import assert_expected_inline
 from torch import Tensor
 
 import torch_jit_ops
-from torch_jit_ops import Op, OpLibrary, libraries
+from torch_jit_ops import Op, OpLibrary, libraries, planning
 
 _numbers = itertools.count()
 # The end of several messages.
@@ -49,10 +49,15 @@ def words(caught: pytest.ExceptionInfo[BaseException], csrc: Path) -> str:
 
 
 def schemas(op: Op) -> str:
-    overloads = [op.default, op.out] if op.outputs else [op.default]
-    return "\n".join(
-        re.sub(r"^declared\d+::", "", str(overload._schema)).replace(", *, ", ",\n  *, ") for overload in overloads
-    )
+    """With RETURNED for what the out form returns: its outputs from PyTorch 2.13, and nothing before."""
+    texts = [str(op.default._schema)]
+    if op.outputs:
+        arguments, _, returned = str(op.out._schema).partition(" -> ")
+        outputs = [f"Tensor({re.search(rf'(a[0-9]+!). {name}', arguments)[1]})" for name in op.outputs]
+        outputs = outputs if planning.PLANNED else []
+        assert returned == (outputs[0] if len(outputs) == 1 else f"({', '.join(outputs)})")
+        texts.append(f"{arguments} -> RETURNED")
+    return "\n".join(re.sub(r"^declared\d+::", "", text).replace(", *, ", ",\n  *, ") for text in texts)
 
 
 def test_schema_of_every_kind_of_argument(library: OpLibrary) -> None:
@@ -81,7 +86,7 @@ def test_schema_of_every_kind_of_argument(library: OpLibrary) -> None:
 op(Tensor x, Tensor? maybe, SymInt n, float factor, bool flag, str order, str text, SymInt[] sizes, SymInt[] tail=[1, 2],
   *, SymInt? limit=None, float? scale=0.5, bool on=True, str word="word", SymInt[]? more=None) -> Tensor
 op.out(Tensor x, Tensor? maybe, SymInt n, float factor, bool flag, str order, str text, SymInt[] sizes, SymInt[] tail=[1, 2],
-  *, SymInt? limit=None, float? scale=0.5, bool on=True, str word="word", SymInt[]? more=None, Tensor(a14!) out) -> ()""",
+  *, SymInt? limit=None, float? scale=0.5, bool on=True, str word="word", SymInt[]? more=None, Tensor(a14!) out) -> RETURNED""",
     )
 
 
@@ -112,7 +117,7 @@ def test_schema_of_several_results(library: OpLibrary) -> None:
         """\
 op(Tensor x) -> (Tensor, Tensor)
 op.out(Tensor x,
-  *, Tensor(a1!) out, Tensor(a2!) scale) -> ()""",
+  *, Tensor(a1!) out, Tensor(a2!) scale) -> RETURNED""",
     )
 
 
@@ -121,7 +126,7 @@ def test_schema_of_postponed_and_evaluated_annotations_is_the_same(library: OpLi
     exec(compile("def op(x: Tensor, n: int) -> Tensor: return x", __file__, "exec", dont_inherit=True), scope)
     assert scope["op"].__annotations__["n"] is int
     assert schemas(declare(library, scope["op"])) == "op(Tensor x, SymInt n) -> Tensor\nop.out(" + (
-        "Tensor x, SymInt n,\n  *, Tensor(a2!) out) -> ()"
+        "Tensor x, SymInt n,\n  *, Tensor(a2!) out) -> RETURNED"
     )
 
 

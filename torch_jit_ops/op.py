@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_jit_ops import autograd, background, environment, loader, runtime, toolchain, variant
+from torch_jit_ops import autograd, background, environment, loader, planning, runtime, toolchain, variant
 from torch_jit_ops.samples import Sample, SampleMaker
 from torch_jit_ops.signature import Signature, signature_of
 
@@ -242,7 +242,7 @@ class Op:
         """The signature of each overload, ``""`` and ``"out"``."""
         forms = {"": self.signature}
         if self.outputs:
-            forms["out"] = self.signature.with_outputs(self.outputs)
+            forms["out"] = self.signature.with_outputs(self.outputs, returned=planning.PLANNED)
         return forms
 
     def unit(self, backend: str, values: Sequence[variant.Value], arch: str) -> loader.Unit:
@@ -281,10 +281,8 @@ class Op:
         implementations = {"": self._run_reference}
         if self.outputs:
             # The functional form is defined first: a packet tries its overloads in this order, and a miss costs 4 us.
-            # Without torch.Tag.out: with it Inductor 2.13 plans the buffer, but fails on a dynamic size
-            # (ir.FallbackKernel.create).
-            definitions.define(self.overloads()["out"].schema(f"{self.name}.out"), tags=tags)
-            torch.library.register_fake(f"{self.qualified_name}.out", self._build_ahead, lib=definitions)
+            definitions.define(self.overloads()["out"].schema(f"{self.name}.out"), tags=(*tags, *planning.TAGS))
+            torch.library.register_fake(f"{self.qualified_name}.out", self._run_out_fake, lib=definitions)
             implementations["out"] = self._run_out_reference
         for overload, implementation in implementations.items():
             call = functools.partial(self._boot_call, overload, implementation)
@@ -333,7 +331,8 @@ class Op:
         )
         return fresh if isinstance(results, tuple) else fresh[0]
 
-    def _run_out_reference(self, *args: Any, **kwargs: Any) -> None:
+    def _run_out_reference(self, *args: Any, **kwargs: Any) -> Any:
+        returned = self._run_out_fake(**kwargs)
         outs = [kwargs.pop(name) for name in self.outputs]
         for name, out, result in zip(self.outputs, outs, _as_tuple(self.reference(*args, **kwargs)), strict=True):
             if out.shape != result.shape or out.dtype != result.dtype:
@@ -342,6 +341,13 @@ class Op:
                     f"  expected  {list(result.shape)}  {result.dtype}\n  got       {list(out.shape)}  {out.dtype}"
                 )
             out.copy_(result)
+        return returned
+
+    def _run_out_fake(self, *args: Any, **kwargs: Any) -> Any:
+        """The outputs if the schema returns them."""
+        self._build_ahead(*args, **kwargs)
+        outs = tuple(kwargs[name] for name in self.overloads()["out"].returned)
+        return outs if len(outs) > 1 else outs[0] if outs else None
 
     def _build_ahead(self, *args: Any, **kwargs: Any) -> None:
         given = {name: value for name, value in kwargs.items() if name not in self.outputs}
@@ -350,6 +356,8 @@ class Op:
 
     def _run_fake(self, *args: Any, **kwargs: Any) -> Any:
         self._build_ahead(*args, **kwargs)
+        if self.outputs:
+            planning.lower(self.default, self.out, self.outputs)
         if self._fake is not None:
             return self._fake(*args, **kwargs)
         if self.signature.results == 0:

@@ -42,10 +42,11 @@ class Argument:
 
 @dataclass(frozen=True)
 class Signature:
-    """The arguments of an op and the number of tensors that it returns."""
+    """The arguments of an op and the number of tensors that it makes. ``returned``: written arguments that it returns."""
 
     arguments: tuple[Argument, ...]
     results: int
+    returned: tuple[str, ...] = ()
 
     def schema(self, name: str) -> str:
         """The schema, as ``torch.library.Library.define`` reads it."""
@@ -56,13 +57,14 @@ class Signature:
                 parts.append("*")
                 starred = True
             parts.append(argument.schema(f"a{index}"))
-        returns = "Tensor" if self.results == 1 else f"({', '.join(['Tensor'] * self.results)})"
+        made = ["Tensor"] * self.results + [f"Tensor(a{self.index(returned)}!)" for returned in self.returned]
+        returns = made[0] if len(made) == 1 else f"({', '.join(made)})"
         return f"{name}({', '.join(parts)}) -> {returns}"
 
-    def with_outputs(self, names: Sequence[str]) -> Signature:
-        """The ``.out`` form: the results become keyword-only arguments that are written."""
+    def with_outputs(self, names: Sequence[str], *, returned: bool) -> Signature:
+        """The ``.out`` form: the results become keyword-only arguments that are written, and returned if that is asked for."""
         outputs = tuple(Argument(name, "T", written=True, keyword_only=True) for name in names)
-        return Signature(self.arguments + outputs, 0)
+        return Signature(self.arguments + outputs, 0, tuple(names) if returned else ())
 
     def index(self, name: str) -> int:
         """The position of the argument."""

@@ -100,6 +100,7 @@ class VariantPattern:
         for argument in signature.arguments:
             flags = ("?" if argument.optional else "") + ("!" if argument.written else "")
             flags += "<" if argument.name in self.template_arguments() else ""
+            flags += ">" if argument.name in signature.returned else ""
             lines.append(f"arg {argument.kind}{flags} {argument.name} {','.join(argument.choices)}".rstrip())
         lines += [f"key {part.argument} {part.what} {part.dim}" for part in self.placeholders]
         lines.append(f"results {signature.results}")

@@ -98,7 +98,7 @@ def build(
 
 
 def load_all(units: Iterable[loader.Unit], jobs: int | None = None) -> Report:
-    """Load the dispatcher, in both parts, and the units, compiling what is not in the store; a bar on a terminal shows how far it is."""
+    """Load the dispatcher and the units, compiling what is not in the store; a bar on a terminal shows how far it is."""
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
     wanted = list(dict.fromkeys([runtime.unit(), runtime.autograd_unit(), *units]))

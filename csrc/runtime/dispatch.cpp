@@ -229,6 +229,7 @@ struct Argument {
   char kind;  // T i f b s l, as in export.h
   bool optional;
   bool written;
+  bool returned;  // an output that the schema returns
   bool passed;    // to the C++ function; a value that is a template argument is not
   int32_t place;  // among the values: those that are passed come first
   std::string name;
@@ -266,7 +267,8 @@ struct Slot {
   std::string name;       // jitk::silu_and_mul.out
   std::string reference;  // jitk::_reference_silu_and_mul_out
   bool on_cuda = false;
-  int32_t results = 0;
+  int32_t results = 0;   // of the C++ function
+  int32_t returned = 0;  // outputs that follow them
   int32_t passed = 0;
   std::vector<Argument> arguments;
   std::vector<KeyPart> key;
@@ -335,6 +337,14 @@ class Call {
   int32_t device_id() const { return device_id_; }
   // From here on somebody else frees the stack.
   void abandon() { read_ = 0; }
+
+  // The outputs that the schema returns are the caller's own: what was theirs on the stack becomes the result.
+  void hand_over(StableIValue* made) {
+    for (int32_t i = 0; slot_.returned > 0 && i < read_; ++i) {
+      if (slot_.arguments[static_cast<size_t>(i)].returned) *made++ = stack_[i];
+    }
+    handed_over_ = true;
+  }
 
  private:
   StableIValue inner(int32_t i) const {
@@ -465,7 +475,7 @@ class Call {
 
   void free(int32_t i) {
     const Argument& argument = slot_.arguments[static_cast<size_t>(i)];
-    if (argument.optional && stack_[i] == 0) return;
+    if ((argument.optional && stack_[i] == 0) || (argument.returned && handed_over_)) return;
     const StableIValue cell = inner(i);
     if (argument.kind == 'T') aoti_torch_delete_tensor_object(reinterpret_cast<AtenTensorHandle>(cell));
     if (argument.kind == 's') torch_delete_string(reinterpret_cast<StringHandle>(cell));
@@ -479,6 +489,7 @@ class Call {
   const Slot& slot_;
   StableIValue* stack_;
   int32_t read_ = 0;
+  bool handed_over_ = false;
   int32_t device_id_ = -1;
   int64_t key_[kMaxKeyParts + 1];
   Value values_[kMaxArguments];
@@ -543,6 +554,29 @@ void run_reference(const Slot& slot, StableIValue* stack, StableIValue* made) {
   if (!text.empty()) throw std::runtime_error(text);
 }
 
+// Handles of their own to the outputs that the schema returns, as the reference frees the ones that it gets.
+class Returned {
+ public:
+  Returned(const Slot& slot, const StableIValue* stack, StableIValue* made) : made_(made) {
+    for (size_t i = 0; i < slot.arguments.size(); ++i) {
+      if (!slot.arguments[i].returned) continue;
+      AtenTensorHandle handle = nullptr;
+      check(aoti_torch_new_tensor_handle(reinterpret_cast<AtenTensorHandle>(stack[i]), &handle), "hold a tensor");
+      made_[count_++] = reinterpret_cast<StableIValue>(handle);
+    }
+  }
+  Returned(const Returned&) = delete;
+  Returned& operator=(const Returned&) = delete;
+  ~Returned() {
+    for (int32_t i = 0; i < count_; ++i) aoti_torch_delete_tensor_object(reinterpret_cast<AtenTensorHandle>(made_[i]));
+  }
+  void keep() { count_ = 0; }
+
+ private:
+  StableIValue* made_;
+  int32_t count_ = 0;
+};
+
 void dispatch(int32_t number, StableIValue* stack) {
   Slot& slot = *slots[number].load(std::memory_order_acquire);
   StableIValue made[kMaxResults];
@@ -558,12 +592,15 @@ void dispatch(int32_t number, StableIValue* stack) {
         throw std::runtime_error(slot.name + ": " + reported_error);
       }
       for (int32_t i = 0; i < slot.results; ++i) made[i] = reinterpret_cast<StableIValue>(results[i].handle);
+      call.hand_over(made + slot.results);
     } else {
+      Returned returned(slot, stack, made + slot.results);
       call.abandon();
       run_reference(slot, stack, made);
+      returned.keep();
     }
   }
-  memcpy(stack, made, sizeof(StableIValue) * static_cast<size_t>(slot.results));
+  memcpy(stack, made, sizeof(StableIValue) * static_cast<size_t>(slot.results + slot.returned));
 }
 
 template <int32_t kSlot>
@@ -590,16 +627,17 @@ std::vector<std::string> split(const std::string& text, char separator) {
   return parts;
 }
 
-// Lines of "arg KIND[?][!][<] NAME CHOICE,CHOICE", "key ARGUMENT dtype|size|dim|value DIM" and "results COUNT". Made by
+// Lines of "arg KIND[?][!][<][>] NAME CHOICE,CHOICE", "key ARGUMENT dtype|size|dim|value DIM" and "results COUNT". Made by
 // variant.py.
 void read_plan(const char* plan, Slot& slot) {
   for (const std::string& line : split(plan, '\n')) {
     const std::vector<std::string> words = split(line, ' ');
     if (words[0] == "arg") {
       const auto has = [&](char flag) { return words[1].find(flag) != std::string::npos; };
-      Argument argument{words[1][0], has('?'), has('!'), !has('<'), 0, words[2], {}};
+      Argument argument{words[1][0], has('?'), has('!'), has('>'), !has('<'), 0, words[2], {}};
       if (words.size() > 3) argument.choices = split(words[3], ',');
       slot.arguments.push_back(argument);
+      slot.returned += argument.returned ? 1 : 0;
     } else if (words[0] == "key") {
       const auto what = words[2] == "dtype"  ? KeyPart::kDType
                         : words[2] == "size" ? KeyPart::kSize
@@ -617,7 +655,7 @@ void read_plan(const char* plan, Slot& slot) {
   for (Argument& argument : slot.arguments) {
     if (!argument.passed) argument.place = place++;
   }
-  if (slot.arguments.size() > kMaxArguments || slot.key.size() > kMaxKeyParts || slot.results > kMaxResults) {
+  if (slot.arguments.size() > kMaxArguments || slot.key.size() > kMaxKeyParts || slot.results + slot.returned > kMaxResults) {
     throw std::runtime_error(slot.name + ": an op has at most " + std::to_string(kMaxArguments) + " arguments, " +
                              std::to_string(kMaxResults) + " results and " + std::to_string(kMaxKeyParts) + " placeholders");
   }

@@ -1,0 +1,65 @@
+"""Outputs of ops in memory that Inductor plans: the functional form becomes the out form in what torch.compile generates.
+
+PyTorch 2.13 does that by itself for an ``.out`` overload with ``torch.Tag.out``, but for few ops: it fails on a dynamic size,
+reorders arguments where a tensor comes after a number, calls every single output ``out``, and has no C++ for it
+(``FallbackKernel.create`` in torch/_inductor/ir.py). So the ops get a lowering of their own, made of the same parts.
+It goes when FallbackKernel.create makes an ExternKernelMultiOut for any op and any size.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+# Before 2.13 Inductor does not plan, and functionalisation takes no out form that returns its outputs.
+PLANNED = torch.__version__ >= (2, 13)
+TAGS = (torch.Tag.out,) if PLANNED else ()
+
+_lowered: set[Any] = set()
+
+
+def lower(overload: Any, out: Any, outputs: Sequence[str]) -> None:
+    """Have Inductor plan the results of ``overload``, if this process has imported Inductor.
+
+    Called whenever the op's fake runs, which Inductor does before it lowers a graph.
+
+    Args:
+        overload: the functional form.
+        out: the out form.
+        outputs: names of its outputs.
+    """
+    if not PLANNED or overload in _lowered or "torch._inductor.lowering" not in sys.modules:
+        return
+    _lowered.add(overload)
+    from torch._inductor import ir, lowering
+    from torch._inductor.virtualized import V
+    from torch._library.utils import get_layout_constraint_tag
+
+    def lowered(*args: Any, **kwargs: Any) -> Any:
+        with V.graph.fake_mode:
+            example, tensors, others, unflatten, unbacked = ir.FallbackKernel.process_kernel(overload, *args, **kwargs)
+        several = isinstance(example, (tuple, list))
+        layout = ir.MultiOutputLayout(device=ir.FallbackKernel.find_device(tensors, example))
+        parts = (layout, overload, tensors, others, unflatten)
+        if V.graph.cpp_wrapper:
+            call = ir.FallbackKernel(*parts, kwargs=kwargs, unbacked_bindings=unbacked)
+            kind = ir.MultiOutput
+        else:
+            call = ir.ExternKernelMultiOut(
+                *parts, kwargs=kwargs, unbacked_bindings=unbacked, out_op=out, out_arg_names=list(outputs)
+            )
+            kind = ir.AllocatingMultiOutput
+        results = [
+            kind(ir.FallbackKernel.tensor_to_layout(tensor), call, [(type(example), i)] if several else [])
+            for i, tensor in enumerate(example if several else (example,))
+        ]
+        call.outputs = call.out_variant_output_nodes = results
+        wrapped = tuple(result.wrap_for_lowering() for result in results)
+        return wrapped if several else wrapped[0]
+
+    constraint = lowering.tag_to_layout_constraint(get_layout_constraint_tag(overload, with_default=True))
+    lowering.make_fallback(overload, layout_constraint=constraint, warn=False)
+    lowering.register_lowering(overload, type_promotion_kind=None)(lowered)
