@@ -5,15 +5,30 @@ from __future__ import annotations
 import copy
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from torch_jit_ops import Op, Sample, SampleMaker, libraries
+from torch_jit_ops import Op, Sample, libraries
+from torch_jit_ops.testing.calls import Outcome as Outcome
+from torch_jit_ops.testing.calls import assert_only_written_inside as assert_only_written_inside
+from torch_jit_ops.testing.calls import assert_same_bits as assert_same_bits
+from torch_jit_ops.testing.calls import bits as bits
+from torch_jit_ops.testing.calls import call as call
+from torch_jit_ops.testing.calls import copy_with_storage as copy_with_storage
+from torch_jit_ops.testing.calls import is_batched as is_batched
+from torch_jit_ops.testing.calls import map_tensors as map_tensors
+from torch_jit_ops.testing.calls import outcome as outcome
+from torch_jit_ops.testing.calls import poisoned as poisoned
+from torch_jit_ops.testing.calls import samples_of as samples_of
+from torch_jit_ops.testing.calls import storage_bits as storage_bits
+from torch_jit_ops.testing.calls import tensors_of as tensors_of
+from torch_jit_ops.testing.calls import tokens_of as tokens_of
+from torch_jit_ops.testing.calls import with_extremes as with_extremes
+from torch_jit_ops.testing.calls import with_tokens as with_tokens
+from torch_jit_ops.testing.calls import writes as writes
 
 
 def devices() -> list[str]:
@@ -40,10 +55,6 @@ class Case:
     def sample(self) -> Sample:
         """Fresh arguments, the same in every call."""
         return copy.deepcopy(_kept(self.op, self.device, self.dtype)[self.index])
-
-
-def samples_of(op: Op, device: str, dtype: torch.dtype, seed: int = 0) -> list[Sample]:
-    return list(op.samples(SampleMaker(device, dtype, seed))) if op.samples else []
 
 
 # Random numbers took most of the suite's time. Tests of one op come one after another, so a few lists are enough.
@@ -96,135 +107,3 @@ def over(*conditions: Callable[[Case], bool]) -> pytest.MarkDecorator:
     """Run the test for each case that meets the conditions."""
     chosen = [case for case in every_case() if all(condition(case) for condition in conditions)]
     return pytest.mark.parametrize("case", chosen, ids=str)
-
-
-# --- samples in other clothes ---------------------------------------------------------------------
-
-
-def map_tensors(sample: Sample, change: Callable[[Tensor], Tensor]) -> Sample:
-    def apply(value: Any) -> Any:
-        return change(value) if isinstance(value, Tensor) else value
-
-    return Sample(tuple(map(apply, sample.args)), {name: apply(value) for name, value in sample.kwargs.items()}, sample.note)
-
-
-def tensors_of(sample: Sample) -> list[Tensor]:
-    return [value for value in (*sample.args, *sample.kwargs.values()) if isinstance(value, Tensor)]
-
-
-def tokens_of(sample: Sample) -> int | None:
-    """The size that all tensors with tokens share: the first dimension of the first one, if it is not its only one."""
-    first = tensors_of(sample)[0]
-    return first.shape[0] if first.dim() > 1 else None
-
-
-def is_batched(tensor: Tensor, tokens: int | None) -> bool:
-    return tensor.dim() > 0 and tensor.shape[0] == tokens
-
-
-def with_tokens(sample: Sample, count: int) -> Sample:
-    """The sample with ``count`` tokens, its own ones again and again."""
-    tokens = tokens_of(sample)
-
-    def resize(tensor: Tensor) -> Tensor:
-        if not is_batched(tensor, tokens):
-            return tensor
-        return tensor.index_select(0, torch.arange(count, device=tensor.device) % max(tokens or 1, 1))
-
-    return map_tensors(sample, resize)
-
-
-def with_extremes(sample: Sample, dtype: torch.dtype, seed: int = 0, largest: float | None = None) -> Sample:
-    """The sample with most values of ``dtype`` replaced by infinities, NaN, the largest and smallest numbers and zeros."""
-    generator = torch.Generator().manual_seed(seed)
-    if dtype.is_floating_point:
-        format = torch.finfo(dtype)
-        sizes = [torch.inf, largest or format.max, 20.0, 1.0, format.tiny, format.tiny * format.eps, 0.0]
-        special = torch.tensor([torch.nan, *sizes, *(-size for size in sizes)], dtype=torch.float64)
-    else:
-        numbers = torch.iinfo(dtype)
-        special = torch.tensor([numbers.min, numbers.min + 1, -1, 0, 1, numbers.max])
-
-    def extreme(tensor: Tensor) -> Tensor:
-        if tensor.dtype != dtype:
-            return tensor
-        picked = special[torch.randint(len(special), tensor.shape, generator=generator)].to(tensor.device, tensor.dtype)
-        return torch.where(torch.rand(tensor.shape, generator=generator).to(tensor.device) < 0.8, picked, tensor)
-
-    return map_tensors(sample, extreme)
-
-
-def copy_with_storage(sample: Sample) -> Sample:
-    """Every tensor with its layout, in a storage of its own that is copied whole."""
-
-    def copy(tensor: Tensor) -> Tensor:
-        fresh = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        return fresh.set_(tensor.untyped_storage().clone(), tensor.storage_offset(), tensor.size(), tensor.stride())
-
-    return map_tensors(sample, copy)
-
-
-def bits(tensor: Tensor) -> Tensor:
-    """Bytes that compare equal only if the tensors do to the last bit, NaNs included."""
-    return tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
-
-
-def storage_bits(tensor: Tensor) -> Tensor:
-    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
-
-
-def assert_same_bits(actual: Tensor, expected: Tensor, what: str) -> None:
-    assert actual.shape == expected.shape, f"{what}: shape {list(actual.shape)}, expected {list(expected.shape)}"
-    assert actual.dtype == expected.dtype, f"{what}: {actual.dtype}, expected {expected.dtype}"
-    differs = bits(actual) != bits(expected)
-    assert not differs.any(), f"{what}: {int(differs.sum())} of {differs.numel()} bytes differ"
-
-
-def poisoned(shape: Sequence[int], dtype: torch.dtype, device: str, stride: Sequence[int] | None = None) -> Tensor:
-    """A tensor whose memory, and 64 elements on both sides of it, would be noticed in any result: NaN, or an odd number."""
-    guard = 64
-    if stride is None:
-        stride = torch.empty(tuple(shape), device="meta").stride()
-    reach = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if 0 not in shape else 0
-    memory = torch.empty(guard + reach + guard, dtype=dtype, device=device)
-    memory.view(torch.uint8).fill_(0xFF if dtype.is_floating_point else 0xA5)
-    return memory.as_strided(tuple(shape), tuple(stride), guard)
-
-
-def assert_only_written_inside(tensor: Tensor, before: Tensor, what: str) -> None:
-    """All bytes of the storage but the tensor's own are still those of ``before``, an older copy with the same layout."""
-    expected = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    expected.set_(before.untyped_storage().clone(), tensor.storage_offset(), tensor.size(), tensor.stride()).copy_(tensor)
-    assert torch.equal(storage_bits(tensor), storage_bits(expected)), f"{what}: memory beside it was written"
-
-
-# --- calls ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """All tensors that a call leaves behind: what it returns, and then the arguments that it may write."""
-
-    names: tuple[str, ...]
-    tensors: tuple[Tensor, ...]
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        return iter(zip(self.names, self.tensors, strict=True))
-
-
-def outcome(op: Op, sample: Sample, results: Any) -> Outcome:
-    made = () if results is None else results if isinstance(results, (tuple, list)) else (results,)
-    arguments = op.signature.arguments
-    given = {**{argument.name: value for argument, value in zip(arguments, sample.args, strict=False)}, **sample.kwargs}
-    written = [argument.name for argument in arguments if argument.written and given.get(argument.name) is not None]
-    names = (*(f"result {index}" for index in range(len(made))), *written)
-    return Outcome(names, (*made, *(given[name] for name in written)))
-
-
-def call(op: Op, sample: Sample, function: Callable[..., Any] | None = None) -> Outcome:
-    """Call the op, or ``function`` in its place. Arguments that it writes are written."""
-    return outcome(op, sample, (function or op.default)(*sample.args, **sample.kwargs))
-
-
-def writes(op: Op) -> bool:
-    return any(argument.written for argument in op.signature.arguments)

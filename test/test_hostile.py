@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import oracle
 import pytest
 import torch
 from cases import (
@@ -35,6 +34,7 @@ from cases import (
 from torch import Tensor
 
 from torch_jit_ops import Sample
+from torch_jit_ops.testing import oracle
 
 # --- layouts ---------------------------------------------------------------------------------------
 

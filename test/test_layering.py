@@ -40,7 +40,7 @@ ORDER = [
     ("background",),
     ("autograd",),
     ("op", "module"),
-    ("bundle", "warmup"),
+    ("bundle", "testing", "warmup"),
     ("deployment",),
     ("ops",),
 ]

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import Any
 
-import oracle
 import pytest
 import torch
 from cases import (
@@ -34,20 +31,8 @@ from cases import (
 from torch import Tensor
 
 from torch_jit_ops import Op, Sample
-
-
-@contextlib.contextmanager
-def kernel_alone(op: Op) -> Iterator[None]:
-    """No help from the reference while the block runs: what comes out is the kernel's own work."""
-
-    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
-        raise AssertionError("the reference ran instead of the kernel")
-
-    reference, op.reference = op.reference, refuse
-    try:
-        yield
-    finally:
-        op.reference = reference
+from torch_jit_ops.testing import oracle
+from torch_jit_ops.testing.check import kernel_alone
 
 
 def made_by_out(op: Op, sample: Sample, outs: tuple[Tensor, ...]) -> None:

@@ -135,39 +135,20 @@ Tensor my_op(TensorView input, double factor) {
 """
 
 _TEST = '''\
-"""The kernels against the function that declares the op, on every device that is here."""
+"""my_op against the function that declares it, on every device that is here."""
 
 from __future__ import annotations
 
 import os
 
 import my_library
-import pytest
-import torch
-from torch_jit_ops import SampleMaker
+from torch_jit_ops.testing import check
 
 os.environ["JITK_FALLBACK"] = "error"  # or a machine without a compiler would compare the function with itself
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
-@pytest.mark.parametrize("dtype", my_library.my_op.dtypes, ids=str)
-@pytest.mark.parametrize("device", DEVICES)
-def test_the_kernel_computes_the_function(dtype: torch.dtype, device: str) -> None:
-    for sample in my_library.my_op.samples(SampleMaker(device, dtype)):
-        doubles = [arg.double() if isinstance(arg, torch.Tensor) else arg for arg in sample.args]
-        result = my_library.my_op(*sample.args)
-        eps = torch.finfo(dtype).eps
-        expected = my_library.my_op.reference(*doubles)
-        torch.testing.assert_close(result.double(), expected, rtol=eps, atol=eps, msg=sample.note)
-        out = torch.full_like(result, torch.nan)
-        my_library.my_op.out(*sample.args, out=out)
-        torch.testing.assert_close(out, result, rtol=0, atol=0)  # the same bits
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_pytorch_accepts_the_op(device: str) -> None:
-    for sample in my_library.my_op.samples(SampleMaker(device, torch.float32)):
-        torch.library.opcheck(my_library.my_op.default, sample.args)
+def test_my_op() -> None:
+    check(my_library.my_op)
 '''
 
 _FILES = {

@@ -20,11 +20,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from cases import Outcome, call, copy_with_storage, map_tensors, samples_of, tensors_of, with_extremes
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torch_jit_ops import Op, Sample
+from torch_jit_ops.op import Op
+from torch_jit_ops.samples import Sample
+from torch_jit_ops.testing.calls import (
+    Outcome,
+    call,
+    copy_with_storage,
+    map_tensors,
+    require,
+    samples_of,
+    tensors_of,
+    with_extremes,
+)
 
 _NEIGHBOURS = 64  # on each side, of similar magnitude, whose errors bound an element's
 _FLUSHED = torch.finfo(torch.float32).smallest_normal  # computing in fp32, hardware may flush what is smaller to zero
@@ -76,7 +86,7 @@ def verify(
     """
     plain = reference(op, copy_with_storage(sample))
     true = reference(op, _widened(sample))
-    assert actual.names == plain.names
+    require(actual.names == plain.names, f"results and written arguments are {actual.names}, expected {plain.names}")
     bounds = _errors(op, device, dtype, extreme, reference)
 
     @functools.cache
@@ -85,9 +95,9 @@ def verify(
 
     for place, (name, tensor) in enumerate(actual):
         expected = plain.tensors[place]
-        assert tensor.shape == expected.shape, f"{name}: shape {list(tensor.shape)}, expected {list(expected.shape)}"
-        assert tensor.dtype == expected.dtype, f"{name}: {tensor.dtype}, expected {expected.dtype}"
-        assert tensor.device == expected.device, f"{name}: on {tensor.device}, expected {expected.device}"
+        require(tensor.shape == expected.shape, f"{name}: shape {list(tensor.shape)}, expected {list(expected.shape)}")
+        require(tensor.dtype == expected.dtype, f"{name}: {tensor.dtype}, expected {expected.dtype}")
+        require(tensor.device == expected.device, f"{name}: on {tensor.device}, expected {expected.device}")
         truth = true.tensors[place].detach()
         noise = _noise(truth, extreme)
         _compare(name, tensor.detach(), truth, expected.detach(), bounds[name], noise, lambda at=place: _at(deviations(), at))

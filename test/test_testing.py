@@ -1,0 +1,123 @@
+"""``torch_jit_ops.testing.check``: what it finds in ops that break a promise."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import user_library
+from expecttest import assert_expected_inline
+from torch import Tensor
+
+from torch_jit_ops import Op, OpLibrary, Sample, SampleMaker
+from torch_jit_ops.testing import check
+
+_KERNELS = """\
+#include <jitk/result.h>
+#include <jitk/tensor.h>
+
+using namespace jitk;
+
+const float* of(TensorView x) { return static_cast<const float*>(x.data_ptr()); }
+
+template <int kFault>
+void twice_out(TensorView x, TensorView out) {
+  if (kFault == 2 && x.numel() == 0) host::Panic("argument 'x' is empty");
+  float* to = static_cast<float*>(out.data_ptr());
+  for (int64_t i = 0; i < x.numel(); ++i) to[i] = 2 * of(x)[i];
+  if (kFault == 1) to[x.numel()] = 0;
+}
+
+template <int kFault>
+Tensor twice(TensorView x) {
+  Tensor out = host::empty_like(x);
+  float* to = static_cast<float*>(out.view().data_ptr());
+  for (int64_t i = 0; i < x.numel(); ++i) to[i] = 2 * of(x)[i] * (kFault == 3 && i == 5 ? 1.0001f : 1.0f);
+  if (kFault == 2) twice_out<2>(x, out);
+  if (kFault == 4 && x.numel() > 0) const_cast<float*>(of(x))[0] = 7;
+  return out;
+}
+"""
+_numbers = itertools.count()
+
+
+def _samples(make: SampleMaker) -> Iterator[Sample]:
+    yield Sample((make.randn(7, 16),), note="a usual one")
+    yield Sample((make.randn(3, 5, 8),), note="more dimensions")
+
+
+def twice_with(folder: Path, fault: int = 0, **options: Any) -> Op:
+    (folder / "twice.cpp").write_text(_KERNELS)
+    library = OpLibrary(f"checked{next(_numbers)}", csrc=folder)
+
+    def twice(x: Tensor) -> Tensor:
+        return 2 * x
+
+    declared = {"cpu": "twice.cpp", "variant": f"twice<{fault}>", "dtypes": (torch.float32,), "samples": _samples}
+    return library.op(**{**declared, **options})(twice)
+
+
+def complaint(op: Op) -> str:
+    with pytest.raises(AssertionError) as caught:
+        check(op)
+    text = re.sub(r"checked\d+", "lib", str(caught.value))
+    return "\n".join(re.sub(r"at \[0, 5\]: .*", "at [0, 5]: ...", line.rstrip()) for line in text.splitlines()[:2])
+
+
+@pytest.mark.parametrize("op", [user_library.split_sign, user_library.accumulate, user_library.swap], ids=lambda op: op.name)
+def test_a_right_op_passes(op: Op) -> None:
+    check(op)
+
+
+def test_an_op_without_a_kernel_passes(tmp_path: Path) -> None:
+    check(twice_with(tmp_path, cpu=None))
+
+
+def test_an_op_without_samples_cannot_be_checked(tmp_path: Path) -> None:
+    with pytest.raises(ValueError) as caught:
+        check(twice_with(tmp_path, samples=None))
+    assert re.sub(r"checked\d+", "lib", str(caught.value)) == (
+        "lib::twice declares no samples, so there is nothing to check it with"
+    )
+
+
+def test_a_kernel_that_breaks_a_promise(tmp_path: Path) -> None:
+    texts = [complaint(twice_with(tmp_path, fault)) for fault in (1, 2, 3, 4)]
+    assert_expected_inline(
+        "\n".join(texts),
+        """\
+lib::twice on cpu with float32, sample 0 (a usual one): the out form
+out: memory beside it was written
+lib::twice on cpu with float32, sample 0 (a usual one): 0 tokens
+lib::twice: argument 'x' is empty
+lib::twice on cpu with float32, sample 0 (a usual one): the kernel and the function
+result 0: 1 of 112 elements are wrong; the worst, at [0, 5]: ...
+lib::twice on cpu with float32, sample 0 (a usual one): what it writes
+argument 'x' was changed""",
+    )
+
+
+def test_a_declaration_that_breaks_a_promise(tmp_path: Path) -> None:
+    texts = [
+        complaint(twice_with(tmp_path, fake=lambda x: x.new_empty(x.shape[:-1]))),
+        complaint(twice_with(tmp_path, fake=lambda x: x.new_empty(x.shape, dtype=torch.float16))),
+        complaint(twice_with(tmp_path, backward=lambda grad, x: grad)),
+        complaint(twice_with(tmp_path, backward=lambda grad, x: (2 * grad).detach() * x / x.detach())),
+    ]
+    assert_expected_inline(
+        "\n".join(texts),
+        """\
+lib::twice on cpu with float32, sample 0 (a usual one): the fake
+result 0: shape [7, 16], the fake says [7]
+lib::twice on cpu with float32, sample 0 (a usual one): the fake
+result 0: dtype torch.float32, the fake says torch.float16
+lib::twice on cpu with float32, sample 0 (a usual one): the derivative
+Jacobian mismatch for output 0 with respect to input 0,
+lib::twice on cpu with float32, sample 0 (a usual one): the derivative
+Jacobian mismatch for output 0 with respect to input 0,""",
+    )

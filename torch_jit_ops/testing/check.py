@@ -1,0 +1,177 @@
+"""What every op promises, as one function."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from torch_jit_ops.op import Op
+from torch_jit_ops.samples import Sample
+from torch_jit_ops.testing import oracle
+from torch_jit_ops.testing.calls import (
+    Outcome,
+    assert_only_written_inside,
+    assert_same_bits,
+    call,
+    copy_with_storage,
+    map_tensors,
+    poisoned,
+    require,
+    samples_of,
+    storage_bits,
+    tensors_of,
+    tokens_of,
+    with_tokens,
+    writes,
+)
+
+
+def check(op: Op, *, devices: Sequence[str] | None = None, dtypes: Sequence[torch.dtype] | None = None) -> None:
+    """Call the op with each of its samples and fail unless
+
+    * it is as right as its function: at most twice as wrong as the function in the same dtype, by the function in float64,
+    * its results are new and contiguous, and it writes nothing but what its schema says,
+    * the out form makes the same bits, and no others beside its outputs,
+    * no tokens and one token are served, where the samples have a dimension of tokens,
+    * what tracing expects (the fake) has the shapes, strides and dtypes of real results,
+    * its gradients, and theirs, are those of finite differences,
+    * ``torch.library.opcheck`` accepts its overloads, with and without gradients.
+
+    Args:
+        op: with samples; as ``library.op`` returns it.
+        devices: ``"cpu"``, ``"cuda"``; default all that are here and that the op has kernels for, ``"cpu"`` if it has none.
+        dtypes: default those of the op.
+
+    Raises:
+        AssertionError: a promise is broken; the text says which one, and for which sample.
+        ValueError: the op has no samples.
+    """
+    if op.samples is None:
+        raise ValueError(f"{op.qualified_name} declares no samples, so there is nothing to check it with")
+    for device in devices or _devices(op):
+        for dtype in dtypes or op.dtypes:
+            count = len(samples_of(op, device, dtype))
+            for index in range(count):
+                _check_sample(op, device, dtype, index, thorough=dtype == (dtypes or op.dtypes)[-1], first=index == 0)
+
+
+def _devices(op: Op) -> list[str]:
+    here = {"cpu": True, "cuda": torch.cuda.is_available()}
+    return [device for device in op.kernels if here[device]] or ["cpu"]
+
+
+def _check_sample(op: Op, device: str, dtype: torch.dtype, index: int, *, thorough: bool, first: bool) -> None:
+    def sample() -> Sample:
+        return samples_of(op, device, dtype)[index]
+
+    checks: list[tuple[str, Callable[[], object]]] = [
+        ("the kernel and the function", lambda: _right(op, device, dtype, sample())),
+        ("what it writes", lambda: _writes_what_it_says(op, sample())),
+        ("the fake", lambda: _like_its_fake(op, sample())),
+    ]
+    if op.outputs:
+        checks.append(("the out form", lambda: _out_form(op, sample())))
+    if first and tokens_of(sample()) is not None:
+        for tokens in (0, 1):
+            few = f"{tokens} token{'s' * (tokens != 1)}"
+            checks.append((few, lambda n=tokens: _right(op, device, dtype, with_tokens(sample(), n))))
+    if first or thorough:
+        checks.append(("torch.library.opcheck", lambda: _opcheck(op, sample())))
+    if first and dtype.is_floating_point and not writes(op):
+        checks.append(("opcheck with gradients", lambda: _opcheck(op, _wanting_gradients(sample()), out_form=False)))
+    if first and thorough and dtype.is_floating_point and not writes(op):
+        checks.append(("the derivative", lambda: _derivative(op, sample())))
+    for name, run in checks:
+        try:
+            run()
+        except Exception as error:  # of any kind: which sample and which promise it was is worth most to the reader
+            where = f"{op.qualified_name} on {device} with {str(dtype).removeprefix('torch.')}, sample {index}"
+            raise AssertionError(f"{where} ({sample().note or 'no note'}): {name}\n{error}") from error
+
+
+@contextlib.contextmanager
+def kernel_alone(op: Op) -> Iterator[None]:
+    """No help from the reference while the block runs: what comes out is the kernel's own work."""
+
+    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
+        raise AssertionError("the function ran instead of the kernel")
+
+    reference, op.reference = op.reference, refuse
+    refuse.__signature__ = inspect.signature(reference)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        op.reference = reference
+
+
+def _right(op: Op, device: str, dtype: torch.dtype, given: Sample) -> None:
+    with kernel_alone(op) if device in op.kernels else contextlib.nullcontext():
+        actual = call(op, copy_with_storage(given))
+    oracle.verify(op, device, dtype, given, actual)
+    for name, tensor in Outcome(actual.names[: op.signature.results], actual.tensors[: op.signature.results]):
+        require(tensor.is_contiguous(), f"{name} is not contiguous: strides {tensor.stride()}")
+
+
+def _writes_what_it_says(op: Op, given: Sample) -> None:
+    passed = copy_with_storage(given)
+    results = call(op, passed).tensors[: op.signature.results]
+    own = {tensor.untyped_storage().data_ptr() for tensor in tensors_of(passed) if tensor.numel() > 0}
+    for place, tensor in enumerate(results):
+        require(tensor.untyped_storage().data_ptr() not in own, f"result {place} shares the memory of an argument")
+    for argument, old, new in zip(op.signature.arguments, given.args, passed.args, strict=False):
+        if isinstance(old, Tensor) and not argument.written:
+            require(torch.equal(storage_bits(old), storage_bits(new)), f"argument {argument.name!r} was changed")
+
+
+def _out_form(op: Op, given: Sample) -> None:
+    expected = call(op, given)
+    outs = tuple(poisoned(tensor.shape, tensor.dtype, tensor.device.type) for tensor in expected.tensors)
+    before = copy_with_storage(Sample(outs))
+    op.out(*given.args, **given.kwargs, **dict(zip(op.outputs, outs, strict=True)))
+    for name, out, tensor, old in zip(op.outputs, outs, expected.tensors, before.args, strict=True):
+        assert_same_bits(out, tensor, name)
+        assert_only_written_inside(out, old, name)
+
+
+def _like_its_fake(op: Op, given: Sample) -> None:
+    real = call(op, copy_with_storage(given))
+    with FakeTensorMode() as mode:
+        fake = call(op, map_tensors(given, mode.from_tensor))
+    for (name, expected), (_, actual) in zip(fake, real, strict=True):
+        facts = [(list(t.shape), t.dtype, t.device, t.stride() if t.numel() > 0 else None) for t in (actual, expected)]
+        for what, is_, should in zip(("shape", "dtype", "device", "strides"), *facts, strict=True):
+            require(is_ == should, f"{name}: {what} {is_}, the fake says {should}")
+
+
+def _opcheck(op: Op, given: Sample, *, out_form: bool = True) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.library.opcheck(op.default, given.args, dict(given.kwargs))
+        if op.outputs and out_form:
+            outs = {name: torch.empty_like(made) for name, made in zip(op.outputs, call(op, given).tensors, strict=True)}
+            torch.library.opcheck(op.out, given.args, {**given.kwargs, **outs})
+
+
+def _wanting_gradients(given: Sample) -> Sample:
+    return map_tensors(given, lambda tensor: tensor.detach().clone().requires_grad_(tensor.is_floating_point()))
+
+
+def _derivative(op: Op, given: Sample) -> None:
+    """In float64, where finite differences say something; kernels are not made for it, so the function runs forward."""
+    wide = _wanting_gradients(map_tensors(given, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor))
+    inputs = [tensor for tensor in tensors_of(wide) if tensor.requires_grad]
+
+    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+        rest = iter(tensors)
+        again = map_tensors(wide, lambda tensor: next(rest) if tensor.requires_grad else tensor)
+        return tuple(tensor for tensor in call(op, again).tensors if tensor.is_floating_point())
+
+    torch.autograd.gradcheck(run, inputs, fast_mode=True)
+    torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
