@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +24,7 @@ from cases import (
     tensors_of,
     writes,
 )
+from child import ROOT
 from expecttest import assert_expected_inline
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -328,6 +331,25 @@ def test_autocast_changes_nothing() -> None:
         assert op.default(torch.randn(3, 8)).dtype == torch.float32
         op.default(hidden).float().sum().backward()
     assert layer.weight.grad.dtype == torch.float32
+
+
+def test_data_parallel_training_on_two_processes(tmp_path: Path) -> None:
+    """DistributedDataParallel and FSDP on gloo get the gradients of one process with the whole batch."""
+    script = Path(__file__).with_name("parallel_child.py")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, script, str(rank), str(tmp_path / "rendezvous")],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in running:
+        said, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, said
 
 
 # --- no derivative ------------------------------------------------------------------------------------
