@@ -294,7 +294,7 @@ def small(case: Case) -> tuple[list[Tensor], Callable[[Callable[..., Any]], Call
 
 
 @over(has_gradient, is_first_of_op)
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.filterwarnings("error:There is a performance drop")
 def test_transforms_are_those_of_the_reference(case: Case) -> None:
     tensors, of_tensors = small(case)
     for name, transform in TRANSFORMS.items():
@@ -318,6 +318,26 @@ def test_checkpoint(case: Case, reentrant: bool) -> None:
     run(*samples[1].args).backward()
     for actual, expected in zip(*map(tensors_of, samples), strict=True):
         assert torch.equal(actual.grad, expected.grad)
+
+
+def test_vmap_is_one_call_where_the_batch_is_more_rows() -> None:
+    op = torch_jit_ops.ops.norm.rmsnorm
+    x, weights = torch.randn(3, 4, 8), torch.randn(5, 8)
+    for run, calls in (
+        (lambda: vmap(op.default, (1, None))(x, weights[0]), 1),
+        (lambda: vmap(op.default, (None, 0))(x, weights), 5),
+        (lambda: vmap(vmap(op.default, (0, None)), (None, 0))(x, weights), 5),
+        (lambda: vmap(vmap(op.default, (0, None)), (0, None))(x, weights[0]), 1),
+    ):
+        with Seen() as mode:
+            run()
+        assert mode.names.count("jitk.rmsnorm.default") == calls
+
+
+def test_vmap_of_an_op_that_writes_is_refused() -> None:
+    op = torch_jit_ops.ops.norm.fused_add_rmsnorm
+    with pytest.raises(RuntimeError, match="Batching rule not implemented for jitk::fused_add_rmsnorm"):
+        vmap(op.default)(torch.randn(2, 3, 4), torch.randn(2, 3, 4), torch.randn(2, 4))
 
 
 def test_autocast_changes_nothing() -> None:

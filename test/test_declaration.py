@@ -375,6 +375,21 @@ op: mutates names 'n'; its tensor arguments are x""",
     )
 
 
+def test_rows_that_mean_nothing(library: OpLibrary, csrc: Path) -> None:
+    def op(x: Tensor, n: int) -> Tensor:
+        return x
+
+    texts = []
+    for options in ({"rows": ("y",)}, {"rows": ("n",)}, {"rows": ("x",), "mutates": ("x",)}):
+        with pytest.raises(ValueError) as caught:
+            declare(library, op, **options)
+        texts.append(words(caught, csrc))
+    assert_expected_inline("\n".join(texts), """\
+lib::op: rows names 'y'; its tensor arguments are x
+lib::op: rows names 'n'; its tensor arguments are x
+lib::op: rows is for ops that return new tensors and write none""")
+
+
 def test_outputs_that_do_not_fit(library: OpLibrary, csrc: Path) -> None:
     def two(x: Tensor) -> tuple[Tensor, Tensor]:
         return x, x

@@ -102,6 +102,18 @@ argument 'x' was changed""",
     )
 
 
+def test_rows_that_are_none(tmp_path: Path) -> None:
+    library = OpLibrary(f"checked{next(_numbers)}", csrc=tmp_path)
+
+    @library.op(variant="total", rows=("x",), samples=_samples, dtypes=(torch.float32,))
+    def total(x: Tensor) -> Tensor:
+        return x.cumsum(0)
+
+    assert complaint(total) == (
+        "lib::total on cpu with float32, sample 0 (a usual one): torch.func.vmap\nresult 0 is not that of each row"
+    )
+
+
 def test_a_declaration_that_breaks_a_promise(tmp_path: Path) -> None:
     texts = [
         complaint(twice_with(tmp_path, fake=lambda x: x.new_empty(x.shape[:-1]))),

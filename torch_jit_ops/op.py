@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_jit_ops import autograd, background, environment, loader, planning, runtime, toolchain, variant
+from torch_jit_ops import autograd, background, batching, environment, loader, planning, runtime, toolchain, variant
 from torch_jit_ops.samples import Sample, SampleMaker
 from torch_jit_ops.signature import Signature, signature_of
 
@@ -82,6 +82,7 @@ class OpLibrary:
         dtypes: Sequence[torch.dtype] = FLOATS,
         mutates: Sequence[str] = (),
         outputs: Sequence[str] | None = None,
+        rows: Sequence[str] = (),
         samples: Samples | None = None,
         fake: Callable[..., Any] | None = None,
         backward: Callable[..., Any] | None = None,
@@ -98,6 +99,8 @@ class OpLibrary:
                 function itself.
             mutates: tensor arguments that are written. Such an op returns what it returns, and has no out form.
             outputs: names of the out form's arguments: by default ``("out",)`` for one result; needed for several.
+            rows: tensor arguments with any number of leading dimensions, the same for all of them and for all results.
+                ``torch.func.vmap`` over them is one call with one more dimension; over others it is a call for each element.
             samples: makes the arguments that tests and benchmarks call the op with.
             fake: what tracing calls instead of the function.
             backward: called with the gradients of the results and then all arguments; returns the gradient, or None, of each
@@ -127,7 +130,20 @@ class OpLibrary:
                     raise ValueError(f"{who} has a {backend} source, but variant names only {', '.join(variant)}")
                 kernels[backend] = Kernel(source, _variant.parse_variant(who, text, signature))
             names = _output_names(who, signature, outputs)
-            op = Op(self, function, signature, kernels, tuple(dtypes), names, samples, fake, backward, dict(flags or {}))
+            _check_rows(who, signature, rows)
+            op = Op(
+                self,
+                function,
+                signature,
+                kernels,
+                tuple(dtypes),
+                names,
+                tuple(rows),
+                samples,
+                fake,
+                backward,
+                dict(flags or {}),
+            )
             op._define(self._definitions)
             self.ops[name] = op
             return op
@@ -163,6 +179,15 @@ def _output_names(who: str, signature: Signature, names: Sequence[str] | None) -
     return tuple(names)
 
 
+def _check_rows(who: str, signature: Signature, rows: Sequence[str]) -> None:
+    if rows and (any(argument.written for argument in signature.arguments) or signature.results == 0):
+        raise ValueError(f"{who}: rows is for ops that return new tensors and write none")
+    tensors = [argument.name for argument in signature.arguments if argument.kind == "T"]
+    for name in rows:
+        if name not in tensors:
+            raise ValueError(f"{who}: rows names {name!r}; its tensor arguments are {', '.join(tensors) or 'none'}")
+
+
 class Op:
     """A declared op. Calling it calls ``torch.ops.<namespace>.<name>``; ``out`` is its out form.
 
@@ -172,6 +197,7 @@ class Op:
         kernels: by backend, ``"cuda"`` and ``"cpu"``.
         dtypes: those that the kernels are compiled for.
         outputs: names of the out form's arguments; empty if there is no out form.
+        rows: tensor arguments with any number of leading dimensions.
         samples: makes arguments for tests, or None.
     """
 
@@ -183,6 +209,7 @@ class Op:
         kernels: Mapping[str, Kernel],
         dtypes: tuple[torch.dtype, ...],
         outputs: tuple[str, ...],
+        rows: tuple[str, ...],
         samples: Samples | None,
         fake: Callable[..., Any] | None,
         backward: Callable[..., Any] | None,
@@ -194,6 +221,7 @@ class Op:
         self.kernels = kernels
         self.dtypes = dtypes
         self.outputs = outputs
+        self.rows = rows
         self.samples = samples
         self._fake = fake
         self._backward = backward
@@ -291,6 +319,12 @@ class Op:
             definitions.impl(self._dotted(overload), call, "CompositeExplicitAutograd")
         for overload in self.overloads():
             definitions.impl(self._dotted(overload), self._autograd_kernel(overload), "Autograd", with_keyset=True)
+        if self._is_functional() and not any(part.kind == "T" and part.keyword_only for part in self.signature.arguments):
+            rule = batching.rule(self.default, self.signature, self.rows)
+            torch.library.register_vmap(self.qualified_name, rule, lib=definitions)
+
+    def _is_functional(self) -> bool:
+        return self.signature.results > 0 and not any(argument.written for argument in self.signature.arguments)
 
     def _autograd_kernel(self, overload: str) -> Callable[..., Any]:
         signature = self.overloads()[overload]
@@ -304,7 +338,7 @@ class Op:
                 "grad\n  remedy: call the functional form, or this one under torch.no_grad()",
                 self._gate,
             )
-        if not any(argument.written for argument in signature.arguments) and signature.results > 0:
+        if self._is_functional():
             return autograd.functional_kernel(function, signature, self.reference, self._backward, self._gate)
         return autograd.writing_kernel(
             function,

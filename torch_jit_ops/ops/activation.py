@@ -41,7 +41,7 @@ def _constants(make: SampleMaker) -> Iterator[Sample]:
     yield Sample((make.randn(1), 2**31 - 1), note="wraps around")
 
 
-@library.op(cuda="activation.cu", cpu="activation.cpp", variant="silu_and_mul<{input.dtype}>", samples=_gated)
+@library.op(cuda="activation.cu", cpu="activation.cpp", variant="silu_and_mul<{input.dtype}>", rows=("input",), samples=_gated)
 def silu_and_mul(input: Tensor) -> Tensor:
     """``silu(gate) * up``, where gate and up are the two halves of the last dimension (SwiGLU; Shazeer, arXiv:2002.05202).
 
@@ -55,7 +55,7 @@ def silu_and_mul(input: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-@library.op(cuda="activation.cu", cpu="activation.cpp", variant="gelu_and_mul<{input.dtype}>", samples=_gated)
+@library.op(cuda="activation.cu", cpu="activation.cpp", variant="gelu_and_mul<{input.dtype}>", rows=("input",), samples=_gated)
 def gelu_and_mul(input: Tensor) -> Tensor:
     """``gelu(gate) * up`` with the exact gelu, ``x * Phi(x)`` (GEGLU; Shazeer, arXiv:2002.05202).
 
@@ -69,7 +69,9 @@ def gelu_and_mul(input: Tensor) -> Tensor:
     return F.gelu(gate) * up
 
 
-@library.op(cuda="activation.cu", cpu="activation.cpp", variant="gelu_tanh_and_mul<{input.dtype}>", samples=_gated)
+@library.op(
+    cuda="activation.cu", cpu="activation.cpp", variant="gelu_tanh_and_mul<{input.dtype}>", rows=("input",), samples=_gated
+)
 def gelu_tanh_and_mul(input: Tensor) -> Tensor:
     """``gelu(gate) * up`` with gelu's tanh approximation (Hendrycks and Gimpel, arXiv:1606.08415), as Gemma uses it.
 
@@ -83,7 +85,7 @@ def gelu_tanh_and_mul(input: Tensor) -> Tensor:
     return F.gelu(gate, approximate="tanh") * up
 
 
-@library.op(cuda="activation.cu", cpu="activation.cpp", variant="relu2<{input.dtype}>", samples=_unary)
+@library.op(cuda="activation.cu", cpu="activation.cpp", variant="relu2<{input.dtype}>", rows=("input",), samples=_unary)
 def relu2(input: Tensor) -> Tensor:
     """``relu(input) ** 2`` (Primer; So et al., arXiv:2109.08668).
 
@@ -96,7 +98,7 @@ def relu2(input: Tensor) -> Tensor:
     return F.relu(input).square()
 
 
-@library.op(cuda="activation.cu", cpu="activation.cpp", variant="fused_add_relu<{x.dtype}>", samples=_binary)
+@library.op(cuda="activation.cu", cpu="activation.cpp", variant="fused_add_relu<{x.dtype}>", rows=("x", "y"), samples=_binary)
 def fused_add_relu(x: Tensor, y: Tensor) -> Tensor:
     """``relu(x + y)``.
 

@@ -114,6 +114,7 @@ def _differentiate_layernorm(
     cuda="norm.cu",
     cpu="norm.cpp",
     variant="rmsnorm<{input.dtype}, {weight.dtype}>",
+    rows=("input",),
     samples=_rms_norms,
     backward=_differentiate_rmsnorm,
 )
@@ -135,6 +136,7 @@ def rmsnorm(input: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     cuda="norm.cu",
     cpu="norm.cpp",
     variant="gemma_rmsnorm<{input.dtype}, {weight.dtype}>",
+    rows=("input",),
     samples=_rms_norms,
     backward=_differentiate_gemma_rmsnorm,
 )
@@ -156,6 +158,7 @@ def gemma_rmsnorm(input: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     cuda="norm.cu",
     cpu="norm.cpp",
     variant="layernorm<{input.dtype}, {weight.dtype}>",
+    rows=("input",),
     samples=_layer_norms,
     backward=_differentiate_layernorm,
 )

@@ -42,6 +42,7 @@ def check(op: Op, *, devices: Sequence[str] | None = None, dtypes: Sequence[torc
     * no tokens and one token are served, where the samples have a dimension of tokens,
     * what tracing expects (the fake) has the shapes, strides and dtypes of real results,
     * its gradients, and theirs, are those of finite differences,
+    * ``torch.func.vmap`` over the arguments that it declares as ``rows`` gives the results of single calls,
     * ``torch.library.opcheck`` accepts its overloads, with and without gradients.
 
     Args:
@@ -86,6 +87,8 @@ def _check_sample(op: Op, device: str, dtype: torch.dtype, index: int, *, thorou
         checks.append(("torch.library.opcheck", lambda: _opcheck(op, sample())))
     if first and dtype.is_floating_point and not writes(op):
         checks.append(("opcheck with gradients", lambda: _opcheck(op, _wanting_gradients(sample()), out_form=False)))
+    if first and op.rows:
+        checks.append(("torch.func.vmap", lambda: _more_rows(op, sample())))
     if first and thorough and dtype.is_floating_point and not writes(op):
         checks.append(("the derivative", lambda: _derivative(op, sample())))
     for name, run in checks:
@@ -157,6 +160,18 @@ def _opcheck(op: Op, given: Sample, *, out_form: bool = True) -> None:
         if op.outputs and out_form:
             outs = {name: torch.empty_like(made) for name, made in zip(op.outputs, call(op, given).tensors, strict=True)}
             torch.library.opcheck(op.out, given.args, {**given.kwargs, **outs})
+
+
+def _more_rows(op: Op, given: Sample) -> None:
+    places = [i for i, argument in enumerate(op.signature.arguments) if argument.name in op.rows and i < len(given.args)]
+    calls = [[arg.flip(-1) if turned and i in places else arg for i, arg in enumerate(given.args)] for turned in (False, True)]
+    stacked = [torch.stack([call[i] for call in calls]) if i in places else arg for i, arg in enumerate(given.args)]
+    dims = tuple(0 if i in places else None for i in range(len(given.args)))
+    actual = torch.func.vmap(lambda *args: op.default(*args, **given.kwargs), in_dims=dims)(*stacked)
+    each = [op.default(*args, **given.kwargs) for args in calls]
+    pairs = zip(*each, strict=True) if isinstance(actual, tuple) else [each]
+    for place, (result, expected) in enumerate(zip(actual if isinstance(actual, tuple) else (actual,), pairs, strict=True)):
+        torch.testing.assert_close(result, torch.stack(expected), equal_nan=True, msg=f"result {place} is not that of each row")
 
 
 def _wanting_gradients(given: Sample) -> Sample:
