@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 OK, WRONG, USAGE, TOO_SLOW, INTERRUPTED = 0, 1, 2, 3, 130
 
-WHAT = ("kernels", "host", "compile", "cpu", "all")
+WHAT = ("kernels", "host", "compile", "cpu", "accuracy", "all")
 
 DESCRIPTION = """\
 Benchmarks of torch_jit_ops beside SGLang, FlashInfer, Inductor and a plain copy.
@@ -27,6 +27,7 @@ Benchmarks of torch_jit_ops beside SGLang, FlashInfer, Inductor and a plain copy
   host      host time of one eager call, as a multiple of torch.relu                             (GPU or CPU)
   compile   first call in a new process, cold and warm, beside the bare compiler                 (GPU or CPU)
   cpu       time of the CPU kernels beside eager PyTorch and Inductor                            (CPU)
+  accuracy  errors of the norms against float64, in bf16 and fp16, beside the peers' errors       (GPU or CPU)
   all       everything that this machine can run
 """
 
@@ -38,6 +39,7 @@ examples:
   python -m bench kernels --providers jitk copy             without the peers
   python -m bench host --device cpu                         no GPU needed
   python -m bench compile --libraries jitk                  how long a new kernel takes to build and to load
+  python -m bench accuracy --device cpu --op layernorm      how exact the norms are, no GPU needed
   python -m bench all --json results.json                   everything, every sample kept
 
 peers are measured when they can be imported (a folder on PYTHONPATH will do) and reported as missing when not:
@@ -71,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
     kernels.add_argument("--cold", action="store_true", help="empty L2 before each replay, which small calls otherwise stay in")
     kernels.add_argument("--list", action="store_true", help="show ops, sizes and providers, and stop")
     kernels.add_argument("--fail-under", type=float, metavar="RATIO", help="exit with 3 when a best/ours is below RATIO")
-    host = top.add_argument_group("host and compile")
+    host = top.add_argument_group("host, compile and accuracy")
     host.add_argument("--device", choices=("cuda", "cpu"), help="where to call (default: cuda if there is one)")
     host.add_argument("--libraries", nargs="+", choices=LIBRARIES, default=list(LIBRARIES), help="compile: only these")
     host.add_argument("--headers", action="store_true", help="compile: the cost of each header of include/jitk by itself")
@@ -117,7 +119,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run what ``arguments`` ask for and return the exit status."""
     import torch
 
-    from bench import bare_compiler, compile, cpu, environment, host, kernels, report
+    from bench import accuracy, bare_compiler, compile, cpu, environment, host, kernels, report
     from bench.cases import DTYPES
     from bench.results import failed
 
@@ -125,7 +127,7 @@ def run(arguments: argparse.Namespace) -> int:
     device = torch.device(arguments.device or ("cuda" if has_gpu else "cpu"))
     needs_gpu = arguments.what == "kernels" or (arguments.what != "cpu" and device.type == "cuda")
     if needs_gpu and not has_gpu:
-        print("no CUDA device here; host, compile and cpu run without one (--device cpu)", file=sys.stderr)
+        print("no CUDA device here; host, compile, cpu and accuracy run without one (--device cpu)", file=sys.stderr)
         return USAGE
     try:
         cases, providers = _select(arguments)
@@ -134,6 +136,11 @@ def run(arguments: argparse.Namespace) -> int:
         return USAGE
 
     quick, dtype = arguments.quick, DTYPES[arguments.dtype]
+    table = accuracy.QUICK if quick else accuracy.CASES
+    norms = [case for case in table if not arguments.op or case.op in arguments.op]
+    if arguments.what == "accuracy" and not norms:
+        print(f"accuracy has no {', '.join(arguments.op)}; it has: {', '.join(case.op for case in table)}", file=sys.stderr)
+        return USAGE
     out = report.console()
     failures: list[str] = []
     slow: list[str] = []
@@ -164,7 +171,12 @@ def run(arguments: argparse.Namespace) -> int:
         failures.extend(failed([result for _, result in results]))
         return [{"dtype": str(of).removeprefix("torch."), **result.to_json()} for of, result in results]
 
-    parts = {"kernels": run_kernels, "host": run_host, "compile": run_compile, "cpu": run_cpu}
+    def run_accuracy() -> object:
+        results = accuracy.run(out, norms, device)
+        failures.extend(accuracy.failed(results))
+        return [result.to_json() for result in results]
+
+    parts = {"kernels": run_kernels, "host": run_host, "compile": run_compile, "cpu": run_cpu, "accuracy": run_accuracy}
     if arguments.what == "all":
         wanted = [name for name in parts if name != "kernels" or device.type == "cuda"]
     else:

@@ -137,9 +137,15 @@ def compiled_reference(operation: Operation) -> Callable[..., None]:
 
 def _bind_inductor(operation: Operation) -> Call:
     into = compiled_reference(operation)
+    made_anew = torch.compile(operation.results, dynamic=False, fullgraph=True)
 
     def call(slot: Slot) -> None:
-        into(slot.results, *slot.inputs)
+        if operation.written and slot.inputs[0].device.type == "cpu":
+            # Inductor's C++ backend raises KeyError where results go into arguments that they come from (2.13).
+            for result, made in zip(slot.results, made_anew(*slot.inputs), strict=True):
+                result.copy_(made)
+        else:
+            into(slot.results, *slot.inputs)
 
     return call
 

@@ -70,6 +70,16 @@ def plan(bytes_per_call: int) -> Plan:
     return Plan(slots, slots * -(-least // slots))
 
 
+def slot_of(case: Case, inputs: tuple[Tensor, ...], copies: tuple[Tensor, Tensor] | None = None) -> Slot:
+    """The arguments of one call with these inputs; outputs are not initialised. ``copies``: to and from."""
+    to, source = copies or (inputs[0].new_empty(0), inputs[0].new_empty(0))
+    outs = tuple(inputs[0].new_empty(shape) for shape in case.out_shapes)
+    written = case.operation.written
+    given = tuple(tensor.clone() if index in written else tensor for index, tensor in enumerate(inputs))
+    results = outs or tuple(inputs[index] for index in written)
+    return Slot(inputs, outs, to, source, given, results)
+
+
 def make_slots(case: Case, count: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> list[Slot]:
     """``count`` sets of arguments, inputs drawn from a normal distribution, outputs not initialised.
 
@@ -80,12 +90,8 @@ def make_slots(case: Case, count: int, dtype: torch.dtype, device: torch.device,
     slots = []
     for _ in range(count):
         inputs = tuple(torch.randn(shape, dtype=dtype, device=device, generator=generator) for shape in case.input_shapes)
-        outs = tuple(torch.empty(shape, dtype=dtype, device=device) for shape in case.out_shapes)
-        copies = [torch.empty(half, dtype=dtype, device=device) for _ in range(2)]
+        to, source = (torch.empty(half, dtype=dtype, device=device) for _ in range(2))
         # Zeros are not representative data: some memory systems move them faster.
-        copies[1].normal_(generator=generator)
-        written = case.operation.written
-        given = tuple(tensor.clone() if index in written else tensor for index, tensor in enumerate(inputs))
-        results = outs or tuple(inputs[index] for index in written)
-        slots.append(Slot(inputs, outs, copies[0], copies[1], given, results))
+        source.normal_(generator=generator)
+        slots.append(slot_of(case, inputs, (to, source)))
     return slots

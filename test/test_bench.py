@@ -13,7 +13,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import bare_compiler, child, compile, correctness, cpu, environment, host, kernels, providers, report, results
+from bench import (
+    accuracy,
+    bare_compiler,
+    child,
+    compile,
+    correctness,
+    cpu,
+    environment,
+    host,
+    kernels,
+    providers,
+    report,
+    results,
+)
 from bench.__main__ import INTERRUPTED, OK, TOO_SLOW, USAGE, WRONG, main
 from bench.cases import CASES, OPERATIONS, QUICK, Case, select
 from bench.providers import PROVIDERS, Provider, Unavailable, reason
@@ -491,6 +504,106 @@ def test_the_cpu_has_no_goal_for_the_compiler():
     assert compile.summary(compile.Result("cpu", "g++", bare, {"jitk": ours}))[0].startswith("loading a cached variant, ms: ")
 
 
+# Accuracy
+
+
+def test_errors_count_units_in_the_last_place():
+    exact = torch.tensor([1.0, 2.0, 1.5, 0.0, -4.0], dtype=torch.float64)
+    actual = torch.tensor([1.0078125, 2.0, 1.5, 0.0, -4.03125], dtype=torch.bfloat16)
+    assert accuracy.errors_of(actual, exact) == accuracy.Errors(1.0, 2 / 5, 0.0078125)
+    assert str(accuracy.errors_of(actual, exact)) == "1.000 0.400 7.8e-03"
+    small = torch.tensor([2.0**-24], dtype=torch.float64)
+    assert accuracy.errors_of(torch.tensor([0.0], dtype=torch.float16), small) == accuracy.Errors(1.0, 1.0, 0.0)
+
+
+def test_an_infinity_is_right_only_where_the_exact_result_rounds_to_one():
+    exact = torch.tensor([1e6, 1.0], dtype=torch.float64)
+    assert accuracy.errors_of(torch.tensor([torch.inf, 1.0], dtype=torch.float16), exact).max_ulp == 0
+    for wrong in (torch.nan, torch.inf):
+        assert accuracy.errors_of(torch.tensor([torch.inf, wrong], dtype=torch.float16), exact).max_ulp == torch.inf
+    assert accuracy.errors_of(torch.tensor([-torch.inf, 1.0], dtype=torch.float16), exact).max_ulp == torch.inf
+
+
+@pytest.mark.parametrize("kind", accuracy.INPUTS)
+def test_hard_inputs_are_finite_and_sums_of_two_are(kind):
+    for case in accuracy.QUICK:
+        slot = accuracy.make_slot(case, kind, torch.float16, CPU)
+        assert all((tensor + tensor).isfinite().all() for tensor in slot.inputs)
+
+
+@pytest.mark.parametrize("case", accuracy.QUICK, ids=lambda case: case.op)
+@pytest.mark.parametrize("dtype", accuracy.DTYPES, ids=str)
+def test_the_norms_are_nearly_correctly_rounded(case, dtype):
+    names = ("jitk", "F.*_norm", "eager")
+    taken = accuracy.measure(case, dtype, CPU, bindings={name: accuracy.BINDINGS[name] for name in names})
+    assert len(taken) == len(accuracy.INPUTS) * len(accuracy.RESULTS.get(case.op, ("out",)))
+    assert accuracy.failed(taken) == []
+    for result in taken:
+        assert set(result.errors) == set(names)
+        ours, plain = result.errors["jitk"], result.errors["eager"]
+        assert 0 < ours.mean_ulp <= 1.05 * plain.mean_ulp, result.name
+        assert ours.max_ulp <= 2 * max(plain.max_ulp, 0.5), result.name
+
+
+def test_a_provider_that_writes_nothing_is_not_finite():
+    bindings = {"jitk": lambda operation: lambda slot: None, "sglang": lambda operation: 1 / 0}
+    taken = accuracy.measure(accuracy.QUICK[0], torch.bfloat16, CPU, ["normal"], bindings)
+    assert taken[0].errors["jitk"].max_ulp == float("inf")
+    assert taken[0].missing == {"sglang": "ZeroDivisionError: division by zero"}
+    assert accuracy.failed(taken) == ["jitk rmsnorm out, bfloat16, normal: wrong result: not finite"]
+
+
+def test_the_table_of_errors():
+    case = Case("fused_add_rmsnorm", (8, 512))
+    given = [
+        accuracy.Result(
+            case,
+            torch.bfloat16,
+            "norm",
+            "mean 1000",
+            {"jitk": accuracy.Errors(0.5, 0.25, 0.004), "F.*_norm": accuracy.Errors(1234.0, 0.25, 1.0)},
+            {"sglang": "not installed"},
+        )
+    ]
+    shown = printed(lambda out: accuracy.print_results(out, given, ["jitk", "sglang", "F.*_norm"], "Errors"))
+    assert shown == (
+        "Errors: max ulp, mean ulp, max relative\n"
+        "| op                | result | inputs    |                jitk | sglang |               F.*_norm |\n"
+        "|-------------------|--------|-----------|---------------------|--------|------------------------|\n"
+        "| fused_add_rmsnorm | norm   | mean 1000 | 0.500 0.250 4.0e-03 |      - | 1.23e+03 0.250 1.0e+00 |\n"
+        "  sglang fused_add_rmsnorm: not installed\n"
+        "  fused_add_rmsnorm, norm: jitk normalises the rounded sum, as the two steps do one after the other; "
+        "against the exact sum that rounding counts as an error\n"
+        "\n"
+    )
+
+
+def test_inductor_runs_what_works_in_place():
+    case = Case("fused_add_rmsnorm", (3, 64))
+    (slot,) = make_slots(case, 1, torch.bfloat16, CPU)
+    allowed = correctness.allowed_error(case.operation, [slot])
+    PROVIDERS["inductor"].bind(case.operation)(slot)
+    assert correctness.judge(case.operation, [slot], allowed)[1] is None
+
+
+def test_accuracy_writes_what_it_shows(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(environment, "describe", lambda: {"date": "today"})
+    monkeypatch.setattr(accuracy, "BINDINGS", {"jitk": accuracy.BINDINGS["jitk"]})
+    monkeypatch.setattr(accuracy, "DTYPES", accuracy.DTYPES[:1])
+    target = tmp_path / "errors.json"
+    assert main(["accuracy", "--quick", "--op", "rmsnorm", "--device", "cpu", "--json", str(target)]) == OK
+    written = json.loads(target.read_text())["accuracy"]
+    assert {row["inputs"] for row in written} == set(accuracy.INPUTS)
+    assert all(row["errors"]["jitk"]["max_ulp"] <= 0.51 for row in written)
+    assert "Errors against float64, cpu, bfloat16" in capsys.readouterr().out
+
+
+def test_accuracy_of_an_op_that_it_has_not_is_a_usage_error(capsys):
+    assert main(["accuracy", "--device", "cpu", "--op", "relu2"]) == USAGE
+    expected = "accuracy has no relu2; it has: rmsnorm, layernorm, fused_add_rmsnorm, fused_qknorm\n"
+    assert capsys.readouterr().err == expected
+
+
 # Command line
 
 
@@ -503,7 +616,7 @@ def test_help_teaches():
 def test_kernels_without_a_gpu_is_a_usage_error(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["kernels"]) == USAGE
-    assert capsys.readouterr().err == "no CUDA device here; host, compile and cpu run without one (--device cpu)\n"
+    assert capsys.readouterr().err == "no CUDA device here; host, compile, cpu and accuracy run without one (--device cpu)\n"
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+
 import oracle
 import pytest
 import torch
-from cases import OPS, assert_same_bits, call, copy_with_storage, devices, samples_of
+from cases import OPS, assert_same_bits, call, copy_with_storage, devices, map_tensors, poisoned, samples_of
+from expecttest import assert_expected_inline
 from torch import Tensor
 
 from torch_jit_ops import Op, Sample
@@ -132,10 +136,200 @@ def test_the_oracle_sees_a_small_error_of_a_gradient(device, name):
         oracle.verify(op, device, torch.float32, given, call(op, copy_with_storage(other)))
 
 
+def is_right(name: str, device: str, dtype: torch.dtype, *args: object) -> None:
+    given = Sample(args)
+    oracle.verify(NORMS[name], device, dtype, given, call(NORMS[name], copy_with_storage(given)))
+
+
+# --- sizes and places that no sample has ----------------------------------------------------------
+
+HIDDEN = [
+    1,  # its norm is a sign
+    2,  # one pair of halves
+    7,  # odd: no two elements at once
+    100,  # vectors of 4 bytes but not of 16: peers refuse it
+    2880,  # no power of two beyond 64 divides it
+    8448,  # peers refuse it; more than a block's threads have vectors, in part
+    12345,  # long and odd
+    65536 + 8,  # one vector more than a power of two of them
+    131072,  # the longest row that a cluster holds in registers, or beyond it
+    300000,  # read again for each use
+]
+
+
 @pytest.mark.parametrize("device", DEVICES)
-def test_the_weight_of_another_size_is_named(device):
-    with pytest.raises(RuntimeError, match="argument 'weight' does not match") as error:
-        ops.rmsnorm(randn(3, 64, device=device), randn(63, device=device))
-    assert "hidden was bound to 64 by 'input'" in str(error.value)
-    with pytest.raises(RuntimeError, match="it has 0 dimensions, expected at least 1"):
-        ops.rmsnorm(randn(device=device), randn(1, device=device))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("hidden", HIDDEN)
+def test_any_hidden_size(device, dtype, hidden):
+    tokens = 2 if hidden > 65536 else 3
+    x, residual = (randn(tokens, hidden, dtype=dtype, device=device, seed=seed) for seed in range(2))
+    weight = randn(hidden, dtype=dtype, device=device, seed=2)
+    is_right("rmsnorm", device, dtype, x, weight)
+    is_right("fused_add_rmsnorm", device, dtype, x, residual, weight)
+
+
+def odd(tensor: Tensor) -> Tensor:
+    """The same values, one element behind where vectors start."""
+    place = poisoned([tensor.numel() + 1], tensor.dtype, tensor.device.type)[1:].view(tensor.shape)
+    return place.copy_(tensor)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("hidden", [64, 4096, 16384])
+def test_a_weight_at_an_odd_offset_beside_aligned_rows(device, weights, hidden):
+    dtype = torch.bfloat16
+    x, residual = (randn(3, hidden, dtype=dtype, device=device, seed=seed) for seed in range(2))
+    weight = odd(randn(hidden, dtype=weights, device=device, seed=2))
+    is_right("rmsnorm", device, dtype, x, weight)
+    is_right("layernorm", device, dtype, x, weight, weight)
+    is_right("layernorm", device, dtype, x, weight.clone(), weight)  # the bias alone
+    is_right("fused_add_rmsnorm", device, dtype, x, residual, weight)
+    heads = x.view(3, -1, 64)
+    is_right("fused_qknorm", device, dtype, heads, heads[:, :1].clone(), weight[:64], weight[:64].clone())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("dtype", "weights"),
+    [
+        (torch.bfloat16, torch.float16),
+        (torch.float16, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.float16),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("op", NORMS.values(), ids=lambda op: op.name)
+def test_a_weight_of_any_dtype(device, dtype, weights, op):
+    """Each sample's own arguments, with another dtype for what has one dimension beside tensors of more."""
+    for sample in samples_of(op, device, dtype)[:3]:
+        given = map_tensors(sample, lambda tensor: tensor.to(weights) if tensor.dim() == 1 else tensor)
+        for_weights = [tensor for tensor in given.args if isinstance(tensor, Tensor) and tensor.dim() == 1]
+        assert [tensor.dtype for tensor in for_weights] == [weights] * len(for_weights) != []
+        oracle.verify(op, device, dtype, given, call(op, copy_with_storage(given)))
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+def refusal(call_op: Callable[[], object]) -> str:
+    """The text of the error, with what differs among devices as it is on the CPU."""
+    with pytest.raises(RuntimeError) as error:
+        call_op()
+    text = re.sub(r"cuda(:\d+)?", "cpu", str(error.value))
+    text = re.sub(r"at norm\w*\.(cu|cpp):\d+", "at norm", text)
+    return re.sub(r"strides \[[^\]]*, 1\]", "strides [*, *, 1]", text)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_weight_of_another_size(device):
+    x, weight = randn(3, 64, dtype=torch.bfloat16, device=device), randn(63, dtype=torch.bfloat16, device=device)
+    assert_expected_inline(
+        refusal(lambda: ops.rmsnorm(x, weight)),
+        """\
+jitk::rmsnorm: argument 'weight' does not match
+  expected  [hidden=64]  bfloat16  cpu  contiguous
+  got       [63]         bfloat16  cpu
+  dimension 0: hidden was bound to 64 by 'input'
+  at norm""",
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_residual_of_another_dtype(device):
+    x, weight = randn(3, 64, dtype=torch.bfloat16, device=device), randn(64, device=device)
+    residual = randn(3, 64, dtype=torch.float16, device=device)
+    assert_expected_inline(
+        refusal(lambda: ops.fused_add_rmsnorm(x, residual, weight)),
+        """\
+jitk::fused_add_rmsnorm: argument 'residual' does not match
+  expected  [tokens=3, hidden=64]  bfloat16  cpu  row stride free
+  got       [3, 64]                float16   cpu
+  dtype float16 is not among those expected
+  at norm""",
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_residual_of_another_number_of_tokens(device):
+    x, weight = randn(3, 64, device=device), randn(64, device=device)
+    assert_expected_inline(
+        refusal(lambda: ops.fused_add_rmsnorm(x, randn(4, 64, device=device), weight)),
+        """\
+jitk::fused_add_rmsnorm: argument 'residual' does not match
+  expected  [tokens=3, hidden=64]  float32  cpu  row stride free
+  got       [4, 64]                float32  cpu
+  leading dimensions: tokens was bound to [3] by 'input'
+  at norm""",
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_bias_of_another_dtype(device):
+    x, weight = randn(3, 64, dtype=torch.bfloat16, device=device), randn(64, dtype=torch.bfloat16, device=device)
+    assert_expected_inline(
+        refusal(lambda: ops.layernorm(x, weight, weight.float())),
+        """\
+jitk::layernorm: argument 'bias' does not match
+  expected  [hidden=64]  bfloat16  cpu  contiguous
+  got       [64]         float32   cpu
+  dtype float32 is not among those expected
+  at norm""",
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_key_of_another_head_dim(device):
+    q, k, weight = randn(3, 4, 64, device=device), randn(3, 2, 80, device=device), randn(64, device=device)
+    assert_expected_inline(
+        refusal(lambda: ops.fused_qknorm(q, k, weight, weight.clone())),
+        """\
+jitk::fused_qknorm: argument 'k' does not match
+  expected  [tokens=3, k_heads=2, head_dim=64]  float32  cpu  strides [*, *, 1]
+  got       [3, 2, 80]                          float32  cpu
+  dimension 2: head_dim was bound to 64 by 'q'
+  at norm""",
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_query_without_heads(device):
+    q, k, weight = randn(3, 64, device=device), randn(3, 2, 64, device=device), randn(64, device=device)
+    assert_expected_inline(
+        refusal(lambda: ops.fused_qknorm(q, k, weight, weight.clone())),
+        """\
+jitk::fused_qknorm: argument 'q' does not match
+  expected  [tokens, q_heads, head_dim]  float32  cpu  strides [*, *, 1]
+  got       [3, 64]                      float32  cpu
+  it has 2 dimensions, expected 3
+  at norm""",
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_input_that_is_a_scalar(device):
+    assert_expected_inline(
+        refusal(lambda: ops.rmsnorm(randn(device=device), randn(1, device=device))),
+        """\
+jitk::rmsnorm: argument 'input' does not match
+  expected  [tokens..., hidden]  float32  cpu  row stride free
+  got       []                   float32  cpu
+  it has 0 dimensions, expected at least 1
+  at norm""",
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_input_whose_columns_are_not_dense(device):
+    x = randn(3, 64, device=device).t()
+    assert_expected_inline(
+        refusal(lambda: ops.rmsnorm(x, randn(3, device=device))),
+        """\
+jitk::rmsnorm: argument 'input' does not match
+  expected  [tokens=64, hidden=3]  float32  cpu  row stride free
+  got       [64, 3]                float32  cpu  strides [1, 64]
+  its strides do not walk over dense rows in equal steps; pass input.contiguous()
+  at norm""",
+    )
