@@ -384,10 +384,13 @@ def test_rows_that_mean_nothing(library: OpLibrary, csrc: Path) -> None:
         with pytest.raises(ValueError) as caught:
             declare(library, op, **options)
         texts.append(words(caught, csrc))
-    assert_expected_inline("\n".join(texts), """\
+    assert_expected_inline(
+        "\n".join(texts),
+        """\
 lib::op: rows names 'y'; its tensor arguments are x
 lib::op: rows names 'n'; its tensor arguments are x
-lib::op: rows is for ops that return new tensors and write none""")
+lib::op: rows is for ops that return new tensors and write none""",
+    )
 
 
 def test_outputs_that_do_not_fit(library: OpLibrary, csrc: Path) -> None:

@@ -27,6 +27,7 @@ from torch_jit_ops.op import Op
 from torch_jit_ops.samples import Sample
 from torch_jit_ops.testing.calls import (
     Outcome,
+    bits,
     call,
     copy_with_storage,
     map_tensors,
@@ -84,23 +85,55 @@ def verify(
         extreme: the arguments hold extreme values, where the reference is worse.
         reference: makes the outcome to compare with, such as gradients.
     """
-    plain = reference(op, copy_with_storage(sample))
-    true = reference(op, _widened(sample))
-    require(actual.names == plain.names, f"results and written arguments are {actual.names}, expected {plain.names}")
+    expected = _expected(op, sample, reference)
+    names = expected.plain.names
+    require(actual.names == names, f"results and written arguments are {actual.names}, expected {names}")
     bounds = _errors(op, device, dtype, extreme, reference)
-
-    @functools.cache
-    def deviations() -> list[Tensor] | None:
-        return None if extreme or not _spreads(op, device, dtype) else _deviations(op, sample, reference, true)
-
+    deviations = None if extreme or not _spreads(op, device, dtype) else expected.deviations
     for place, (name, tensor) in enumerate(actual):
-        expected = plain.tensors[place]
-        require(tensor.shape == expected.shape, f"{name}: shape {list(tensor.shape)}, expected {list(expected.shape)}")
-        require(tensor.dtype == expected.dtype, f"{name}: {tensor.dtype}, expected {expected.dtype}")
-        require(tensor.device == expected.device, f"{name}: on {tensor.device}, expected {expected.device}")
-        truth = true.tensors[place].detach()
-        noise = _noise(truth, extreme)
-        _compare(name, tensor.detach(), truth, expected.detach(), bounds[name], noise, lambda at=place: _at(deviations(), at))
+        plain = expected.plain.tensors[place]
+        require(tensor.shape == plain.shape, f"{name}: shape {list(tensor.shape)}, expected {list(plain.shape)}")
+        require(tensor.dtype == plain.dtype, f"{name}: {tensor.dtype}, expected {plain.dtype}")
+        require(tensor.device == plain.device, f"{name}: on {tensor.device}, expected {plain.device}")
+        truth = expected.true.tensors[place].detach()
+        _compare(name, tensor.detach(), truth, plain.detach(), bounds[name], _noise(truth, extreme), deviations, place)
+
+
+@dataclass(frozen=True)
+class _Expected:
+    op: Op
+    sample: Sample
+    reference: Reference
+    plain: Outcome
+    true: Outcome
+    deviations: _Deviations
+
+    def is_of(self, op: Op, sample: Sample, reference: Reference) -> bool:
+        if (self.op, self.reference, self.sample.kwargs.keys()) != (op, reference, sample.kwargs.keys()):
+            return False
+        mine = (*self.sample.args, *self.sample.kwargs.values())
+        others = (*sample.args, *sample.kwargs.values())
+        return len(mine) == len(others) and all(map(_same, mine, others))
+
+
+def _same(one: Any, other: Any) -> bool:
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return type(one) is type(other) and one == other
+    facts = [(x.shape, x.stride(), x.dtype, x.device, x.requires_grad) for x in (one, other)]
+    return facts[0] == facts[1] and torch.equal(bits(one), bits(other))
+
+
+_last: list[_Expected] = []
+
+
+def _expected(op: Op, sample: Sample, reference: Reference) -> _Expected:
+    """What to compare with; of the last sample at no cost, as many tests in a row have the same one in other layouts."""
+    if not _last or not _last[0].is_of(op, sample, reference):
+        plain = reference(op, copy_with_storage(sample))
+        true = reference(op, _widened(sample))
+        kept = copy_with_storage(sample)
+        _last[:] = [_Expected(op, kept, reference, plain, true, _Deviations(op, kept, reference, true))]
+    return _last[0]
 
 
 def average_errors(op: Op, device: str, dtype: torch.dtype, actual: Callable[[Sample], Outcome]) -> list[tuple[float, float]]:
@@ -124,10 +157,6 @@ def average_errors(op: Op, device: str, dtype: torch.dtype, actual: Callable[[Sa
 
 def _widened(sample: Sample) -> Sample:
     return map_tensors(sample, lambda tensor: tensor.detach().double() if tensor.is_floating_point() else tensor.clone())
-
-
-def _at(tensors: list[Tensor] | None, place: int) -> Tensor | None:
-    return None if tensors is None else tensors[place]
 
 
 @functools.cache
@@ -186,17 +215,26 @@ class _OneRoundingEach(TorchDispatchMode):
         return exact * (1 + roundings * _ROUNDING * sign.to(exact))
 
 
-def _deviations(op: Op, sample: Sample, reference: Reference, true: Outcome) -> list[Tensor]:
-    """The largest deviation from the truth of each element."""
-    largest = [torch.zeros_like(truth.detach(), dtype=torch.float64) for truth in true.tensors]
-    for seed in range(_TRIALS):
-        given = _widened(sample)
-        with _OneRoundingEach(seed):
-            trial = reference(op, given).tensors
-        for place, truth in enumerate(true.tensors):
+class _Deviations:
+    """The largest deviation from the truth of each element, in as many trials as were asked for."""
+
+    def __init__(self, op: Op, sample: Sample, reference: Reference, true: Outcome) -> None:
+        self._run = lambda: reference(op, _widened(sample)).tensors
+        self._true = [truth.detach() for truth in true.tensors]
+        self._trials = 0
+        self.largest = [torch.zeros_like(truth, dtype=torch.float64) for truth in self._true]
+
+    def try_again(self) -> bool:
+        """One more trial, unless there were enough: then False."""
+        if self._trials == _TRIALS:
+            return False
+        with _OneRoundingEach(self._trials):
+            trial = self._run()
+        self._trials += 1
+        for place, truth in enumerate(self._true):
             if truth.is_floating_point():
-                largest[place] = torch.maximum(largest[place], (trial[place].detach() - truth.detach()).abs())
-    return largest
+                self.largest[place] = torch.maximum(self.largest[place], (trial[place].detach() - truth).abs())
+        return True
 
 
 @functools.cache
@@ -258,7 +296,8 @@ def _compare(
     plain: Tensor,
     bounds: Errors,
     noise: float,
-    deviation: Callable[[], Tensor | None],
+    deviations: _Deviations | None,
+    place: int,
 ) -> None:
     if not actual.is_floating_point():
         _report(name, (actual != truth.to(actual.dtype)) & (actual != plain), actual, truth, plain)
@@ -272,8 +311,11 @@ def _compare(
     # A correctly rounded result is right whatever the reference does; the little more is what fp32 adds before it rounds.
     allowed = allowed.clamp(min=0.5 + 2.0**-8)
     error = _error(actual, truth, noise)
-    if (as_truth & (error > allowed)).any() and (off := deviation()) is not None:
-        allowed = torch.maximum(allowed, 0.5 + 2 * _units(off, actual.dtype, truth))
+    # Another trial only allows more, and most errors are within what the first ones show.
+    is_enough = deviations is None
+    while not is_enough and (as_truth & (error > allowed)).any():
+        allowed = torch.maximum(allowed, 0.5 + 2 * _units(deviations.largest[place], actual.dtype, truth))
+        is_enough = not (as_truth & (error > allowed)).any() or not deviations.try_again()
     worst = torch.where(as_truth, error - allowed, -torch.inf)
     _report(name, worst > 0, actual, truth, plain, worst, error, allowed)
     # Finite like the reference, where the truth rounds to infinity: there is no error to measure but the distance between them.
