@@ -123,8 +123,12 @@ LAYOUTS = [
 _MOST_CALLS = 20
 
 
+def _takes_many_calls(case: Case) -> bool:
+    return samples_in(case.op) * len(tensors_of(case.sample())) > _MOST_CALLS
+
+
 def _is_worth_a_call(case: Case, layout: Layout, alone: bool = False) -> bool:
-    if samples_in(case.op) * len(tensors_of(case.sample())) <= _MOST_CALLS:
+    if not _takes_many_calls(case):
         return True
     if layout.is_of_rows and not alone:
         return True
@@ -400,11 +404,20 @@ def _takes_two_tensors(case: Case) -> bool:
     return len(tensors_of(case.sample())) > 1
 
 
-@over(is_first, _takes_two_tensors)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.float16], ids=str)
+def _mixed_dtypes() -> list[Any]:
+    chosen = []
+    for case in every_case():
+        if not is_first(case) or not _takes_two_tensors(case):
+            continue
+        half = torch.bfloat16 if case.dtype == torch.float16 else torch.float16
+        # A kernel may serve a mixture of those it knows, and then each is a compilation.
+        serves = [half] if case.dtype == case.op.dtypes[-1] or not _takes_many_calls(case) else []
+        chosen += [pytest.param(case, dtype, id=f"{case}-{dtype}") for dtype in (torch.float64, torch.int64, *serves)]
+    return chosen
+
+
+@pytest.mark.parametrize(("case", "dtype"), _mixed_dtypes())
 def test_mixed_dtypes_do_as_plain_pytorch_or_name_the_argument(case: Case, dtype: torch.dtype) -> None:
-    if dtype == case.dtype:
-        dtype = torch.bfloat16
     for which in range(len(tensors_of(case.sample()))):
         sample = _change(case.sample(), [which], lambda tensor: tensor.to(dtype))
         _same_as_the_reference(case, sample, refusal="argument '")

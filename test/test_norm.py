@@ -26,12 +26,12 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu", 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
-@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("weights", [torch.float32, None], ids=["fp32 weight", "weight of the input's dtype"])
 @pytest.mark.parametrize(("fused", "norm"), [("fused_add_rmsnorm", "rmsnorm"), ("gemma_fused_add_rmsnorm", "gemma_rmsnorm")])
 def test_fused_addition_is_both_steps_to_the_bit(device, dtype, weights, fused, norm):
     for width in (1, 33, 101, 4096, 9000):
         x, residual = (randn(5, width, dtype=dtype, device=device, seed=seed) for seed in range(2))
-        weight = randn(width, dtype=weights, device=device, seed=2)
+        weight = randn(width, dtype=weights or dtype, device=device, seed=2)
         total = residual + x
         expected = getattr(ops, norm)(total, weight, 1e-5)
         getattr(ops, fused)(x, residual, weight, 1e-5)
