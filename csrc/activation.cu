@@ -285,6 +285,33 @@ void gelu_tanh_and_mul_out(TensorView input, TensorView out) {
 }
 
 template <typename T>
+Tensor silu_mul(TensorView gate, TensorView up) {
+  return pointwise<T, SiluAndMul>(gate, up);
+}
+template <typename T>
+void silu_mul_out(TensorView gate, TensorView up, TensorView out) {
+  pointwise<T, SiluAndMul>(gate, up, out);
+}
+
+template <typename T>
+Tensor gelu_mul(TensorView gate, TensorView up) {
+  return pointwise<T, GeluAndMul>(gate, up);
+}
+template <typename T>
+void gelu_mul_out(TensorView gate, TensorView up, TensorView out) {
+  pointwise<T, GeluAndMul>(gate, up, out);
+}
+
+template <typename T>
+Tensor gelu_tanh_mul(TensorView gate, TensorView up) {
+  return pointwise<T, GeluTanhAndMul>(gate, up);
+}
+template <typename T>
+void gelu_tanh_mul_out(TensorView gate, TensorView up, TensorView out) {
+  pointwise<T, GeluTanhAndMul>(gate, up, out);
+}
+
+template <typename T>
 Tensor relu2(TensorView input) {
   return pointwise<T, Relu2>(input, input);
 }

@@ -35,6 +35,16 @@ def _binary(make: SampleMaker) -> Iterator[Sample]:
         yield Sample((sample.args[0], make.randn(*sample.args[0].shape)), note=sample.note)
 
 
+def _gate_and_up(make: SampleMaker) -> Iterator[Sample]:
+    for shape, note in (
+        ((7, 64), "vectors"),
+        ((3, 5, 101), "odd width, dense: one long row"),
+        ((), "no dimension"),
+        ((1000, 33), "many blocks and a tail"),
+    ):
+        yield Sample((make.randn(*shape, scale=3), make.randn(*shape)), note=note)
+
+
 def _constants(make: SampleMaker) -> Iterator[Sample]:
     yield Sample((make.randn(1000), 5), note="vectors and a tail")
     yield Sample((make.randn(3, 7), -3), note="two dimensions, a negative constant")
@@ -82,6 +92,54 @@ def gelu_tanh_and_mul(input: Tensor) -> Tensor:
         ``[..., d]``, contiguous, of the same dtype; computed in fp32 and rounded once.
     """
     gate, up = input.chunk(2, -1)
+    return F.gelu(gate, approximate="tanh") * up
+
+
+@library.op(
+    cuda="activation.cu", cpu="activation.cpp", variant="silu_mul<{gate.dtype}>", rows=("gate", "up"), samples=_gate_and_up
+)
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(gate) * up``: ``silu_and_mul`` where two matrix products give gate and up, as in Hugging Face's Llama.
+
+    Args:
+        gate: any shape, fp16, bf16 or fp32; rows of the last dimension may have any stride.
+        up: shape, dtype and device of ``gate``.
+
+    Returns:
+        The shape of ``gate``, contiguous, of the same dtype; computed in fp32 and rounded once.
+    """
+    return F.silu(gate) * up
+
+
+@library.op(
+    cuda="activation.cu", cpu="activation.cpp", variant="gelu_mul<{gate.dtype}>", rows=("gate", "up"), samples=_gate_and_up
+)
+def gelu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """``gelu(gate) * up`` with the exact gelu: ``gelu_and_mul`` of two tensors.
+
+    Args:
+        gate: any shape, fp16, bf16 or fp32; rows of the last dimension may have any stride.
+        up: shape, dtype and device of ``gate``.
+
+    Returns:
+        The shape of ``gate``, contiguous, of the same dtype; computed in fp32 and rounded once.
+    """
+    return F.gelu(gate) * up
+
+
+@library.op(
+    cuda="activation.cu", cpu="activation.cpp", variant="gelu_tanh_mul<{gate.dtype}>", rows=("gate", "up"), samples=_gate_and_up
+)
+def gelu_tanh_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """``gelu(gate) * up`` with gelu's tanh approximation: ``gelu_tanh_and_mul`` of two tensors, as in Hugging Face's Gemma.
+
+    Args:
+        gate: any shape, fp16, bf16 or fp32; rows of the last dimension may have any stride.
+        up: shape, dtype and device of ``gate``.
+
+    Returns:
+        The shape of ``gate``, contiguous, of the same dtype; computed in fp32 and rounded once.
+    """
     return F.gelu(gate, approximate="tanh") * up
 
 
