@@ -87,6 +87,7 @@ class OpLibrary:
         fake: Callable[..., Any] | None = None,
         backward: Callable[..., Any] | None = None,
         flags: Mapping[str, Sequence[str]] | None = None,
+        patterns: Sequence[Callable[..., Any]] | None = None,
     ) -> Callable[[Callable[..., Any]], Op]:
         """Make the decorated function an op.
 
@@ -106,6 +107,8 @@ class OpLibrary:
             backward: called with the gradients of the results and then all arguments; returns the gradient, or None, of each
                 tensor. Without it the function is computed again and differentiated.
             flags: further compiler flags for a backend, such as ``{"cuda": ["--use_fast_math"]}``.
+            patterns: further functions of the op's arguments that compute the same, to be found in a model beside the op's own
+                by ``inductor.fuse``. An op with patterns, if only ``()``, is looked for without being named.
 
         Raises:
             TypeError: the signature cannot be a schema.
@@ -144,6 +147,7 @@ class OpLibrary:
                 backward,
                 dict(flags or {}),
             )
+            op.patterns = None if patterns is None else tuple(patterns)
             op._define(self._definitions)
             self.ops[name] = op
             return op
@@ -199,7 +203,10 @@ class Op:
         outputs: names of the out form's arguments; empty if there is no out form.
         rows: tensor arguments with any number of leading dimensions.
         samples: makes arguments for tests, or None.
+        patterns: other spellings of the reference that ``inductor.fuse`` looks for, or None.
     """
+
+    patterns: tuple[Callable[..., Any], ...] | None = None
 
     def __init__(
         self,

@@ -8,8 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torch_jit_ops.ops import spelling
 from torch_jit_ops.ops.library import library
 from torch_jit_ops.samples import Sample, SampleMaker
+
+_SILU = spelling.gates(F.silu)
+_GELU = spelling.gates(F.gelu)
+_GELU_TANH = spelling.gates(spelling.gelu_tanh, spelling.gelu_tanh_written_out)
 
 
 def _gated(make: SampleMaker) -> Iterator[Sample]:
@@ -51,7 +56,14 @@ def _constants(make: SampleMaker) -> Iterator[Sample]:
     yield Sample((make.randn(1), 2**31 - 1), note="wraps around")
 
 
-@library.op(cuda="activation.cu", cpu="activation.cpp", variant="silu_and_mul<{input.dtype}>", rows=("input",), samples=_gated)
+@library.op(
+    cuda="activation.cu",
+    cpu="activation.cpp",
+    variant="silu_and_mul<{input.dtype}>",
+    rows=("input",),
+    samples=_gated,
+    patterns=spelling.of_halves(_SILU),
+)
 def silu_and_mul(input: Tensor) -> Tensor:
     """``silu(gate) * up``, where gate and up are the two halves of the last dimension (SwiGLU; Shazeer, arXiv:2002.05202).
 
@@ -65,7 +77,14 @@ def silu_and_mul(input: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-@library.op(cuda="activation.cu", cpu="activation.cpp", variant="gelu_and_mul<{input.dtype}>", rows=("input",), samples=_gated)
+@library.op(
+    cuda="activation.cu",
+    cpu="activation.cpp",
+    variant="gelu_and_mul<{input.dtype}>",
+    rows=("input",),
+    samples=_gated,
+    patterns=spelling.of_halves(_GELU),
+)
 def gelu_and_mul(input: Tensor) -> Tensor:
     """``gelu(gate) * up`` with the exact gelu, ``x * Phi(x)`` (GEGLU; Shazeer, arXiv:2002.05202).
 
@@ -80,7 +99,12 @@ def gelu_and_mul(input: Tensor) -> Tensor:
 
 
 @library.op(
-    cuda="activation.cu", cpu="activation.cpp", variant="gelu_tanh_and_mul<{input.dtype}>", rows=("input",), samples=_gated
+    cuda="activation.cu",
+    cpu="activation.cpp",
+    variant="gelu_tanh_and_mul<{input.dtype}>",
+    rows=("input",),
+    samples=_gated,
+    patterns=spelling.of_halves(_GELU_TANH),
 )
 def gelu_tanh_and_mul(input: Tensor) -> Tensor:
     """``gelu(gate) * up`` with gelu's tanh approximation (Hendrycks and Gimpel, arXiv:1606.08415), as Gemma uses it.
@@ -96,7 +120,12 @@ def gelu_tanh_and_mul(input: Tensor) -> Tensor:
 
 
 @library.op(
-    cuda="activation.cu", cpu="activation.cpp", variant="silu_mul<{gate.dtype}>", rows=("gate", "up"), samples=_gate_and_up
+    cuda="activation.cu",
+    cpu="activation.cpp",
+    variant="silu_mul<{gate.dtype}>",
+    rows=("gate", "up"),
+    samples=_gate_and_up,
+    patterns=_SILU,
 )
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """``silu(gate) * up``: ``silu_and_mul`` where two matrix products give gate and up, as in Hugging Face's Llama.
@@ -112,7 +141,12 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 
 
 @library.op(
-    cuda="activation.cu", cpu="activation.cpp", variant="gelu_mul<{gate.dtype}>", rows=("gate", "up"), samples=_gate_and_up
+    cuda="activation.cu",
+    cpu="activation.cpp",
+    variant="gelu_mul<{gate.dtype}>",
+    rows=("gate", "up"),
+    samples=_gate_and_up,
+    patterns=_GELU,
 )
 def gelu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """``gelu(gate) * up`` with the exact gelu: ``gelu_and_mul`` of two tensors.
@@ -128,7 +162,12 @@ def gelu_mul(gate: Tensor, up: Tensor) -> Tensor:
 
 
 @library.op(
-    cuda="activation.cu", cpu="activation.cpp", variant="gelu_tanh_mul<{gate.dtype}>", rows=("gate", "up"), samples=_gate_and_up
+    cuda="activation.cu",
+    cpu="activation.cpp",
+    variant="gelu_tanh_mul<{gate.dtype}>",
+    rows=("gate", "up"),
+    samples=_gate_and_up,
+    patterns=_GELU_TANH,
 )
 def gelu_tanh_mul(gate: Tensor, up: Tensor) -> Tensor:
     """``gelu(gate) * up`` with gelu's tanh approximation: ``gelu_tanh_and_mul`` of two tensors, as in Hugging Face's Gemma.

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from torch_jit_ops.ops import spelling
 from torch_jit_ops.ops.library import library
 from torch_jit_ops.samples import Sample, SampleMaker
 
@@ -117,6 +118,7 @@ def _differentiate_layernorm(
     rows=("input",),
     samples=_rms_norms,
     backward=_differentiate_rmsnorm,
+    patterns=spelling.RMS_NORMS,
 )
 def rmsnorm(input: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """``input / sqrt(mean(input ** 2) + eps) * weight`` over the last dimension (Zhang and Sennrich, arXiv:1910.07467).
@@ -139,6 +141,7 @@ def rmsnorm(input: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     rows=("input",),
     samples=_rms_norms,
     backward=_differentiate_gemma_rmsnorm,
+    patterns=(),
 )
 def gemma_rmsnorm(input: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """``rmsnorm`` with ``weight + 1`` for the weight, the sum taken in fp32, as Gemma stores its weights.
@@ -161,6 +164,7 @@ def gemma_rmsnorm(input: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     rows=("input",),
     samples=_layer_norms,
     backward=_differentiate_layernorm,
+    patterns=(spelling.layer_norm_of_pytorch,),
 )
 def layernorm(input: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """``(input - mean) / sqrt(variance + eps) * weight + bias`` over the last dimension (Ba et al., arXiv:1607.06450).
@@ -189,6 +193,7 @@ def layernorm(input: Tensor, weight: Tensor, bias: Tensor | None = None, eps: fl
     variant="fused_add_rmsnorm<{input.dtype}, {weight.dtype}>",
     mutates=("input", "residual"),
     samples=_added,
+    patterns=spelling.after_addition(spelling.RMS_NORMS),
 )
 def fused_add_rmsnorm(input: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> None:
     """``residual += input``, then ``input = rmsnorm(residual)``, both in place.
@@ -211,6 +216,7 @@ def fused_add_rmsnorm(input: Tensor, residual: Tensor, weight: Tensor, eps: floa
     variant="gemma_fused_add_rmsnorm<{input.dtype}, {weight.dtype}>",
     mutates=("input", "residual"),
     samples=_added,
+    patterns=(),
 )
 def gemma_fused_add_rmsnorm(input: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> None:
     """``fused_add_rmsnorm`` with ``weight + 1`` for the weight, the sum taken in fp32.
