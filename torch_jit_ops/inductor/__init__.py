@@ -7,6 +7,8 @@
 Imported by name only: it needs ``torch._inductor``, which ``import torch_jit_ops`` leaves alone.
 """
 
+from torch_jit_ops.inductor.decomposition import Decomposition as Decomposition
+from torch_jit_ops.inductor.decomposition import decompose as decompose
 from torch_jit_ops.inductor.fusion import Fusion as Fusion
 from torch_jit_ops.inductor.fusion import fuse as fuse
 from torch_jit_ops.inductor.report import Entry as Entry

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -275,7 +276,7 @@ def is_rows(tensor: Tensor) -> bool:
         if not statically_known_true(dims[-1][1] == 1):
             return False
         dims = dims[:-1]
-    steps = zip(dims, dims[1:], strict=False)
+    steps = itertools.pairwise(dims)
     return all(statically_known_true(step == inner_size * inner_step) for (_, step), (inner_size, inner_step) in steps)
 
 
