@@ -43,6 +43,7 @@ ORDER = [
     ("bundle", "testing", "warmup"),
     ("deployment",),
     ("ops",),
+    ("inductor",),
 ]
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +14,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
+from torch_jit_ops.inductor.report import entry_at
 from torch_jit_ops.inductor.rewrite import Rewrite, find_ops, in_module
 from torch_jit_ops.op import Op
 
@@ -27,17 +31,20 @@ class Decomposition(Rewrite):
         return f"decompose({', '.join(op.qualified_name for op in self._ops)})"
 
     def describe(self) -> str:
-        # The reference itself is no part of the key: Inductor's caches ignore changed fakes too (pytorch#160472).
-        return "\n".join(("decompose", *self._where, *(op.qualified_name for op in self._ops)))
+        files = {inspect.getfile(op.reference) for op in self._ops}
+        sources = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in sorted(files)]
+        return "\n".join(("decompose", *self._where, *(op.qualified_name for op in self._ops), *sources))
 
     def __call__(self, graph: Graph) -> None:
         ops: dict[Any, Op] = {op.packet: op for op in self._ops} | {op.default: op for op in self._ops}
+        done = []
         for node in list(graph.nodes):
             op = ops.get(node.target) if node.op == "call_function" else None
             if op is None or "out" in node.kwargs or not in_module(node, self._where):
                 continue
-            self._enter_done(op, node)
+            done.append(entry_at(op, node))
             _inline(graph, node, op)
+        self._enter(done)
 
 
 def _inline(graph: Graph, call: Node, op: Op) -> None:

@@ -10,7 +10,7 @@ from torch.fx import Graph, Node
 
 from torch_jit_ops.inductor.match import Attempt, GraphReader, Match, match, objection, tensor_of
 from torch_jit_ops.inductor.pattern import Pattern, patterns_of
-from torch_jit_ops.inductor.report import Entry, line_of, module_of
+from torch_jit_ops.inductor.report import Entry, entry_at
 from torch_jit_ops.inductor.rewrite import Rewrite, find_ops, in_module
 from torch_jit_ops.op import Op, libraries
 
@@ -41,37 +41,35 @@ class Fusion(Rewrite):
     def __call__(self, graph: Graph) -> None:
         reader = GraphReader(graph)
         covered: set[Node] = set()
-        done: list[tuple[Op, Node]] = []
-        missed: dict[Node, Entry] = {}
+        done: list[Entry] = []
+        missed: list[Entry] = []
         for node in reversed(list(graph.nodes)):  # a large pattern before those that are a part of it
             expression = reader[node]
             if node in covered or expression is None or expression.source is not node or not in_module(node, self._where):
                 continue
             found, miss = self._best(node, reader)
             if miss is not None:
-                missed[node] = miss
+                missed.append(miss)
             if found is not None:
                 _replace(graph, found)
                 covered |= found.interior
-                done.append((found.pattern.op, node))
-        for op, node in reversed(done):
-            self._enter_done(op, node)
-        self._missed += [missed[node] for node in reversed(missed)]
+                done.append(entry_at(found.pattern.op, node))
+        self._enter(reversed(done), reversed(missed))
 
     def _best(self, node: Node, reader: GraphReader) -> tuple[Match | None, Entry | None]:
         """The largest pattern that fits at ``node``, and what to say of one that fits better and may not stand there."""
         expression = reader[node]
-        nearest, reason, who = _NEAR, "", ""
+        nearest, miss = _NEAR, None
         for pattern in self._patterns.get(expression.name if expression else "", ()):
             attempt = Attempt()
             found = match(pattern, node, reader, attempt)
             against = objection(found, reader) if found is not None else None
             if found is not None and against is None:
-                return found, Entry(who, module_of(node), line_of(node), reason) if nearest >= 1 else None
+                return found, miss if nearest >= 1 else None
             share = 1.0 if found is not None else attempt.fitted / pattern.size
             if share > nearest:
-                nearest, who, reason = share, pattern.op.qualified_name, against or attempt.reason
-        return None, Entry(who, module_of(node), line_of(node), reason) if who else None
+                nearest, miss = share, entry_at(pattern.op, node, against or attempt.reason)
+        return None, miss
 
 
 def _replace(graph: Graph, found: Match) -> None:

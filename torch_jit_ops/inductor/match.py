@@ -284,7 +284,7 @@ def _order(found: Match, reader: GraphReader) -> str | None:
     first = min(found.interior)
     for barrier in reader.barriers:
         if first < barrier < found.root:
-            return f"{barrier.format_node()} may write what it reads"
+            return f"{name_of(barrier.target)} is called meanwhile, which may change what it reads or how it computes"
     late = [node for node in found.nodes() if not node < found.place]
     return f"{late[0].name} is computed after {found.place.name}" if late else None
 

@@ -6,6 +6,7 @@ samples. An argument that is a tensor, or a float, stands for any; others have t
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -60,6 +61,7 @@ class Pattern:
         return f"{self.op.qualified_name}({arguments}) = {', '.join(str(output) for output in self.outputs)}"
 
 
+@functools.cache  # a quarter of a second for the built-in ops
 def patterns_of(op: Op) -> tuple[Pattern, ...]:
     """The patterns of ``op``, each once, those with the most functions first.
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
+from torch_jit_ops.op import Op
+
 _LINE = re.compile(r'File "([^"]+)", line (\d+)')
 _PREFIX = re.compile(r"^L\['self'\]\.?|^self\.?|^L__self__[._]?")
 
@@ -34,7 +36,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class Report:
-    """What a rewrite has done so far, over all graphs that it was given.
+    """What a rewrite has done so far, over all graphs that it was given. A place that was in several graphs, such as those for
+    other sizes, is there once.
 
     Attributes:
         done: where an op was put, or was decomposed.
@@ -56,6 +59,11 @@ class Report:
             lines += [f"{len(self.missed)} nearly"]
             lines += [f"  {entry}" for entry in self.missed]
         return "\n".join(lines)
+
+
+def entry_at(op: Op, node: Node, reason: str = "") -> Entry:
+    """The entry for ``op`` at the place of ``node``."""
+    return Entry(op.qualified_name, module_of(node), line_of(node), reason)
 
 
 def module_of(node: Node) -> str:

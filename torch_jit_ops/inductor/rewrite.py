@@ -6,6 +6,7 @@ import contextlib
 import fnmatch
 import hashlib
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +16,7 @@ import torch._inductor.config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, Node
 
-from torch_jit_ops.inductor.report import Entry, Report, line_of, module_of
+from torch_jit_ops.inductor.report import Entry, Report, module_of
 from torch_jit_ops.op import Op, libraries
 
 _SETTING = "pre_grad_custom_pass"
@@ -31,8 +32,8 @@ class Rewrite(CustomGraphPass):
     """
 
     def __init__(self) -> None:
-        self._done: list[Entry] = []
-        self._missed: list[Entry] = []
+        self._done: Counter[Entry] = Counter()
+        self._missed: Counter[Entry] = Counter()
         self._contexts: list[contextlib.AbstractContextManager[Any]] = []
 
     @abstractmethod
@@ -55,7 +56,7 @@ class Rewrite(CustomGraphPass):
 
     def report(self) -> Report:
         """What was done so far. A graph that comes out of Inductor's cache was not looked at again."""
-        return Report(tuple(self._done), tuple(self._missed))
+        return Report(tuple(self._done.elements()), tuple(self._missed.elements()))
 
     def __add__(self, other: Rewrite) -> Rewrite:
         return Sequence((self, other))
@@ -74,8 +75,11 @@ class Rewrite(CustomGraphPass):
     def __deepcopy__(self, memo: Any) -> Rewrite:
         return self  # torch.compile copies its options; the report is read from the original
 
-    def _enter_done(self, op: Op, node: Node) -> None:
-        self._done.append(Entry(op.qualified_name, module_of(node), line_of(node)))
+    def _enter(self, done: Iterable[Entry], missed: Iterable[Entry] = ()) -> None:
+        """Add the entries of one graph. Dynamo traces a model again for other sizes, and where it starts over: places that
+        were there already are the same ones."""
+        self._done |= Counter(done)
+        self._missed |= Counter(missed)
 
 
 class Sequence(Rewrite):

@@ -1,0 +1,129 @@
+"""``inductor.fuse`` on unmodified models of ``transformers``, with random weights. Skipped where it is not installed:
+``spelled.py`` has the same spellings."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from test_fuse import assert_as_right, short, traced_by
+
+from torch_jit_ops.inductor import fuse, match
+
+transformers = pytest.importorskip("transformers")
+
+LAYERS = 2
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 100,
+    "pad_token_id": 0,
+}
+
+# By model, what each layer gets, and what the whole gets besides. In the first layer nothing was added yet.
+PRE_NORM = {"fused_add_rmsnorm": 2, "silu_mul": 1}, {"rmsnorm": 1}
+MODELS: dict[str, tuple[str, str, tuple[dict[str, int], dict[str, int]]]] = {
+    "llama": ("LlamaConfig", "LlamaForCausalLM", PRE_NORM),
+    "mistral": ("MistralConfig", "MistralForCausalLM", PRE_NORM),
+    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", PRE_NORM),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", ({**PRE_NORM[0], "rmsnorm": 2}, {"rmsnorm": 1})),
+    "gemma": (
+        "GemmaConfig",
+        "GemmaForCausalLM",
+        ({"gemma_fused_add_rmsnorm": 2, "gelu_tanh_mul": 1}, {"gemma_rmsnorm": 1}),
+    ),
+    "gemma2": (
+        "Gemma2Config",
+        "Gemma2ForCausalLM",
+        ({"gemma_fused_add_rmsnorm": 2, "gemma_rmsnorm": 2, "gelu_tanh_mul": 1}, {"gemma_rmsnorm": 1}),
+    ),
+    "gemma3": (
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        ({"gemma_fused_add_rmsnorm": 2, "gemma_rmsnorm": 4, "gelu_tanh_mul": 1}, {"gemma_rmsnorm": 1}),
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def _kernels_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(match, "served", lambda op: {"cpu", "cuda"})
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def build(name: str) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """The model in bf16, and in fp64."""
+    config, model, _ = MODELS[name]
+    pair = [getattr(transformers, model)(getattr(transformers, config)(**SMALL)).eval() for _ in range(2)]
+    with torch.no_grad():
+        for parameter in pair[0].parameters():  # norms start as ones, which would hide a missing weight
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    model, truth = pair[0].to(torch.bfloat16), pair[1].double()
+    truth.load_state_dict(model.state_dict())
+    return model, truth
+
+
+def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    return model(ids, use_cache=False).logits
+
+
+def expected(name: str) -> dict[str, int]:
+    of_layer, besides = MODELS[name][2]
+    counts = {op: LAYERS * count for op, count in of_layer.items()}
+    return {op: counts.get(op, 0) + besides.get(op, 0) for op in {**counts, **besides}}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_gets_the_ops_everywhere(name: str) -> None:
+    model, truth = build(name)
+    rewrite = fuse()
+    compiled = torch.compile(model, fullgraph=True, backend=traced_by(rewrite))
+    with torch.no_grad():
+        for shape in ((2, 7), (3, 5)):  # the second one is traced with symbolic sizes
+            ids = torch.randint(1, 100, shape)
+            assert_as_right(logits(compiled, ids), logits(model, ids), logits(truth, ids))
+    assert short(rewrite.report().counts()) == expected(name)
+    assert rewrite.report().missed == ()
+
+
+def test_where_a_model_got_them() -> None:
+    model, _ = build("llama")
+    rewrite = fuse(where="model.layers.1.*")
+    with torch.no_grad():
+        logits(torch.compile(model, fullgraph=True, backend=traced_by(rewrite)), torch.randint(1, 100, (2, 7)))
+    assert [(entry.op.removeprefix("jitk::"), entry.module) for entry in rewrite.report().done] == [
+        ("fused_add_rmsnorm", "model.layers.1.input_layernorm"),
+        ("fused_add_rmsnorm", "model.layers.1.post_attention_layernorm"),
+        ("silu_mul", "model.layers.1.mlp"),
+    ]
+
+
+def test_a_model_is_trained() -> None:
+    model, truth = build("qwen3")
+    rewrite = fuse()
+    ids = torch.randint(1, 100, (2, 7))
+    grads = []
+    compiled = torch.compile(model, fullgraph=True, backend=traced_by(rewrite))
+    for function, module in ((compiled, model), (model, model), (truth, truth)):
+        module.zero_grad()
+        logits(function, ids).double().square().mean().backward()
+        grads.append([parameter.grad.clone() for parameter in module.parameters()])
+    for grad, plain, exact in zip(*grads, strict=True):
+        assert_as_right(grad, plain, exact)
+    assert short(rewrite.report().counts()) == {"rmsnorm": 4 * LAYERS + 1, "silu_mul": LAYERS}
+
+
+def test_through_inductor() -> None:
+    model, truth = build("qwen3")
+    rewrite = fuse()
+    compiled = torch.compile(model, fullgraph=True, options=rewrite.options())
+    ids = torch.randint(1, 100, (2, 7))
+    with torch.no_grad():
+        assert_as_right(logits(compiled, ids), logits(model, ids), logits(truth, ids))
+    assert short(rewrite.report().counts()) == expected("qwen3")
