@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 OK, WRONG, USAGE, TOO_SLOW, INTERRUPTED = 0, 1, 2, 3, 130
 
-WHAT = ("kernels", "host", "compile", "cpu", "accuracy", "all")
+WHAT = ("kernels", "host", "compile", "cpu", "accuracy", "blocks", "all")
 
 DESCRIPTION = """\
 Benchmarks of torch_jit_ops beside SGLang, FlashInfer, Inductor and a plain copy.
@@ -28,6 +28,7 @@ Benchmarks of torch_jit_ops beside SGLang, FlashInfer, Inductor and a plain copy
   compile   first call in a new process, cold and warm, beside the bare compiler                 (GPU or CPU)
   cpu       time of the CPU kernels beside eager PyTorch and Inductor                            (CPU)
   accuracy  errors of the norms against float64, in bf16 and fp16, beside the peers' errors       (GPU or CPU)
+  blocks    a Llama block and a model of transformers: eager, compiled, fused, with the ops       (GPU or CPU)
   all       everything that this machine can run
 """
 
@@ -40,6 +41,7 @@ examples:
   python -m bench host --device cpu                         no GPU needed
   python -m bench compile --libraries jitk                  how long a new kernel takes to build and to load
   python -m bench accuracy --device cpu --op layernorm      how exact the norms are, no GPU needed
+  python -m bench blocks --tokens 1 4096                    whole blocks, what torch.compile and fuse make of them
   python -m bench all --json results.json                   everything, every sample kept
 
 peers are measured when they can be imported (a folder on PYTHONPATH will do) and reported as missing when not:
@@ -119,7 +121,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run what ``arguments`` ask for and return the exit status."""
     import torch
 
-    from bench import accuracy, bare_compiler, compile, cpu, environment, host, kernels, report
+    from bench import accuracy, bare_compiler, blocks, compile, cpu, environment, host, kernels, report
     from bench.cases import DTYPES
     from bench.results import failed
 
@@ -130,7 +132,7 @@ def run(arguments: argparse.Namespace) -> int:
         print("no CUDA device here; host, compile, cpu and accuracy run without one (--device cpu)", file=sys.stderr)
         return USAGE
     try:
-        cases, providers = _select(arguments)
+        cases, providers = ((), ()) if arguments.what == "blocks" else _select(arguments)
     except ValueError as error:
         print(error, file=sys.stderr)
         return USAGE
@@ -176,9 +178,24 @@ def run(arguments: argparse.Namespace) -> int:
         failures.extend(accuracy.failed(results))
         return [result.to_json() for result in results]
 
-    parts = {"kernels": run_kernels, "host": run_host, "compile": run_compile, "cpu": run_cpu, "accuracy": run_accuracy}
+    def run_blocks() -> object:
+        if device.type == "cuda":
+            results = blocks.run(out, device, dtype, 9 if quick else 21, arguments.tokens or blocks.TOKENS)
+        else:
+            results = blocks.run(out, device, dtype, 3, arguments.tokens or (1, 16), *blocks.SMALL)
+        failures.extend(blocks.failed(results))
+        return [result.to_json() for result in results]
+
+    parts = {
+        "kernels": run_kernels,
+        "host": run_host,
+        "compile": run_compile,
+        "cpu": run_cpu,
+        "accuracy": run_accuracy,
+        "blocks": run_blocks,
+    }
     if arguments.what == "all":
-        wanted = [name for name in parts if name != "kernels" or device.type == "cuda"]
+        wanted = [name for name in parts if name not in ("kernels", "blocks") or device.type == "cuda"]
     else:
         wanted = [arguments.what]
     facts = environment.describe()

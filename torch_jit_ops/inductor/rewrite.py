@@ -75,11 +75,22 @@ class Rewrite(CustomGraphPass):
     def __deepcopy__(self, memo: Any) -> Rewrite:
         return self  # torch.compile copies its options; the report is read from the original
 
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        """PyTorch 2.11 makes the key of its cache from the pickled options, and goes without a cache where it cannot."""
+        key = self.uuid()
+        if key is None:
+            raise TypeError(f"{self!r} holds a pass without a uuid")
+        return _cannot_be_loaded, (key,)
+
     def _enter(self, done: Iterable[Entry], missed: Iterable[Entry] = ()) -> None:
         """Add the entries of one graph. Dynamo traces a model again for other sizes, and where it starts over: places that
         were there already are the same ones."""
         self._done |= Counter(done)
         self._missed |= Counter(missed)
+
+
+def _cannot_be_loaded(key: Any) -> Rewrite:
+    raise TypeError("a rewrite is pickled for its key alone")
 
 
 class Sequence(Rewrite):
