@@ -16,6 +16,8 @@ import torch
 from bench import (
     accuracy,
     bare_compiler,
+    block_models,
+    blocks,
     child,
     compile,
     correctness,
@@ -32,6 +34,7 @@ from bench.cases import CASES, OPERATIONS, QUICK, Case, select
 from bench.providers import PROVIDERS, Provider, Unavailable, reason
 from bench.slots import FEWEST_CALLS, MOST_CALLS, ROTATION_BYTES, Slot, make_slots, plan
 from bench.timing import Samples, interleave, percentile, round_order, us_per_call
+from torch_jit_ops.inductor import objections
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -602,6 +605,48 @@ def test_accuracy_of_an_op_that_it_has_not_is_a_usage_error(capsys):
     assert main(["accuracy", "--device", "cpu", "--op", "relu2"]) == USAGE
     expected = "accuracy has no relu2; it has: rmsnorm, layernorm, fused_add_rmsnorm, fused_qknorm\n"
     assert capsys.readouterr().err == expected
+
+
+# Blocks
+
+
+def test_blocks_are_checked_and_timed(monkeypatch, capsys):
+    monkeypatch.setattr(objections, "served", lambda op: {"cpu"})
+
+    def absent(size):
+        raise Unavailable("transformers: not here")
+
+    monkeypatch.setattr(blocks, "transformers_llama", absent)
+    size = block_models.Size(64, 128, 4, 2, 2)
+    (result,) = blocks.run(report.console(), CPU, torch.bfloat16, 2, (3,), size)
+    assert blocks.failed([result]) == []
+    assert set(result.host) == set(result.errors) == set(blocks.CANDIDATES)
+    assert result.fused == {"jitk::fused_add_rmsnorm": 3, "jitk::rmsnorm": 2, "jitk::silu_and_mul": 2}
+    assert all(samples.median > 0 for samples in result.host.values())
+    json.dumps(result.to_json(), allow_nan=False)
+    printed = capsys.readouterr().out
+    assert "transformers Llama left out: transformers: not here" in printed
+    assert "Llama block, 3 tokens: fuse put 3 jitk::fused_add_rmsnorm, 2 jitk::rmsnorm, 2 jitk::silu_and_mul" in printed
+
+
+def test_a_block_that_is_wrong_is_not_timed():
+    class Wrong(torch.nn.Module):
+        def forward(self, x):
+            return x * 1.5
+
+    class Plain(torch.nn.Module):
+        def forward(self, x):
+            return x + 1
+
+    taken = blocks.measure("tiny", Plain(), Wrong(), Plain(), torch.randn(1, 4, 8), 4, 1)
+    assert set(taken.host) == {"eager", "compiled", "fused"}
+    assert set(taken.wrong) == {"jitk eager", "jitk", "jitk, norms apart", "jitk, gates apart"}
+    assert blocks.failed([taken])[0].startswith("tiny, 4 tokens, jitk eager: error ")
+
+
+def test_what_is_slower_than_plain_compiled_is_told():
+    times = {"compiled": Samples((10.0,)), "fused": Samples((10.1,)), "jitk": Samples((12.5,))}
+    assert blocks.slower([blocks.Result("block", 64, times)]) == ["block, 64 tokens: jitk has 0.800 of the speed of compiled"]
 
 
 # Command line

@@ -19,7 +19,7 @@ from torch._inductor.utils import run_and_get_code
 import torch_jit_ops
 from torch_jit_ops import OpLibrary, Sample, SampleMaker
 from torch_jit_ops import op as op_module
-from torch_jit_ops.inductor import Rewrite, decompose, fuse, match
+from torch_jit_ops.inductor import Rewrite, decompose, fuse, objections
 from torch_jit_ops.ops.norm import rmsnorm
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -28,7 +28,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 @pytest.fixture(autouse=True)
 def _kernels_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where an op has no kernel its reference serves these tests as well."""
-    monkeypatch.setattr(match, "served", lambda op: {"cpu", "cuda"})
+    monkeypatch.setattr(objections, "served", lambda op: {"cpu", "cuda"})
 
 
 def traced_by(rewrite: Rewrite) -> Callable[..., Any]:
@@ -172,6 +172,25 @@ def test_rows_of_a_wider_tensor_are_read_in_place() -> None:
     torch.testing.assert_close(actual, norm_of_a_part(x, weight))
 
 
+@pytest.mark.parametrize("symbolic", [False, True], ids=["fixed", "symbolic"])
+def test_transposed_heads_are_taken_in_their_order_in_memory(symbolic: bool) -> None:
+    """As in Gemma 3; the result has the layout that it had."""
+
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        return spelled.gemma(x.unflatten(-1, (-1, 8)).transpose(1, 2), weight, 1e-6)
+
+    rewrite = fuse()
+    compiled = torch.compile(norm, fullgraph=True, backend=traced_by(rewrite))
+    for tokens in (3, 5):
+        x, weight = torch.randn(2, tokens, 32), torch.randn(8)
+        if symbolic:
+            torch._dynamo.mark_dynamic(x, [0, 1])
+        actual, expected = compiled(x, weight), norm(x, weight)
+        torch.testing.assert_close(actual, expected)
+        assert actual.stride() == expected.stride()
+    assert short(rewrite.report().counts()) == {"gemma_rmsnorm": 1}
+
+
 def test_halves_the_other_way_around_are_two_tensors() -> None:
     def model(x: Tensor) -> Tensor:
         up, gate = x.chunk(2, -1)
@@ -212,10 +231,15 @@ REFUSED: dict[str, tuple[Callable[..., Any], Callable[[], list[Tensor]], str]] =
         lambda: [torch.randn(32, 6).t(), torch.randn(32)],
         "jitk::rmsnorm: input has strides [1, 6], which are no rows",
     ),
-    "heads_first": (
-        lambda x, w: F.rms_norm(x.transpose(1, 2), (8,), w, 1e-6),
+    "gaps_between_heads": (
+        lambda x, w: F.rms_norm(x[:, :, 1:], (8,), w, 1e-6),
         lambda: [torch.randn(2, 3, 4, 8), torch.randn(8)],
-        "jitk::rmsnorm: input has strides [96, 8, 32, 1], which are no rows",
+        "jitk::rmsnorm: input has strides [96, 32, 8, 1], which are no rows",
+    ),
+    "other_strides": (
+        lambda x, w: F.rms_norm(x.transpose(0, 1), (8,), w, 1e-6).contiguous().view(-1),
+        lambda: [torch.randn(3, 4, 8), torch.randn(8)],
+        "jitk::rmsnorm: input has strides [8, 32, 1], which are no rows",
     ),
     "weight_for_each_row": (
         lambda x, w: spelled.hugging_face(x, w, 1e-6),

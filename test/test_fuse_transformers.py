@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_fuse import assert_as_right, short, traced_by
 
-from torch_jit_ops.inductor import fuse, match
+from torch_jit_ops.inductor import fuse, objections
 
 transformers = pytest.importorskip("transformers")
 
@@ -53,7 +53,7 @@ MODELS: dict[str, tuple[str, str, tuple[dict[str, int], dict[str, int]]]] = {
 
 @pytest.fixture(autouse=True)
 def _kernels_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(match, "served", lambda op: {"cpu", "cuda"})
+    monkeypatch.setattr(objections, "served", lambda op: {"cpu", "cuda"})
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import operator
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch.fx import Graph, Node
 
-from torch_jit_ops.inductor.match import Attempt, GraphReader, Match, match, objection, tensor_of
+from torch_jit_ops.inductor.match import Attempt, GraphReader, Match, match, tensor_of
+from torch_jit_ops.inductor.objections import leading_order, objection
 from torch_jit_ops.inductor.pattern import Pattern, patterns_of
 from torch_jit_ops.inductor.report import Entry, entry_at
 from torch_jit_ops.inductor.rewrite import Rewrite, find_ops, in_module
@@ -75,12 +77,13 @@ class Fusion(Rewrite):
 def _replace(graph: Graph, found: Match) -> None:
     op = found.pattern.op
     with graph.inserting_before(found.place):
-        arguments = list(found.arguments)
+        order = leading_order(found)
+        arguments = [_permuted(graph, argument, order) for argument in found.arguments]
         made: list[Node] = []
         for index, argument in enumerate(op.signature.arguments):
             if argument.written:
-                # What is written is a copy to whoever reads the graph; Inductor leaves the copy out where it can, and match.py
-                # asks for the op only there.
+                # What is written is a copy to whoever reads the graph. Inductor leaves it out where nothing reads the original
+                # afterwards, and only there objections.py lets the op stand.
                 arguments[index] = graph.call_method("clone", (arguments[index],))
                 arguments[index].meta = dict(found.arguments[index].meta)
                 made.append(arguments[index])
@@ -96,6 +99,10 @@ def _replace(graph: Graph, found: Match) -> None:
         call.meta = {key: value for key, value in found.root.meta.items() if key in ("nn_module_stack", "stack_trace")}
         if not made:
             made = [call]
+            tensor = tensor_of(found.root)
+            call.meta["example_value"] = tensor.new_empty([tensor.shape[dim] for dim in order or ()])
+            if order and order != tuple(sorted(order)):
+                made = [graph.call_method("permute", (call, tuple(order.index(dim) for dim in range(len(order)))))]
         if op.signature.results > 1:
             call.meta["example_value"] = tuple(tensor_of(node) for node in found.outputs)
             made = [graph.call_function(operator.getitem, (call, index)) for index in range(op.signature.results)]
@@ -105,6 +112,15 @@ def _replace(graph: Graph, found: Match) -> None:
     for node in sorted(found.interior, reverse=True):
         if not node.users:
             graph.erase_node(node)
+
+
+def _permuted(graph: Graph, argument: Any, order: tuple[int, ...] | None) -> Any:
+    """``argument`` with its dimensions in that order; weights, which have but one, as they are."""
+    if not isinstance(argument, Node) or order is None or order == tuple(sorted(order)) or tensor_of(argument).dim() == 1:
+        return argument
+    node = graph.call_method("permute", (argument, order))
+    node.meta = {**argument.meta, "example_value": tensor_of(argument).permute(order)}
+    return node
 
 
 def fuse(ops: Iterable[str | Op] | None = None, *, where: str | tuple[str, ...] = "*") -> Fusion:

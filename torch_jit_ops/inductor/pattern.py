@@ -21,6 +21,10 @@ from torch_jit_ops.inductor.expression import Call, Expression, Reader, name_of
 from torch_jit_ops.op import Op
 from torch_jit_ops.samples import SampleMaker
 
+# Functions of a row, or of an element.
+_BY_ROWS = {"add", "mul", "sub", "div", "to", "silu", "gelu", "sigmoid", "tanh", "pow", "square", "sqrt", "rsqrt", "half"}
+_OVER_LAST = {"mean": ((-1,), True), "rms_norm": (1,), "layer_norm": (1,)}
+
 
 class Unreadable(Exception):
     """A spelling that cannot be made a pattern, and why."""
@@ -55,6 +59,15 @@ class Pattern:
     def size(self) -> int:
         """The number of its parts, arguments included."""
         return len(self.root.parts())
+
+    @property
+    def is_by_rows(self) -> bool:
+        """Whether it makes each row of its one result from the same row of its arguments, and from weights."""
+        functions = [part for part in self.root.parts() if part.name != "argument"]
+        over_last = {part: _OVER_LAST.get(part.name) for part in functions if part.name not in _BY_ROWS}
+        return len(self.outputs) == 1 and all(
+            expected is not None and part.constants[: len(expected)] == expected for part, expected in over_last.items()
+        )
 
     def __str__(self) -> str:
         arguments = ", ".join(str(argument) for argument in self.arguments)
