@@ -213,6 +213,13 @@ def _written_meanwhile(x: Tensor) -> Tensor:
     return gate * up
 
 
+def _told_to_write(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, -1)
+    gate = F.silu(gate)
+    F.relu(x, True)
+    return gate * up
+
+
 def _used_elsewhere(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
     return x * scale * weight, scale
@@ -270,6 +277,11 @@ REFUSED: dict[str, tuple[Callable[..., Any], Callable[[], list[Tensor]], str]] =
         _written_meanwhile,
         lambda: [torch.randn(6, 32)],
         "jitk::silu_and_mul: mul_ is called meanwhile, which may change what it reads or how it computes",
+    ),
+    "told_to_write": (
+        _told_to_write,
+        lambda: [torch.randn(6, 32)],
+        "jitk::silu_and_mul: relu is called meanwhile, which may change what it reads or how it computes",
     ),
     "grad_mode_changes": (
         _grad_mode_changes,

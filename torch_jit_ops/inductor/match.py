@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,8 +41,16 @@ def is_barrier(node: Node) -> bool:
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         return True
     name = name_of(node.target)
-    inplace = node.kwargs.get("inplace") is True or node.kwargs.get("out") is not None
-    return inplace or name in _MODES or name in _WRITES_IN_PLACE or name.endswith("_")
+    return _is_told_to_write(node) or name in _MODES or name in _WRITES_IN_PLACE or name.endswith("_")
+
+
+def _is_told_to_write(node: Node) -> bool:
+    if node.kwargs.get("inplace") is True or node.kwargs.get("out") is not None:
+        return True
+    if not isinstance(node.target, types.FunctionType):
+        return False
+    parameters = list(inspect.signature(node.target).parameters)
+    return "inplace" in parameters and True in node.args[parameters.index("inplace") :]
 
 
 class GraphReader:
