@@ -455,10 +455,9 @@ template <typename T, typename W>
 void fused_qknorm(TensorView q, TensorView k, TensorView q_weight, TensorView k_weight, double eps) {
   using namespace host;
   SymbolicSize tokens{"tokens"}, q_heads{"q_heads"}, k_heads{"k_heads"}, head_dim{"head_dim"};
-  SymbolicSize q_token{"q token stride"}, q_head{"q head stride"}, k_token{"k token stride"}, k_head{"k head stride"};
   SymbolicDevice device;
-  TensorMatcher({tokens, q_heads, head_dim}).with_strides({q_token, q_head, 1}).with_dtype<T>().with_device(device).verify(q);
-  TensorMatcher({tokens, k_heads, head_dim}).with_strides({k_token, k_head, 1}).with_dtype<T>().with_device(device).verify(k);
+  TensorMatcher({tokens, q_heads, head_dim}).with_strides({-1, -1, 1}).with_dtype<T>().with_device(device).verify(q);
+  TensorMatcher({tokens, k_heads, head_dim}).with_strides({-1, -1, 1}).with_dtype<T>().with_device(device).verify(k);
   TensorMatcher({head_dim}).with_dtype<W>().with_device(device).verify(q_weight);
   TensorMatcher({head_dim}).with_dtype<W>().with_device(device).verify(k_weight);
 

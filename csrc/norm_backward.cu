@@ -295,8 +295,8 @@ void backward(TensorView grad, TensorView input, TensorView weight, double eps, 
   SymbolicSize hidden{"hidden"};
   SymbolicDevice symbol;
   Rows ys, xs, to;
-  TensorMatcher({tokens, hidden}).with_rows(xs).with_dtype<T>().with_device(symbol).verify(input);
   TensorMatcher({tokens, hidden}).with_rows(ys).with_dtype<T>().with_device(symbol).verify(grad);
+  TensorMatcher({tokens, hidden}).with_rows(xs).with_dtype<T>().with_device(symbol).verify(input);
   TensorMatcher({hidden}).with_dtype<W>().with_device(symbol).verify(weight);
   TensorMatcher({tokens, hidden}).with_rows(to).with_dtype<T>().with_device(symbol).verify(grad_input);
   TensorMatcher({hidden}).with_dtype<W>().with_device(symbol).verify(grad_weight);

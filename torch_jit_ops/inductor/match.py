@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
