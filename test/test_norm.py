@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-import oracle
 import pytest
 import torch
 from cases import OPS, assert_same_bits, call, copy_with_storage, devices, map_tensors, poisoned, samples_of
@@ -13,6 +12,7 @@ from expecttest import assert_expected_inline
 from torch import Tensor
 
 from torch_jit_ops import Op, Sample
+from torch_jit_ops.testing import oracle
 
 NORMS = {op.name: op for op in OPS if op.library.namespace == "jitk" and "norm" in op.name}
 HALVES = [torch.float16, torch.bfloat16]
