@@ -14,6 +14,8 @@ from bench.child import child_environment, run_child
 from bench.environment import REPOSITORY, find_nvcc
 from bench.providers import Unavailable
 
+_CPU_ONLY = {"simd.h"}  # of what .cu files do not include
+
 COMPILE, LINK, HEADERS = "compile only", "compile and link", "with every header of jitk"
 
 
@@ -32,7 +34,8 @@ def units(device: str, each_header: bool = False) -> list[Unit]:
         suffixes, first, body = (".h", ".cuh"), "#include <cuda_bf16.h>\n", "__global__ void empty() {}\n"
     else:
         suffixes, first, body = (".h",), "#include <cstdint>\n", "int32_t empty() { return 0; }\n"
-    headers = [path.name for path in sorted((REPOSITORY / "include" / "jitk").glob("*")) if path.suffix in suffixes]
+    paths = sorted((REPOSITORY / "include" / "jitk").glob("*"))
+    headers = [path.name for path in paths if path.suffix in suffixes and not (device == "cuda" and path.name in _CPU_ONLY)]
     includes = {name: f"#include <jitk/{name}>\n" for name in headers}
     found = [Unit(COMPILE, first + body), Unit(LINK, first + body, link=True)]
     if includes:

@@ -17,7 +17,8 @@ TIMEOUT_S = 300
 def child_environment(cache: Path) -> dict[str, str]:
     """The environment of a measured process: this checkout importable, and all that is compiled goes below ``cache``."""
     path = [*filter(None, [os.environ.get("PYTHONPATH")]), str(REPOSITORY)]
-    return os.environ | bench_environment(cache) | {"PYTHONPATH": os.pathsep.join(path)}
+    # An installed package has its bytecode, so this checkout must be allowed to keep its own.
+    return os.environ | bench_environment(cache) | {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPATH": os.pathsep.join(path)}
 
 
 def run_child(command: Sequence[str], environment: dict[str, str], cwd: Path) -> str:

@@ -8,6 +8,7 @@ the measure: one ATen op that allocates.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -209,6 +210,16 @@ def table(rows: Sequence[Row], results: Sequence[Result]) -> tuple[list[str], li
     return columns, cells
 
 
+def _prepare() -> None:
+    """What is compiled in the background, and then serves every later process, is there before anything is timed."""
+    try:
+        from torch_jit_ops import loader, runtime
+
+        loader.load(runtime.autograd_unit())
+    except Exception as error:  # the rows of the op will say what is wrong with the package
+        print(reason(error), file=sys.stderr)
+
+
 def run(
     out: Console,
     device: torch.device,
@@ -219,6 +230,7 @@ def run(
     calls: int = CALLS_PER_BLOCK,
 ) -> list[Result]:
     """Measure and print ``rows`` in every one of ``modes``; the peers have kernels for CUDA only."""
+    _prepare()
     rows = [row for row in rows if device.type == "cuda" or not row.is_peer]
     results = [measure(rows, device, dtype, mode, rounds, calls) for mode in modes]
     title = f"host time of an eager call, {str(dtype).removeprefix('torch.')} [{TOKENS}, {WIDTH}], {device}"

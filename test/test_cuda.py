@@ -251,8 +251,10 @@ def test_more_than_2_to_the_31_elements(case: Case) -> None:
     sample = map_tensors(few, many)
     assert max(tensor.numel() for tensor in tensors_of(sample)) > 2**31
     actual = call(case.op, sample)
+    assert any(is_batched(plain, period) for plain in expected.tensors)
     for (name, tensor), (_, plain) in zip(actual, expected, strict=True):
-        assert is_batched(plain, period), f"{name} has no tokens"
+        if not is_batched(plain, period):  # a sum over tokens: another number of them is another sum
+            continue
         for begin, part in enumerate(tensor.view(turns, *plain.shape).split(2**27 // plain.numel() + 1)):
             same = (
                 (part == plain).all()
