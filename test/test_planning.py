@@ -105,3 +105,15 @@ buf6 = buf2; del buf2  # reuse
 buf5 = torch.ops.jitk.relu2.out(buf4, out=buf6)
 del buf4""",
     )
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_a_result_that_nobody_reads(kept: int) -> None:
+    """Inductor removes its buffer, but the out form writes it."""
+    op = torch.ops.jitk.rmsnorm_backward.default
+
+    def run(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return op(grad + 1, x, weight)[kept] + 1
+
+    given = torch.randn(6, 16), torch.randn(6, 16), torch.randn(16)
+    torch.testing.assert_close(torch.compile(run, fullgraph=True)(*given), run(*given))

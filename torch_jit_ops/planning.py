@@ -38,6 +38,13 @@ def lower(overload: Any, out: Any, outputs: Sequence[str]) -> None:
     from torch._inductor.virtualized import V
     from torch._library.utils import get_layout_constraint_tag
 
+    class Call(ir.ExternKernelMultiOut):
+        def codegen(self, wrapper: Any) -> None:
+            # A result that nobody reads has been removed, but the out form writes it as well.
+            for result in self.out_variant_output_nodes:
+                V.graph.removed_buffers.discard(result.get_name())
+            super().codegen(wrapper)
+
     def lowered(*args: Any, **kwargs: Any) -> Any:
         with V.graph.fake_mode:
             example, tensors, others, unflatten, unbacked = ir.FallbackKernel.process_kernel(overload, *args, **kwargs)
@@ -48,9 +55,7 @@ def lower(overload: Any, out: Any, outputs: Sequence[str]) -> None:
             call = ir.FallbackKernel(*parts, kwargs=kwargs, unbacked_bindings=unbacked)
             kind = ir.MultiOutput
         else:
-            call = ir.ExternKernelMultiOut(
-                *parts, kwargs=kwargs, unbacked_bindings=unbacked, out_op=out, out_arg_names=list(outputs)
-            )
+            call = Call(*parts, kwargs=kwargs, unbacked_bindings=unbacked, out_op=out, out_arg_names=list(outputs))
             kind = ir.AllocatingMultiOutput
         results = [
             kind(ir.FallbackKernel.tensor_to_layout(tensor), call, [(type(example), i)] if several else [])
