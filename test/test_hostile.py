@@ -10,6 +10,7 @@ import pytest
 import torch
 from cases import (
     Case,
+    Outcome,
     assert_only_written_inside,
     assert_same_bits,
     call,
@@ -225,9 +226,18 @@ def test_out_layout(case: Case, layout: Layout) -> None:
         assert not layout.served, str(error)
         assert ".contiguous()" in str(error)
         return
-    for (name, out), old, expected in zip(outs.items(), before, call(case.op, sample).tensors, strict=True):
-        assert_same_bits(out, expected, name)
+    expected = call(case.op, sample)
+    for (name, out), old, result in zip(outs.items(), before, expected.tensors, strict=True):
         assert_only_written_inside(out, old, name)
+        if not _sums_by_layout(case):
+            assert_same_bits(out, result, name)
+    if _sums_by_layout(case):
+        oracle.verify(case.op, case.device, case.dtype, sample, Outcome(expected.names, tuple(outs.values())))
+
+
+def _sums_by_layout(case: Case) -> bool:
+    """On a GPU the layout decides how many elements a thread takes at a time, and so the order in which a row is summed."""
+    return case.device == "cuda" and oracle.spreads(case.op, case.device, case.dtype)
 
 
 @over(has_out, _has_several_tokens)

@@ -89,7 +89,7 @@ def verify(
     names = expected.plain.names
     require(actual.names == names, f"results and written arguments are {actual.names}, expected {names}")
     bounds = _errors(op, device, dtype, extreme, reference)
-    deviations = None if extreme or not _spreads(op, device, dtype) else expected.deviations
+    deviations = None if extreme or not spreads(op, device, dtype) else expected.deviations
     for place, (name, tensor) in enumerate(actual):
         plain = expected.plain.tensors[place]
         require(tensor.shape == plain.shape, f"{name}: shape {list(tensor.shape)}, expected {list(plain.shape)}")
@@ -160,7 +160,7 @@ def _widened(sample: Sample) -> Sample:
 
 
 @functools.cache
-def _spreads(op: Op, device: str, dtype: torch.dtype) -> bool:
+def spreads(op: Op, device: str, dtype: torch.dtype) -> bool:
     """Whether one element of an argument decides about more than one element of a result."""
     for sample in samples_of(op, device, dtype):
         for index, tensor in enumerate(tensors_of(sample)):
@@ -177,7 +177,7 @@ def largest_extreme(op: Op, device: str, dtype: torch.dtype) -> float | None:
 
     What comes of sums that overflow on the way depends on the order of addition, which nobody promises.
     """
-    if not dtype.is_floating_point or not _spreads(op, device, dtype):
+    if not dtype.is_floating_point or not spreads(op, device, dtype):
         return None
     return min(torch.finfo(dtype).max, torch.finfo(torch.float32).max * 2.0**-20)
 
