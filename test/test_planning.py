@@ -117,3 +117,22 @@ def test_a_result_that_nobody_reads(kept: int) -> None:
 
     given = torch.randn(6, 16), torch.randn(6, 16), torch.randn(16)
     torch.testing.assert_close(torch.compile(run, fullgraph=True)(*given), run(*given))
+
+
+@planned
+def test_an_inductor_of_another_kind_is_served_by_its_own_lowering(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These parts are PyTorch's own affair: a version that changes them must not break a model."""
+
+    monkeypatch.delattr(torch._inductor.ir, "AllocatingMultiOutput")
+    monkeypatch.setattr(torch, "__version__", "9.9.9")
+    planning._warn_once.cache_clear()
+    op, x = torch_jit_ops.ops.activation.relu2.default, torch.randn(6, 16)
+    with pytest.warns(UserWarning, match="Inductor") as warned:
+        made = torch.compile(lambda x: op(op(x + x)) * 2, fullgraph=True)(x)
+    torch.testing.assert_close(made, op(op(x + x)) * 2)
+    assert_expected_inline(
+        "\n".join(str(warning.message) for warning in warned),
+        """\
+torch_jit_ops does not know the Inductor of PyTorch 9.9.9, and leaves ops' results to it
+  AttributeError: module 'torch._inductor.ir' has no attribute 'AllocatingMultiOutput'""",
+    )

@@ -8,7 +8,10 @@ It goes when FallbackKernel.create makes an ExternKernelMultiOut for any op and 
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,6 +37,13 @@ def lower(overload: Any, out: Any, outputs: Sequence[str]) -> None:
     if not PLANNED or overload in _lowered or "torch._inductor.lowering" not in sys.modules:
         return
     _lowered.add(overload)
+    try:
+        _install(overload, out, outputs)
+    except Exception as error:  # of any kind: without it, Inductor lowers the op as it would any other
+        _warn_once(f"{type(error).__name__}: {error}")
+
+
+def _install(overload: Any, out: Any, outputs: Sequence[str]) -> None:
     from torch._inductor import ir, lowering
     from torch._inductor.virtualized import V
     from torch._library.utils import get_layout_constraint_tag
@@ -45,26 +55,47 @@ def lower(overload: Any, out: Any, outputs: Sequence[str]) -> None:
                 V.graph.removed_buffers.discard(result.get_name())
             super().codegen(wrapper)
 
-    def lowered(*args: Any, **kwargs: Any) -> Any:
+    def planned(*args: Any, **kwargs: Any) -> Any:
         with V.graph.fake_mode:
-            example, tensors, others, unflatten, unbacked = ir.FallbackKernel.process_kernel(overload, *args, **kwargs)
+            found = ir.FallbackKernel.process_kernel(overload, *args, **kwargs)
+        # A tuple in PyTorch 2.13, which a dataclass of the same five has replaced in 2.15.
+        parts = found if isinstance(found, tuple) else [getattr(found, field.name) for field in dataclasses.fields(found)]
+        example, tensors, others, unflatten, unbacked = parts
         several = isinstance(example, (tuple, list))
+        layouts = [ir.FallbackKernel.tensor_to_layout(tensor) for tensor in (example if several else (example,))]
         layout = ir.MultiOutputLayout(device=ir.FallbackKernel.find_device(tensors, example))
-        parts = (layout, overload, tensors, others, unflatten)
+        common = (layout, overload, tensors, others, unflatten)
         if V.graph.cpp_wrapper:
-            call = ir.FallbackKernel(*parts, kwargs=kwargs, unbacked_bindings=unbacked)
             kind = ir.MultiOutput
+            call = ir.FallbackKernel(*common, kwargs=kwargs, unbacked_bindings=unbacked)
         else:
-            call = Call(*parts, kwargs=kwargs, unbacked_bindings=unbacked, out_op=out, out_arg_names=list(outputs))
             kind = ir.AllocatingMultiOutput
-        results = [
-            kind(ir.FallbackKernel.tensor_to_layout(tensor), call, [(type(example), i)] if several else [])
-            for i, tensor in enumerate(example if several else (example,))
-        ]
+            call = Call(*common, kwargs=kwargs, unbacked_bindings=unbacked, out_op=out, out_arg_names=list(outputs))
+        results = [kind(each, call, [(type(example), i)] if several else []) for i, each in enumerate(layouts)]
         call.outputs = call.out_variant_output_nodes = results
         wrapped = tuple(result.wrap_for_lowering() for result in results)
         return wrapped if several else wrapped[0]
 
+    def lowered(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return planned(*args, **kwargs)
+        except Exception as error:
+            # Inductor promises nobody what these parts are like, and its own lowering serves most calls as well. Where the call
+            # itself is at fault, that one fails too, and says so.
+            results = plain(*args, **kwargs)
+            _warn_once(f"{type(error).__name__}: {error}")
+            return results
+
     constraint = lowering.tag_to_layout_constraint(get_layout_constraint_tag(overload, with_default=True))
     lowering.make_fallback(overload, layout_constraint=constraint, warn=False)
+    plain = lowering.lowerings[overload]
     lowering.register_lowering(overload, type_promotion_kind=None)(lowered)
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(
+        f"torch_jit_ops does not know the Inductor of PyTorch {torch.__version__}, and leaves ops' results to it\n"
+        f"  {reason.splitlines()[0]}",
+        stacklevel=2,
+    )
