@@ -142,7 +142,11 @@ def called_by(program: Program, arch: str | Sequence[str] | None = None) -> Iter
     Raises:
         ValueError: a call has no kernel, or it is not known which.
     """
-    exported = program if isinstance(program, torch.export.ExportedProgram) else torch.export.load(program)
+    if isinstance(program, torch.export.ExportedProgram):
+        exported = program
+    else:
+        with open(program, "rb") as file:  # given a name that is not there, PyTorch 2.15 logs a traceback too
+            exported = torch.export.load(file)
     ops = {op.qualified_name: op for library in libraries() for op in library.ops.values()}
     for node in _nodes(exported.graph_module):
         for target in (node.target, *node.args):  # a functionalised call has the op as its first argument
