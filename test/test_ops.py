@@ -204,3 +204,23 @@ def test_gradient_of_one_tensor_passed_twice() -> None:
     assert grad.tolist() == [0.0, 4.0, 16.0]
     (second,) = torch.autograd.grad(grad.sum(), x)
     assert second.tolist() == [0.0, 8.0, 8.0]
+
+
+@over(is_first_of_op)
+def test_the_profiler_shows_the_op_and_its_shapes(case: Case) -> None:
+    """For a call, for one of the out form, and for one that wants a gradient."""
+    sample = case.sample()
+    outs = tuple(map(torch.empty_like, call(case.op, copy_with_storage(sample)).tensors)) if has_out(case) else ()
+    wanting = map_tensors(case.sample(), lambda tensor: tensor.requires_grad_(tensor.is_floating_point()))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        case.op.default(*sample.args, **sample.kwargs)
+        if has_out(case):
+            made_by_out(case.op, sample, outs)
+        if has_gradient(case):
+            case.op.default(*wanting.args, **wanting.kwargs)
+    shown = [event.input_shapes for event in profile.events() if event.name == case.op.qualified_name]
+    values = case.op.arguments(*sample.args, **sample.kwargs)
+    shapes = [list(value.shape) if isinstance(value, Tensor) else [] for value in values]
+    assert len(shown) == 1 + has_out(case) + has_gradient(case)
+    for one in shown:
+        assert one[: len(shapes)] == shapes
