@@ -379,17 +379,32 @@ def test_rows_that_mean_nothing(library: OpLibrary, csrc: Path) -> None:
     def op(x: Tensor, n: int) -> Tensor:
         return x
 
+    def accumulate(total: Tensor, x: Tensor) -> None:
+        total.add_(x)
+
     texts = []
-    for options in ({"rows": ("y",)}, {"rows": ("n",)}, {"rows": ("x",), "mutates": ("x",)}):
+    for function, options in (
+        (op, {"rows": ("y",)}),
+        (op, {"rows": ("n",)}),
+        (accumulate, {"rows": ("x",), "mutates": ("total",)}),
+        (op, {"rows": ("x",), "sums": ("x",)}),
+        (accumulate, {"rows": ("x", "total"), "mutates": ("total",), "sums": ("total",)}),
+        (op, {"sums": ("out",)}),
+        (op, {"elementwise": True}),
+    ):
         with pytest.raises(ValueError) as caught:
-            declare(library, op, **options)
+            declare(library, function, **options)
         texts.append(words(caught, csrc))
     assert_expected_inline(
         "\n".join(texts),
         """\
 lib::op: rows names 'y'; its tensor arguments are x
 lib::op: rows names 'n'; its tensor arguments are x
-lib::op: rows is for ops that return new tensors and write none""",
+lib::accumulate: rows must name 'total', too: the op writes it
+lib::op: sums names 'x'; the out form's arguments are out
+lib::accumulate: sums names 'total'; the out form's arguments are none
+lib::op: sums is about rows, but rows names none
+lib::op: elementwise is about rows, but rows names none""",
     )
 
 

@@ -114,6 +114,37 @@ def test_rows_that_are_none(tmp_path: Path) -> None:
     )
 
 
+def test_rows_that_are_not_what_they_are_declared(tmp_path: Path) -> None:
+    def written(x: Tensor) -> None:
+        x.copy_(x.cumsum(0))
+
+    def mean(x: Tensor) -> Tensor:
+        return x.mean(0)
+
+    def last(x: Tensor) -> Tensor:
+        return x.softmax(-1)
+
+    library = OpLibrary(f"checked{next(_numbers)}", csrc=tmp_path)
+    texts = []
+    for function, options in (
+        (written, {"mutates": ("x",)}),
+        (mean, {"sums": ("out",)}),
+        (last, {"elementwise": True}),
+    ):
+        declare = library.op(variant="f", rows=("x",), samples=_samples, dtypes=(torch.float32,), **options)
+        texts.append(complaint(declare(function)))
+    assert_expected_inline(
+        "\n".join(texts),
+        """\
+lib::written on cpu with float32, sample 0 (a usual one): rows
+result 0 of halves along dimension 0 is not that of the whole
+lib::mean on cpu with float32, sample 0 (a usual one): rows
+result 0 of halves along dimension 0 is not that of the whole
+lib::last on cpu with float32, sample 0 (a usual one): rows
+result 0 of halves along dimension 1 is not that of the whole""",
+    )
+
+
 def test_a_declaration_that_breaks_a_promise(tmp_path: Path) -> None:
     texts = [
         complaint(twice_with(tmp_path, fake=lambda x: x.new_empty(x.shape[:-1]))),

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_jit_ops import autograd, background, batching, environment, loader, planning, runtime, toolchain, variant
+from torch_jit_ops import autograd, background, batching, environment, loader, planning, runtime, sharding, toolchain, variant
 from torch_jit_ops.samples import Sample, SampleMaker
 from torch_jit_ops.signature import Signature, signature_of
 
@@ -83,6 +83,8 @@ class OpLibrary:
         mutates: Sequence[str] = (),
         outputs: Sequence[str] | None = None,
         rows: Sequence[str] = (),
+        sums: Sequence[str] = (),
+        elementwise: bool = False,
         samples: Samples | None = None,
         fake: Callable[..., Any] | None = None,
         backward: Callable[..., Any] | None = None,
@@ -100,8 +102,14 @@ class OpLibrary:
                 function itself.
             mutates: tensor arguments that are written. Such an op returns what it returns, and has no out form.
             outputs: names of the out form's arguments: by default ``("out",)`` for one result; needed for several.
-            rows: tensor arguments with any number of leading dimensions, the same for all of them and for all results.
-                ``torch.func.vmap`` over them is one call with one more dimension; over others it is a call for each element.
+            rows: tensor arguments with any number of leading dimensions, the same for all of them and for all results; what
+                the op makes of a row depends on no other row. ``torch.func.vmap`` over them is one call with one more
+                dimension; over others it is a call for each element. DTensors may be sharded over any leading dimension.
+                An op that writes arguments names those, too; its number of dimensions may be fixed.
+            sums: results, by their names in ``outputs``, that have no rows: they are sums over all rows, such as the gradient
+                of a weight.
+            elementwise: an element of a result depends on the elements in its place of the ``rows`` arguments alone, and
+                these may be sharded over the last dimension, too.
             samples: makes the arguments that tests and benchmarks call the op with.
             fake: what tracing calls instead of the function.
             backward: called with the gradients of the results and then all arguments; returns the gradient, or None, of each
@@ -133,7 +141,7 @@ class OpLibrary:
                     raise ValueError(f"{who} has a {backend} source, but variant names only {', '.join(variant)}")
                 kernels[backend] = Kernel(source, _variant.parse_variant(who, text, signature))
             names = _output_names(who, signature, outputs)
-            _check_rows(who, signature, rows)
+            _check_rows(who, signature, rows, names, sums, elementwise)
             op = Op(
                 self,
                 function,
@@ -141,7 +149,7 @@ class OpLibrary:
                 kernels,
                 tuple(dtypes),
                 names,
-                tuple(rows),
+                sharding.Rows(tuple(rows), tuple(sums), elementwise),
                 samples,
                 fake,
                 backward,
@@ -183,13 +191,21 @@ def _output_names(who: str, signature: Signature, names: Sequence[str] | None) -
     return tuple(names)
 
 
-def _check_rows(who: str, signature: Signature, rows: Sequence[str]) -> None:
-    if rows and (any(argument.written for argument in signature.arguments) or signature.results == 0):
-        raise ValueError(f"{who}: rows is for ops that return new tensors and write none")
+def _check_rows(
+    who: str, signature: Signature, rows: Sequence[str], outputs: Sequence[str], sums: Sequence[str], elementwise: bool
+) -> None:
     tensors = [argument.name for argument in signature.arguments if argument.kind == "T"]
     for name in rows:
         if name not in tensors:
             raise ValueError(f"{who}: rows names {name!r}; its tensor arguments are {', '.join(tensors) or 'none'}")
+    for argument in signature.arguments:
+        if rows and argument.written and argument.name not in rows:
+            raise ValueError(f"{who}: rows must name {argument.name!r}, too: the op writes it")
+    for name in sums:
+        if name not in outputs:
+            raise ValueError(f"{who}: sums names {name!r}; the out form's arguments are {', '.join(outputs) or 'none'}")
+    if not rows and (sums or elementwise):
+        raise ValueError(f"{who}: {'sums' if sums else 'elementwise'} is about rows, but rows names none")
 
 
 class Op:
@@ -201,7 +217,7 @@ class Op:
         kernels: by backend, ``"cuda"`` and ``"cpu"``.
         dtypes: those that the kernels are compiled for.
         outputs: names of the out form's arguments; empty if there is no out form.
-        rows: tensor arguments with any number of leading dimensions.
+        rows: tensor arguments with rows, results that are sums over them, and whether all is elementwise.
         samples: makes arguments for tests, or None.
         patterns: other spellings of the reference that ``inductor.fuse`` looks for, or None.
     """
@@ -216,7 +232,7 @@ class Op:
         kernels: Mapping[str, Kernel],
         dtypes: tuple[torch.dtype, ...],
         outputs: tuple[str, ...],
-        rows: tuple[str, ...],
+        rows: sharding.Rows,
         samples: Samples | None,
         fake: Callable[..., Any] | None,
         backward: Callable[..., Any] | None,
@@ -327,7 +343,8 @@ class Op:
         for overload in self.overloads():
             definitions.impl(self._dotted(overload), self._autograd_kernel(overload), "Autograd", with_keyset=True)
         if self._is_functional() and not any(part.kind == "T" and part.keyword_only for part in self.signature.arguments):
-            rule = batching.rule(self.default, self.signature, self.rows)
+            rows = () if self.rows.sums else self.rows.arguments
+            rule = batching.rule(self.default, self.signature, rows)
             torch.library.register_vmap(self.qualified_name, rule, lib=definitions)
 
     def _is_functional(self) -> bool:
@@ -387,6 +404,8 @@ class Op:
     def _run_out_fake(self, *args: Any, **kwargs: Any) -> Any:
         """The outputs if the schema returns them."""
         self._build_ahead(*args, **kwargs)
+        if planning.PLANNED:  # before, DTensor fails on an out form that returns nothing
+            sharding.register(self.out, self.overloads()["out"], self.outputs, self.rows)
         outs = tuple(kwargs[name] for name in self.overloads()["out"].returned)
         return outs if len(outs) > 1 else outs[0] if outs else None
 
@@ -399,6 +418,8 @@ class Op:
         self._build_ahead(*args, **kwargs)
         if self.outputs:
             planning.lower(self.default, self.out, self.outputs)
+        names = self.outputs or tuple(f"result {i}" for i in range(self.signature.results))
+        sharding.register(self.default, self.signature, names, self.rows)
         if self._fake is not None:
             return self._fake(*args, **kwargs)
         if self.signature.results == 0:

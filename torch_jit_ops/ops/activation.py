@@ -124,6 +124,7 @@ def gelu_tanh_and_mul(input: Tensor) -> Tensor:
     cpu="activation.cpp",
     variant="silu_mul<{gate.dtype}>",
     rows=("gate", "up"),
+    elementwise=True,
     samples=_gate_and_up,
     patterns=_SILU,
 )
@@ -145,6 +146,7 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     cpu="activation.cpp",
     variant="gelu_mul<{gate.dtype}>",
     rows=("gate", "up"),
+    elementwise=True,
     samples=_gate_and_up,
     patterns=_GELU,
 )
@@ -166,6 +168,7 @@ def gelu_mul(gate: Tensor, up: Tensor) -> Tensor:
     cpu="activation.cpp",
     variant="gelu_tanh_mul<{gate.dtype}>",
     rows=("gate", "up"),
+    elementwise=True,
     samples=_gate_and_up,
     patterns=_GELU_TANH,
 )
@@ -182,7 +185,14 @@ def gelu_tanh_mul(gate: Tensor, up: Tensor) -> Tensor:
     return F.gelu(gate, approximate="tanh") * up
 
 
-@library.op(cuda="activation.cu", cpu="activation.cpp", variant="relu2<{input.dtype}>", rows=("input",), samples=_unary)
+@library.op(
+    cuda="activation.cu",
+    cpu="activation.cpp",
+    variant="relu2<{input.dtype}>",
+    rows=("input",),
+    elementwise=True,
+    samples=_unary,
+)
 def relu2(input: Tensor) -> Tensor:
     """``relu(input) ** 2`` (Primer; So et al., arXiv:2109.08668).
 
@@ -195,7 +205,14 @@ def relu2(input: Tensor) -> Tensor:
     return F.relu(input).square()
 
 
-@library.op(cuda="activation.cu", cpu="activation.cpp", variant="fused_add_relu<{x.dtype}>", rows=("x", "y"), samples=_binary)
+@library.op(
+    cuda="activation.cu",
+    cpu="activation.cpp",
+    variant="fused_add_relu<{x.dtype}>",
+    rows=("x", "y"),
+    elementwise=True,
+    samples=_binary,
+)
 def fused_add_relu(x: Tensor, y: Tensor) -> Tensor:
     """``relu(x + y)``.
 

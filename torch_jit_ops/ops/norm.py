@@ -192,6 +192,7 @@ def layernorm(input: Tensor, weight: Tensor, bias: Tensor | None = None, eps: fl
     cpu="norm.cpp",
     variant="fused_add_rmsnorm<{input.dtype}, {weight.dtype}>",
     mutates=("input", "residual"),
+    rows=("input", "residual"),
     samples=_added,
     patterns=spelling.after_addition(spelling.RMS_NORMS),
 )
@@ -215,6 +216,7 @@ def fused_add_rmsnorm(input: Tensor, residual: Tensor, weight: Tensor, eps: floa
     cpu="norm.cpp",
     variant="gemma_fused_add_rmsnorm<{input.dtype}, {weight.dtype}>",
     mutates=("input", "residual"),
+    rows=("input", "residual"),
     samples=_added,
     patterns=(),
 )
@@ -236,6 +238,7 @@ def gemma_fused_add_rmsnorm(input: Tensor, residual: Tensor, weight: Tensor, eps
     cpu="norm.cpp",
     variant="fused_qknorm<{q.dtype}, {q_weight.dtype}>",
     mutates=("q", "k"),
+    rows=("q", "k"),
     samples=_queries_and_keys,
 )
 def fused_qknorm(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float = 1e-6) -> None:
@@ -257,6 +260,8 @@ def fused_qknorm(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: 
     cpu="norm.cpp",
     variant="rmsnorm_backward<{input.dtype}, {weight.dtype}>",
     outputs=("grad_input", "grad_weight"),
+    rows=("grad", "input"),
+    sums=("grad_weight",),
     samples=_gradients,
 )
 def rmsnorm_backward(grad: Tensor, input: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
@@ -285,6 +290,8 @@ def rmsnorm_backward(grad: Tensor, input: Tensor, weight: Tensor, eps: float = 1
     cpu="norm.cpp",
     variant="layernorm_backward<{input.dtype}, {weight.dtype}>",
     outputs=("grad_input", "grad_weight", "grad_bias"),
+    rows=("grad", "input"),
+    sums=("grad_weight", "grad_bias"),
     samples=_gradients,
 )
 def layernorm_backward(grad: Tensor, input: Tensor, weight: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor, Tensor]:

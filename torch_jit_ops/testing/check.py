@@ -43,6 +43,8 @@ def check(op: Op, *, devices: Sequence[str] | None = None, dtypes: Sequence[torc
     * what tracing expects (the fake) has the shapes, strides and dtypes of real results,
     * its gradients, and theirs, are those of finite differences,
     * ``torch.func.vmap`` over the arguments that it declares as ``rows`` gives the results of single calls,
+    * each half of the rows alone gives its half of the results, and of ``sums`` a summand; so do halves of the last dimension
+      of an op that is ``elementwise``,
     * ``torch.library.opcheck`` accepts its overloads, with and without gradients.
 
     Args:
@@ -87,8 +89,10 @@ def _check_sample(op: Op, device: str, dtype: torch.dtype, index: int, *, thorou
         checks.append(("torch.library.opcheck", lambda: _opcheck(op, sample())))
     if first and dtype.is_floating_point and not writes(op):
         checks.append(("opcheck with gradients", lambda: _opcheck(op, _wanting_gradients(sample()), out_form=False)))
-    if first and op.rows:
+    if first and op.rows.arguments and not op.rows.sums and not writes(op):
         checks.append(("torch.func.vmap", lambda: _more_rows(op, sample())))
+    if first and thorough and op.rows.arguments:
+        checks.append(("rows", lambda: _rows_apart(op, sample())))
     if first and thorough and dtype.is_floating_point and not writes(op):
         checks.append(("the derivative", lambda: _derivative(op, sample())))
     for name, run in checks:
@@ -163,7 +167,8 @@ def _opcheck(op: Op, given: Sample, *, out_form: bool = True) -> None:
 
 
 def _more_rows(op: Op, given: Sample) -> None:
-    places = [i for i, argument in enumerate(op.signature.arguments) if argument.name in op.rows and i < len(given.args)]
+    names = [argument.name for argument in op.signature.arguments[: len(given.args)]]
+    places = [i for i, name in enumerate(names) if name in op.rows.arguments]
     calls = [[arg.flip(-1) if turned and i in places else arg for i, arg in enumerate(given.args)] for turned in (False, True)]
     stacked = [torch.stack([call[i] for call in calls]) if i in places else arg for i, arg in enumerate(given.args)]
     dims = tuple(0 if i in places else None for i in range(len(given.args)))
@@ -174,13 +179,40 @@ def _more_rows(op: Op, given: Sample) -> None:
         torch.testing.assert_close(result, torch.stack(expected), equal_nan=True, msg=f"result {place} is not that of each row")
 
 
+def _rows_apart(op: Op, given: Sample) -> None:
+    """What DTensor relies on when each process has some of the rows; in float64, where halves of a sum add up."""
+    given = _in_float64(given)
+    names = [argument.name for argument in op.signature.arguments[: len(given.args)]]
+    places = [i for i, name in enumerate(names) if name in op.rows.arguments]
+    dims = min(given.args[i].dim() for i in places)
+    whole = call(op, copy_with_storage(given))
+    for dim in range(dims if op.rows.elementwise else dims - 1):
+        if min(given.args[i].shape[dim] for i in places) < 2:
+            continue
+        halves = []
+        for part in range(2):
+            args = [arg.chunk(2, dim)[part] if i in places else arg for i, arg in enumerate(given.args)]
+            halves.append(call(op, copy_with_storage(Sample(tuple(args), given.kwargs))))
+        for place, expected in enumerate(whole.tensors):
+            pair = [half.tensors[place] for half in halves]
+            is_sum = place < len(op.outputs) and op.outputs[place] in op.rows.sums
+            text = f"result {place} of halves along dimension {dim} is not that of the whole"
+            torch.testing.assert_close(
+                pair[0] + pair[1] if is_sum else torch.cat(pair, dim), expected, equal_nan=True, msg=text
+            )
+
+
+def _in_float64(given: Sample) -> Sample:
+    return map_tensors(given, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
+
+
 def _wanting_gradients(given: Sample) -> Sample:
     return map_tensors(given, lambda tensor: tensor.detach().clone().requires_grad_(tensor.is_floating_point()))
 
 
 def _derivative(op: Op, given: Sample) -> None:
     """In float64, where finite differences say something; kernels are not made for it, so the function runs forward."""
-    wide = _wanting_gradients(map_tensors(given, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor))
+    wide = _wanting_gradients(_in_float64(given))
     inputs = [tensor for tensor in tensors_of(wide) if tensor.requires_grad]
 
     def run(*tensors: Tensor) -> tuple[Tensor, ...]:
