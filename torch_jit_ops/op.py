@@ -154,8 +154,8 @@ class OpLibrary:
                 fake,
                 backward,
                 dict(flags or {}),
+                None if patterns is None else tuple(patterns),
             )
-            op.patterns = None if patterns is None else tuple(patterns)
             op._define(self._definitions)
             self.ops[name] = op
             return op
@@ -222,8 +222,6 @@ class Op:
         patterns: other spellings of the reference that ``inductor.fuse`` looks for, or None.
     """
 
-    patterns: tuple[Callable[..., Any], ...] | None = None
-
     def __init__(
         self,
         library: OpLibrary,
@@ -237,6 +235,7 @@ class Op:
         fake: Callable[..., Any] | None,
         backward: Callable[..., Any] | None,
         flags: Mapping[str, Sequence[str]],
+        patterns: tuple[Callable[..., Any], ...] | None,
     ) -> None:
         self.library = library
         self.reference = reference
@@ -246,6 +245,7 @@ class Op:
         self.outputs = outputs
         self.rows = rows
         self.samples = samples
+        self.patterns = patterns
         self._fake = fake
         self._backward = backward
         self._flags = flags
@@ -390,7 +390,7 @@ class Op:
         return fresh if isinstance(results, tuple) else fresh[0]
 
     def _run_out_reference(self, *args: Any, **kwargs: Any) -> Any:
-        returned = self._run_out_fake(**kwargs)
+        returned = self._returned(kwargs)
         outs = [kwargs.pop(name) for name in self.outputs]
         for name, out, result in zip(self.outputs, outs, _as_tuple(self.reference(*args, **kwargs)), strict=True):
             if out.shape != result.shape or out.dtype != result.dtype:
@@ -401,13 +401,16 @@ class Op:
             out.copy_(result)
         return returned
 
+    def _returned(self, kwargs: Mapping[str, Any]) -> Any:
+        """The outputs if the out form's schema returns them."""
+        outs = tuple(kwargs[name] for name in self.overloads()["out"].returned)
+        return outs if len(outs) > 1 else outs[0] if outs else None
+
     def _run_out_fake(self, *args: Any, **kwargs: Any) -> Any:
-        """The outputs if the schema returns them."""
         self._build_ahead(*args, **kwargs)
         if planning.PLANNED:  # before, DTensor fails on an out form that returns nothing
             sharding.register(self.out, self.overloads()["out"], self.outputs, self.rows)
-        outs = tuple(kwargs[name] for name in self.overloads()["out"].returned)
-        return outs if len(outs) > 1 else outs[0] if outs else None
+        return self._returned(kwargs)
 
     def _build_ahead(self, *args: Any, **kwargs: Any) -> None:
         given = {name: value for name, value in kwargs.items() if name not in self.outputs}

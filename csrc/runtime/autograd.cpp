@@ -5,8 +5,7 @@
 //
 // Apart from dispatch.cpp, because the stable ABI has no way to go on to the next kernel for the same dispatch keys, which is
 // what keeps modes, subclasses and functorch right, and none that lets an exception of Python through. These headers take four
-// times as long to compile, so nobody waits for them: until the library is
-// there, the kernel in Python answers alone.
+// times as long to compile, so nobody waits for them: until the library is there, the kernel in Python answers alone.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
