@@ -10,7 +10,8 @@ from torch.fx import Node
 from torch_jit_ops.op import Op
 
 _LINE = re.compile(r'File "([^"]+)", line (\d+)')
-_PREFIX = re.compile(r"^L\['self'\]\.?|^self\.?|^L__self__[._]?")
+# What a compiled function calls the model: an argument, a variable around it, or an item of one.
+_ROOT = re.compile(r"^(?:[LG]\['\w+'\](?:\[[^\]]*\])*(?:\.|$)|self(?:\.|$)|L__self__[._]?)")
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,9 @@ def entry_at(op: Op, node: Node, reason: str = "") -> Entry:
 
 
 def module_of(node: Node) -> str:
-    """The path of the module in whose forward ``node`` was called."""
+    """The path of the module in whose forward ``node`` was called, from the module or the variable that was compiled."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
-    return _PREFIX.sub("", stack[-1][0]) if stack else ""
+    return _ROOT.sub("", stack[-1][0]) if stack else ""
 
 
 def line_of(node: Node) -> str:

@@ -6,13 +6,14 @@ import contextlib
 import fnmatch
 import hashlib
 from abc import abstractmethod
-from collections import Counter
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch._inductor.config
+from torch._guards import CompileContext
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, Node
 
@@ -32,8 +33,8 @@ class Rewrite(CustomGraphPass):
     """
 
     def __init__(self) -> None:
-        self._done: Counter[Entry] = Counter()
-        self._missed: Counter[Entry] = Counter()
+        self._done: defaultdict[int | None, Counter[Entry]] = defaultdict(Counter)  # by the frame that Dynamo compiled
+        self._missed: defaultdict[int | None, Counter[Entry]] = defaultdict(Counter)
         self._contexts: list[contextlib.AbstractContextManager[Any]] = []
 
     @abstractmethod
@@ -56,7 +57,7 @@ class Rewrite(CustomGraphPass):
 
     def report(self) -> Report:
         """What was done so far. A graph that comes out of Inductor's cache was not looked at again."""
-        return Report(tuple(self._done.elements()), tuple(self._missed.elements()))
+        return Report(_all(self._done), _all(self._missed))
 
     def __add__(self, other: Rewrite) -> Rewrite:
         return Sequence((self, other))
@@ -83,10 +84,16 @@ class Rewrite(CustomGraphPass):
         return _cannot_be_loaded, (key,)
 
     def _enter(self, done: Iterable[Entry], missed: Iterable[Entry] = ()) -> None:
-        """Add the entries of one graph. Dynamo traces a model again for other sizes, and where it starts over: places that
-        were there already are the same ones."""
-        self._done |= Counter(done)
-        self._missed |= Counter(missed)
+        """Add the entries of one graph. Dynamo traces a frame again for other sizes: places that were there already are the
+        same ones. What is behind a graph break is a frame of its own, and so are its places."""
+        compiled = CompileContext.current_compile_id()
+        frame = compiled.frame_id if compiled is not None else None
+        self._done[frame] |= Counter(done)
+        self._missed[frame] |= Counter(missed)
+
+
+def _all(frames: Mapping[int | None, Counter[Entry]]) -> tuple[Entry, ...]:
+    return tuple(entry for counter in frames.values() for entry in counter.elements())
 
 
 def _cannot_be_loaded(key: Any) -> Rewrite:
