@@ -8,18 +8,27 @@ TORCH ?= torch==2.13.0
 CUDA_TORCH ?= torch==2.11.0
 CUDA_VENV ?= .venv-cuda
 ARCHS ?= 8.0 9.0a 10.0a
-# Arguments for pytest, such as `make test ARGS="-k silu"`.
+# The newest PyTorch, for `make nightly`: what pip finds, or another one by name or place.
+NEWEST_TORCH ?= torch
+NEWEST_VENV ?= .venv-newest
+# Arguments for pytest, such as `make test ARGS="-k silu"`; they come last, so `ARGS="-n 0 --pdb"` runs in one process.
 ARGS ?=
+# How many times the usual number of cases the fuzzers try at night.
+NIGHTLY_FUZZ ?= 50
+# As many processes as cores and memory allow (test/conftest.py). Neighbouring tests share kernels and fixtures, so each process
+# gets a run of them; one that is done takes from the others.
+PYTEST = -m pytest -n auto --dist worksteal
 
 BIN := $(VENV)/bin
 CUDA_BIN := $(CUDA_VENV)/bin
 
-.PHONY: help demo test bench kernels lint format wheel clean
+.PHONY: help demo test nightly bench kernels lint format wheel clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      set up, then run a small Llama on jitk ops through torch.compile, checked against plain PyTorch"
 	@echo "make test      set up, then run all tests (ARGS=\"-k silu\" for some)"
+	@echo "make nightly   all tests with long runs of the fuzzers, on this PyTorch and on the newest, and a table of features on both"
 	@echo "make bench     kernels, host overhead and compile time beside copy, Inductor and installed peers (BENCH=\"kernels --quick\")"
 	@echo "make kernels   compile every CUDA kernel with nvcc for $(ARCHS), without a GPU"
 	@echo "make lint      formatters and linters, as CI runs them; make format applies them"
@@ -78,7 +87,22 @@ demo: $(VENV)/ready
 	@$(BIN)/python -m torch_jit_ops demo
 
 test: $(VENV)/ready
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python $(PYTEST) $(ARGS)
+
+# Hours. Both runs of the tests are made, whatever becomes of the first.
+nightly: $(VENV)/ready
+	@$(PYTHON) -m venv $(NEWEST_VENV)
+	@$(NEWEST_VENV)/bin/python -m pip install --quiet --upgrade "$(NEWEST_TORCH)" && \
+	  $(NEWEST_VENV)/bin/python -m pip install --quiet --editable '.[test]'
+	@mkdir -p bench/results; rm -f bench/results/features-*.json; failed=0; \
+	for python in $(BIN)/python $(NEWEST_VENV)/bin/python; do \
+	  version=$$($$python -c 'import torch; print(torch.__version__)'); \
+	  echo "PyTorch $$version, $(NIGHTLY_FUZZ) times the cases of the fuzzers"; \
+	  JITK_FUZZ=$(NIGHTLY_FUZZ) $$python $(PYTEST) $(ARGS) || failed=1; \
+	  $$python -m bench.features --json bench/results/features-$$version.json >/dev/null || failed=1; \
+	done; \
+	$(BIN)/python -m bench.features --merge bench/results/features-*.json; \
+	exit $$failed
 
 BENCH ?= all
 bench: $(VENV)/ready
@@ -99,4 +123,4 @@ wheel: $(VENV)/ready
 	@rm -rf build dist && $(BIN)/python -m build --no-isolation --wheel --outdir dist . >/dev/null && ls dist/*.whl
 
 clean:
-	rm -rf $(VENV) $(CUDA_VENV) build dist *.egg-info bench/results
+	rm -rf $(VENV) $(CUDA_VENV) $(NEWEST_VENV) build dist *.egg-info bench/results

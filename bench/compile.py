@@ -83,16 +83,19 @@ def first_call(library: str, device: str, cache: Path) -> dict[str, dict[str, fl
 
 
 def trace_children(library: str, device: str, cache: Path) -> int | None:
-    """Programs that a warm process started, as strace counts them; None without strace."""
-    strace = shutil.which("strace")
-    if strace is None:
+    """Programs that a warm process started beyond those that PyTorch's import starts, as strace counts them; None without
+    strace."""
+    if shutil.which("strace") is None:
         return None
+    measured, bare = ["-m", "bench.first_call", library, device], ["-c", "import torch"]
+    return _traced(measured, cache) - _traced(bare, cache)
+
+
+def _traced(arguments: Sequence[str], cache: Path) -> int:
     log = cache / "strace.log"
-    command = [strace, "-f", "-e", "trace=execve", "-o", str(log), sys.executable, "-m", "bench.first_call", library, device]
+    command = ["strace", "-f", "-e", "trace=execve", "-o", str(log), sys.executable, *arguments]
     run_child(command, child_environment(cache), cache)
-    started = [line for line in log.read_text().splitlines() if "execve(" in line and line.rstrip().endswith("= 0")]
-    # The first is the process itself.
-    return len(started) - 1
+    return sum("execve(" in line and line.rstrip().endswith("= 0") for line in log.read_text().splitlines())
 
 
 class _Library:
@@ -232,7 +235,7 @@ def summary(result: Result) -> list[str]:
         started = ours.warm_children["first call"] + ours.warm_children["next op"]
         lines.append(_verdict("processes started with all cached:", started, 0))
         if ours.traced is not None:
-            lines.append(f"programs that strace saw in that whole process: {ours.traced}")
+            lines.append(f"programs that strace saw in that whole process, beyond those of `import torch`: {ours.traced}")
         imported = Samples(ours.cold["import library"].values + ours.warm["import library"].values)
         lines.append(_verdict("import torch_jit_ops over import torch, ms:", imported.median * 1e3, GOALS["import_ms"]))
     for peer in result.libraries.values():

@@ -3,6 +3,10 @@
 ``JITK_TEST_CACHE_DIR``  keep the compiled kernels here; default: a folder that goes when the session ends
 ``JITK_TEST_DEVICES``    such as ``cpu,cuda``; default: cpu, and cuda where there is one
 ``JITK_TEST_MINIMUM``    fail if fewer tests pass in a run of all of them
+``JITK_FUZZ``            try so many times the cases of every fuzzer (see fuzz.py)
+
+Under pytest-xdist the processes share one folder, so that a kernel is compiled once for all of them; the cache is made for
+that. What a process does to the environment, to PyTorch or to the registry stays with it.
 """
 
 from __future__ import annotations
@@ -12,13 +16,20 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 
-_FOLDER = tempfile.mkdtemp(prefix="jitk-test-")
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0"))  # 0: this process runs all tests, or starts those that do
+if not _WORKERS:
+    os.environ["JITK_TEST_FOLDER"] = tempfile.mkdtemp(prefix="jitk-test-")
+_FOLDER = os.environ["JITK_TEST_FOLDER"]
 os.environ["JITK_CACHE_DIR"] = os.environ.get("JITK_TEST_CACHE_DIR") or os.path.join(_FOLDER, "kernels")
 os.environ["JITK_VERBOSE"] = "0"
 os.environ["JITK_FALLBACK"] = "error"  # a suite that tests references against themselves would pass
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(_FOLDER, "inductor")
 # Threads of a pool that wait for work by spinning make a busy machine four times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if _WORKERS:
+    # Each process would start as many threads, and as many compilers, as there are cores. Fewer than 2 would test nothing.
+    for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS", "MAX_JOBS"):
+        os.environ.setdefault(name, str(max(2, len(os.sched_getaffinity(0)) // _WORKERS)))
 # These caches ignore a changed fake or schema (pytorch#160472).
 os.environ["TORCHINDUCTOR_FX_GRAPH_CACHE"] = "0"
 os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
@@ -27,7 +38,23 @@ os.environ["CI"] = "1"  # PyTorch then raises where an op breaks the promises of
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import user_library  # noqa: E402, F401  (its ops join the registry, so every generic test covers them)
-from minimum import pytest_configure, pytest_sessionfinish, pytest_terminal_summary  # noqa: E402, F401
+
+from torch_jit_ops import limits  # noqa: E402
+
+pytest_plugins = ["alone", "minimum"]
+
+# Of a GPU's memory, for each process: PyTorch's context and Inductor's programs, and the largest tensors of a usual test.
+_GPU_BYTES = 4 << 30
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """``-n auto``: as many as compilers can run, since that is what most of the time goes into, and as a GPU has memory for."""
+    if named := os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS"):
+        return int(named)
+    count = limits.compiler_jobs()
+    for device in range(torch.cuda.device_count()):
+        count = min(count, torch.cuda.get_device_properties(device).total_memory // _GPU_BYTES)
+    return max(1, count)
 
 
 @pytest.fixture(autouse=True)
@@ -44,4 +71,5 @@ def _repeatable() -> Iterator[None]:
 
 
 def pytest_unconfigure() -> None:
-    shutil.rmtree(_FOLDER, ignore_errors=True)
+    if not _WORKERS:
+        shutil.rmtree(_FOLDER, ignore_errors=True)

@@ -441,6 +441,42 @@ def test_first_calls_are_timed_cold_and_warm(stub_package):
     json.dumps(taken.to_json())
 
 
+# Python runs a module of this name first: here for an import of torch that starts a process, as that of PyTorch 2.15 does.
+STARTS_WITH_TORCH = """
+import subprocess, sys
+
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            sys.meta_path.remove(self)
+            subprocess.run([sys.executable, "-S", "-E", "-c", ""], check=True)
+
+sys.meta_path.insert(0, Finder())
+"""
+
+
+def test_what_the_import_of_torch_starts_is_not_counted(stub_package, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(STARTS_WITH_TORCH)
+    (tmp_path / "cache").mkdir()
+    started = compile.first_call("jitk", "cpu", tmp_path / "cache")["children"]
+    assert started == {stage: int(stage == "first call") for stage in compile.STAGES}
+
+
+def test_strace_counts_what_pytorch_does_not_start(tmp_path, monkeypatch):
+    """As strace writes it, with a stand-in: the program, a child of `import torch`, and one of the library."""
+    (tmp_path / "bin").mkdir()
+    strace = tmp_path / "bin/strace"
+    strace.write_text(
+        "#!/bin/sh\nfor last; do :; done\n"
+        'echo \'1 execve("python") = 0\' >"$5"; echo \'2 execve("of torch") = 0\' >>"$5"\n'
+        'echo \'2 execve("gone") = -1 ENOENT\' >>"$5"\n'
+        '[ "$last" = "import torch" ] || echo \'3 execve("of the library") = 0\' >>"$5"\n'
+    )
+    strace.chmod(0o755)
+    monkeypatch.setenv("PATH", str(strace.parent), prepend=os.pathsep)
+    assert compile.trace_children("jitk", "cpu", tmp_path) == 1
+
+
 def test_a_library_that_fails_is_a_reason(tmp_path, monkeypatch):
     (tmp_path / "torch_jit_ops.py").write_text("raise ImportError('broken on purpose')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -493,7 +529,7 @@ def test_compile_report_is_pinned():
         "  new variant over the bare compiler: 1.20 (goal <= 1.25: met)\n"
         "  loading a cached variant, ms: 0.49 (goal <= 1: met)\n"
         "  processes started with all cached: 0.00 (goal <= 0: met)\n"
-        "  programs that strace saw in that whole process: 0\n"
+        "  programs that strace saw in that whole process, beyond those of `import torch`: 0\n"
         "  import torch_jit_ops over import torch, ms: 20.00 (goal <= 30: met)\n"
         "  sglang's first call over our new variant: 5.00 (goal >= 4: met)\n"
         "\n"

@@ -16,7 +16,8 @@ import torch
 from expecttest import assert_expected_inline
 from test_docs import compile_for_gpu
 
-from torch_jit_ops import cache, inventory, loader, toolchain
+import torch_jit_ops
+from torch_jit_ops import cache, inventory, loader, toolchain, warmup
 from torch_jit_ops.cli import doctor, main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,14 +99,58 @@ def test_an_interrupt(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(inventory, "variants", interrupt)
-    assert call("list", code=130) == "interrupted\n"
+    assert call("list", "relu2", code=130) == "interrupted\n"
 
 
 def test_a_reader_that_has_enough(store: cache.Store) -> None:
     shell = f"{sys.executable} -m torch_jit_ops list | head -1"
     done = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == "jitk::silu_and_mul(Tensor input) -> Tensor\n"
+    assert done.stdout == f"jitk::silu_and_mul{' ' * 13}{SILU_AND_MUL}\n"
     assert done.stderr == ""
+
+
+SILU_AND_MUL = (
+    "silu(gate) * up, where gate and up are the two halves of the last dimension (SwiGLU; Shazeer, arXiv:2002.05202)."
+)
+
+
+def test_list_has_a_line_for_each_op(call: Call) -> None:
+    lines = call("list").splitlines()
+    assert [line.split()[0] for line in lines] == [op.qualified_name for op in warmup.find_ops()]
+    assert f"jitk::silu_and_mul{' ' * 13}{SILU_AND_MUL}" in lines
+    assert all(len(line.split(maxsplit=1)) == 2 for line in lines if line.startswith("jitk::")), "an op without a summary"
+
+
+def test_list_fits_a_terminal(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "60")
+    lines = call("list", "*silu*", "relu2").splitlines()
+    assert lines == [
+        "jitk::silu_and_mul  silu(gate) * up, where gate and up ar...",
+        "jitk::silu_mul      silu(gate) * up: silu_and_mul where t...",
+        "jitk::relu2         relu(input) ** 2 (Primer; So et al., ...",
+    ]
+    assert {len(line) for line in lines} == {60}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("silu*", "jitk::silu_and_mul jitk::silu_mul"),
+        ("jitk::[rs]*u2", "jitk::relu2"),
+        ("*::swap", "userlib::swap"),
+        ("relu?", "jitk::relu2"),
+    ],
+)
+def test_list_of_a_pattern(call: Call, pattern: str, names: str) -> None:
+    assert " ".join(line.split()[0] for line in call("list", pattern).splitlines()) == names
+
+
+def test_list_of_a_pattern_that_fits_nothing(call: Call) -> None:
+    assert call("list", "*sillu_mul*", code=2) == "error: no op fits '*sillu_mul*'; did you mean 'silu_mul'?\n"
+    assert call("list", "jitk::sillu_mul?", code=2) == "error: no op fits 'jitk::sillu_mul?'; did you mean 'jitk::silu_mul'?\n"
+    text = call("list", "nothing::*", code=2)
+    assert text.startswith("error: no op fits 'nothing::*'; there are jitk::add_constant, jitk::fused_add_relu, ")
 
 
 def test_list(call: Call, store: cache.Store) -> None:
@@ -114,6 +159,7 @@ def test_list(call: Call, store: cache.Store) -> None:
         """\
 jitk::add_constant(Tensor src, SymInt constant) -> Tensor
 jitk::add_constant.out(Tensor src, SymInt constant, *, Tensor(a2!) out) -> Tensor(a2!)
+    what      src + constant: the tutorial op. The constant is a template argument, so each one is a kernel of its own.
     dtypes    int32
     kernels   cuda: add_constant.cu, cpu: add_constant.cpp
     compiled  none
@@ -122,6 +168,79 @@ jitk::add_constant.out(Tensor src, SymInt constant, *, Tensor(a2!) out) -> Tenso
     )
     (row,) = json.loads(call("list", "jitk::add_constant", "--json"))
     assert (row["name"], row["dtypes"], row["compiled"]) == ("jitk::add_constant", ["int32"], [])
+
+
+# --- what every command takes ---------------------------------------------------------------------
+
+
+def in_a_process(folder: Path, *arguments: str, console_script: bool = False) -> subprocess.CompletedProcess[str]:
+    script = "import sys; from torch_jit_ops.cli.main import main; sys.exit(main())"
+    start = ["-P", "-c", script] if console_script else ["-m", "torch_jit_ops"]
+    if sys.version_info < (3, 11):
+        start = [word for word in start if word != "-P"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *start, *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+OWN_OP = '''
+from pathlib import Path
+from torch import Tensor
+from torch_jit_ops import OpLibrary
+
+library = OpLibrary("importlib_test", csrc=Path(__file__).parent)
+
+@library.op(cpu="own.cpp", variant="importlib_test::own<{x.dtype}>")
+def own(x: Tensor) -> Tensor:
+    """An op of
+    one's own.
+
+    And more about it.
+    """
+    return x + 1
+'''
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--import", "own_ops", "list", "*own"],
+        ["list", "--import", "own_ops", "*own"],
+        ["list", "*own", "--import=own_ops"],
+        ["list", "--import", "own_ops", "--import", "json", "--", "*own"],
+    ],
+    ids=" ".join,
+)
+def test_import_stands_before_or_after_the_command(tmp_path: Path, arguments: list[str]) -> None:
+    (tmp_path / "own_ops.py").write_text(OWN_OP)
+    (tmp_path / "own.cpp").write_text("")
+    done = in_a_process(tmp_path, *arguments, console_script="json" in arguments)
+    assert (done.stdout, done.stderr) == ("importlib_test::own  An op of one's own.\n", "")
+
+
+def test_import_after_an_action(call: Call) -> None:
+    assert call("cache", "dir", "--import", "json") == call("cache", "dir")
+    assert call("cache", "dir", "--import", "no_such_library", code=2).startswith("error: --import no_such_library: ")
+    assert call("cache", "dir", "--import", code=2).endswith("error: argument --import: expected one argument\n")
+
+
+def test_the_version(call: Call) -> None:
+    python = ".".join(map(str, sys.version_info[:3]))
+    said = f"torch_jit_ops {torch_jit_ops.__version__} (PyTorch {torch.__version__}, Python {python}"
+    assert call("--version").startswith(said)
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["doctor"], ["new", "fresh::stretch"]], ids=lambda a: a[0])
+def test_without_numpy_there_is_no_word_of_it(tmp_path: Path, arguments: list[str]) -> None:
+    (tmp_path / "numpy.py").write_text('raise ModuleNotFoundError("No module named \'numpy\'", name="numpy")\n')
+    warned = subprocess.run(
+        [sys.executable, "-c", "import torch"], cwd=tmp_path, env={**os.environ}, capture_output=True, text=True, check=True
+    )
+    if "Failed to initialize NumPy" not in warned.stderr:
+        pytest.skip("this PyTorch does not mention NumPy")
+    done = in_a_process(tmp_path, *arguments)
+    assert "NumPy" not in done.stderr, done.stderr
+    assert done.returncode == 0, done.stderr
 
 
 # --- cache -----------------------------------------------------------------------------------------

@@ -230,6 +230,7 @@ def _is_smallest_with_tokens(case: Case) -> bool:
     return case.dtype == smallest and with_rows[:1] == [case.index]
 
 
+@pytest.mark.serial  # the memory
 @over(on_cuda, _is_smallest_with_tokens)
 def test_more_than_2_to_the_31_elements(case: Case) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False

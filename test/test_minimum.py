@@ -26,16 +26,18 @@ def run(folder: Path, expected: str, *args: str) -> subprocess.CompletedProcess[
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_too_few_tests_fail_the_run(tmp_path: Path) -> None:
-    done = run(tmp_path, "3")
+@pytest.mark.parametrize("processes", ["0", "2"])
+def test_too_few_tests_fail_the_run(tmp_path: Path, processes: str) -> None:
+    done = run(tmp_path, "3", "-n", processes)
     assert done.returncode == 1
     shown = done.stdout[done.stdout.index(" too few tests ") :].splitlines()
     assert shown[1] == "2 tests passed, expected at least 3 (JITK_TEST_MINIMUM): where are the others?"
 
 
 @pytest.mark.parametrize("expected", ["2", ""])
-def test_enough_tests(tmp_path: Path, expected: str) -> None:
-    done = run(tmp_path, expected)
+@pytest.mark.parametrize("processes", ["0", "2"])
+def test_enough_tests(tmp_path: Path, expected: str, processes: str) -> None:
+    done = run(tmp_path, expected, "-n", processes)
     assert done.returncode == 0
     assert "too few" not in done.stdout
 

@@ -71,7 +71,7 @@ def test_queries_and_keys_in_one_projection(device, dtype):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_a_rounding_from_the_spelling_that_rounds_twice(device, dtype):
-    """Hugging Face's Llama and vLLM round ``x / rms(x)`` before they multiply; that may move a result by one more rounding."""
+    """Hugging Face's Llama rounds ``x / rms(x)`` before it multiplies; that may move a result by one more rounding."""
     x, weight = randn(64, 1024, dtype=dtype, device=device), randn(1024, dtype=dtype, device=device, seed=1)
     wide = x.float()
     normal = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(dtype)

@@ -127,6 +127,12 @@ def test_the_list(installed: Installed) -> None:
     assert "silu_and_mul" in installed.run("-m", "torch_jit_ops", "list")
 
 
+def test_the_console_script(installed: Installed) -> None:
+    script = [str(installed.home / "bin/torch-jit-ops"), "list", "silu_*"]
+    done = subprocess.run(script, cwd=installed.folder, capture_output=True, text=True, check=True)
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["jitk::silu_and_mul", "jitk::silu_mul"]
+
+
 def test_the_demo(installed: Installed) -> None:
     """Without Inductor, which takes half a minute and reads nothing of ours."""
     command = ("-m", "torch_jit_ops", "demo", "--device", "cpu", "--tokens", "16")

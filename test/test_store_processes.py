@@ -106,6 +106,7 @@ def test_threads_share_a_failure_and_compile_once(machine: Machine) -> None:
     assert machine.compiled() == 1
 
 
+@pytest.mark.serial  # who comes within a second must have come
 def test_processes_that_wait_for_a_failure_share_it(machine: Machine) -> None:
     machine.set_delay(1)
     unit = store_child.unit(text="static_assert(false);\n")
@@ -117,6 +118,7 @@ def test_processes_that_wait_for_a_failure_share_it(machine: Machine) -> None:
     assert machine.compiled() == 2, "who comes later compiles anew: the cause may be gone"
 
 
+@pytest.mark.serial  # who comes within a second must have come
 def test_a_failure_of_other_inputs_is_not_shared(machine: Machine) -> None:
     machine.set_delay(1)
     folder = machine.root / "csrc"
@@ -164,6 +166,7 @@ def test_a_process_that_is_killed_at_any_time(machine: Machine) -> None:
     assert "waiting" not in said
 
 
+@pytest.mark.serial  # who comes within a second must have come
 def test_a_process_that_is_killed_while_others_wait(machine: Machine) -> None:
     machine.set_delay(1)
     (killed,), _ = machine.start([store_child.unit(4)])

@@ -6,7 +6,12 @@
 The import defines the ops and compiles nothing.
 """
 
+import warnings
 from typing import TYPE_CHECKING
+
+with warnings.catch_warnings():  # PyTorch says so on its import, and nothing here needs NumPy
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy", UserWarning)
+    import torch  # noqa: F401
 
 from torch_jit_ops.loader import BuildError as BuildError
 from torch_jit_ops.module import Module as Module

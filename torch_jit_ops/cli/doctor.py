@@ -114,7 +114,7 @@ def _settings() -> Iterator[Check]:
     known = set(re.findall(r"JITK_[A-Z_]+", Path(environment.__file__).read_text()))
     given = environment.given()
     for name in given:
-        if name not in known and not name.startswith("JITK_TEST_"):  # those are the test suite's
+        if name not in known and name != "JITK_FUZZ" and not name.startswith("JITK_TEST_"):  # those are the test suite's
             near = difflib.get_close_matches(name, sorted(known), n=1)
             remedy = f"did you mean {near[0]}?" if near else f"those that are read are {', '.join(sorted(known))}"
             yield Check("environment", "note", f"{name} is set, and nothing reads it", remedy)

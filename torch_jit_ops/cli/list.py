@@ -1,17 +1,25 @@
-"""List the ops: the schema of each overload, the dtypes of the kernels, where they are, and which are compiled.
+"""List the ops, a line each. Of those that are named: the schema of each overload, the dtypes of the kernels, where they
+are, and which are compiled.
 
-Elsewhere, and for other dtypes, an op runs its PyTorch function.
+A name may be a pattern, in which * stands for anything: quote it. Elsewhere, and for other dtypes, an op runs its PyTorch
+function.
 
 examples:
+  python -m torch_jit_ops list
+  python -m torch_jit_ops list '*norm*'
   python -m torch_jit_ops list relu2
-  python -m torch_jit_ops --import mylib list
+  python -m torch_jit_ops list --import mylib 'mylib::*'
   python -m torch_jit_ops list --json | jq -r '.[].name'
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
+import fnmatch
 import json
+import shutil
+import sys
 from typing import Any
 
 from torch_jit_ops import cache, inventory, warmup
@@ -19,12 +27,17 @@ from torch_jit_ops.op import Op
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("ops", nargs="*", metavar="op", help="names, as silu_and_mul or jitk::silu_and_mul (default: all)")
+    parser.add_argument(
+        "ops", nargs="*", metavar="op", help="names, as silu_and_mul or jitk::silu_and_mul, or patterns (default: all)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(options: argparse.Namespace) -> int:
-    ops = warmup.find_ops(options.ops or None)
+    ops = _find(options.ops)
+    if not options.json and (not options.ops or any(map(_is_pattern, options.ops))):
+        _print_lines(ops)
+        return 0
     compiled: dict[str, list[str]] = {}
     for variant in (variant for store in cache.stores() for variant in inventory.variants(store)):
         compiled.setdefault(variant.op, []).append(f"{variant.record['label']} {variant.record['arch']}")
@@ -34,6 +47,8 @@ def run(options: argparse.Namespace) -> int:
         return 0
     for row in rows:
         print(*row["schemas"], sep="\n")
+        if row["summary"]:
+            print("    what     ", row["summary"])
         print("    dtypes   ", " ".join(row["dtypes"]))
         print("    kernels  ", ", ".join(f"{backend}: {source}" for backend, source in row["kernels"].items()) or "none")
         print("    compiled ", ", ".join(row["compiled"]) or "none")
@@ -41,9 +56,54 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _is_pattern(name: str) -> bool:
+    return any(sign in name for sign in "*?[")
+
+
+def _find(names: list[str]) -> list[Op]:
+    """The ops of these names and patterns; all for none.
+
+    Raises:
+        ValueError: one of them fits no op.
+    """
+    everything = warmup.find_ops()
+    found: list[Op] = []
+    for name in names:
+        if not _is_pattern(name):
+            found += warmup.find_ops([name])
+            continue
+        fitting = [op for op in everything if any(fnmatch.fnmatchcase(each, name) for each in (op.name, op.qualified_name))]
+        if not fitting:
+            raise ValueError(f"no op fits {name!r}; {_nearest(name, everything)}")
+        found += fitting
+    return list(dict.fromkeys(found)) if names else everything
+
+
+def _nearest(pattern: str, ops: list[Op]) -> str:
+    names = sorted({op.qualified_name if "::" in pattern else op.name for op in ops})
+    near = difflib.get_close_matches(pattern.strip("*?"), names, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
+
+
+def _print_lines(ops: list[Op]) -> None:
+    """Name and summary of each op; what a terminal has no room for is left out."""
+    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    width = max((len(op.qualified_name) for op in ops), default=0)
+    for op in ops:
+        line = f"{op.qualified_name:{width}}  {_summary(op)}".rstrip()
+        print(line if room is None or len(line) <= room else f"{line[: room - 3]}...")
+
+
+def _summary(op: Op) -> str:
+    """The first paragraph of the docstring, in one line."""
+    paragraph, _, _ = (op.reference.__doc__ or "").strip().partition("\n\n")
+    return " ".join(paragraph.replace("``", "").split())
+
+
 def _row(op: Op, compiled: list[str]) -> dict[str, Any]:
     return {
         "name": op.qualified_name,
+        "summary": _summary(op),
         "schemas": [str(getattr(op.packet, overload or "default")._schema) for overload in op.overloads()],
         "dtypes": [str(dtype).removeprefix("torch.") for dtype in op.dtypes],
         "kernels": {backend: kernel.source for backend, kernel in op.kernels.items()},

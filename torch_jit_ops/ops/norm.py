@@ -1,8 +1,8 @@
 """RMS and layer normalisation over the last dimension: alone, after a residual addition, in Gemma's form, of queries and keys.
 
-Statistics and arithmetic are fp32 whatever the input, and the output is rounded once. (Hugging Face's Llama and vLLM round
-``x / rms(x)`` to the input's dtype before they multiply by the weight: two roundings, so up to one unit in the last place
-apart. Gemma's form rounds once, there as here.)
+Statistics and arithmetic are fp32 whatever the input, and the output is rounded once. (Hugging Face's Llama and
+vLLM's form in PyTorch round ``x / rms(x)`` to the input's dtype before they multiply by the weight: two roundings, so up to one
+unit in the last place apart. vLLM's CUDA kernel and Gemma's form round once, there as here.)
 """
 
 from __future__ import annotations

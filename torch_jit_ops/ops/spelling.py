@@ -55,7 +55,7 @@ def of_halves(spellings: tuple[Callable[[Tensor, Tensor], Tensor], ...]) -> tupl
 
 
 def rms_norm_rounded_twice(input: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """As in Hugging Face's Llama, Qwen, Mistral and T5, and in vLLM: rounded before the weight, and after."""
+    """As in Hugging Face's Llama, Qwen, Mistral and T5, and in vLLM's form in PyTorch: rounded before the weight, and after."""
     wide = input.to(torch.float32)
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(input.dtype)
 
