@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(kMaxThreads) backward_kernel(const __grid_cons
   PDLTriggerSecondary<true>();
 }
 
-// Rows of any length and place: the input's gradients and the rows' statistics.
+// Rows of any length and place: the input's gradients and the rows' statistics, of which either may be null.
 template <typename T, typename W, bool kCenters>
 __global__ void __launch_bounds__(kMaxThreads) backward_rows_kernel(const __grid_constant__ Params<T, W> params) {
   using namespace device;
@@ -209,11 +209,11 @@ __global__ void __launch_bounds__(kMaxThreads) backward_rows_kernel(const __grid
     }
   };
   const RowStatistics of = row_statistics<kCenters, Team::kBlock>(each, params.inverse_width, params.eps, buffers);
-  for (int64_t at = threadIdx.x; at < params.width; at += blockDim.x) {
+  for (int64_t at = threadIdx.x; at < params.width && params.grad_input != nullptr; at += blockDim.x) {
     const float g = cast<fp32_t>(y[at]) * cast<fp32_t>(params.weight[at]);
     out[at] = cast<T>(of.scale * (g - of.mean_g - (cast<fp32_t>(x[at]) - of.mean) * of.slope));
   }
-  if (threadIdx.x == 0) params.statistics[row] = {of.mean, of.scale};
+  if (threadIdx.x == 0 && params.statistics != nullptr) params.statistics[row] = {of.mean, of.scale};
   PDLTriggerSecondary<true>();
 }
 
@@ -361,10 +361,18 @@ void backward(TensorView grad, TensorView input, TensorView weight, double eps, 
     Tensor statistics = scratch(rows * 2);
     params.statistics = static_cast<float2*>(statistics.data_ptr());
     const uint32_t row_threads = width <= 1024 ? 128 : kMaxThreads;
-    LaunchKernel(rows, row_threads, stream).enable_pdl()(backward_rows_kernel<T, W, kCenters>, params);
+    const auto rows_kernel = [&](const Params<T, W>& of) {
+      LaunchKernel(rows, row_threads, stream).enable_pdl()(backward_rows_kernel<T, W, kCenters>, of);
+    };
+    // In the place of what the sums are made of, the gradients come last.
+    const bool in_place = params.grad_input == params.grad || params.grad_input == params.input;
+    Params<T, W> first = params, last = params;
+    if (in_place) first.grad_input = nullptr, last.statistics = nullptr;
+    rows_kernel(first);
     const dim3 grid(static_cast<uint32_t>(div_ceil(width, int64_t{kColumns})), static_cast<uint32_t>(parts));
     LaunchKernel(grid, kColumns * kParts, stream)
         .enable_pdl()(column_sums_kernel<T, W, kCenters>, params, div_ceil(rows, parts));
+    if (in_place) rows_kernel(last);
   }
   LaunchKernel(div_ceil(width, int64_t{kColumns}), kColumns * kParts, stream)
       .enable_pdl()(finish_kernel<W, kCenters>, static_cast<const float*>(params.sums), parts, width,

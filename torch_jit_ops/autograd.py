@@ -7,7 +7,6 @@ for a version of PyTorch; ``Gate`` hands an op over as soon as it is there.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
-from torch_jit_ops import runtime
+from torch_jit_ops import forks, runtime
 from torch_jit_ops.signature import Signature
 
 
@@ -32,14 +31,14 @@ class Gate:
         self._overloads = overloads
         self._is_open = is_open
         self._passed = False
-        self._lock = threading.Lock()
+        self._lock = forks.Lock()
 
     def pass_on(self) -> None:
         """Hand over if the library is there. Each call that comes to a kernel in Python calls this."""
         if self._passed or not self._is_open():
             return
-        with self._lock:
-            self._passed = self._passed or runtime.differentiate(self._overloads)
+        with self._lock as again:
+            self._passed = self._passed or (not again and runtime.differentiate(self._overloads))
 
 
 def functional_kernel(

@@ -9,13 +9,12 @@ A build that fails is no error here: the call meets the same one and raises it. 
 from __future__ import annotations
 
 import collections
-import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from torch_jit_ops import environment, limits, progress, runtime
+from torch_jit_ops import environment, forks, limits, progress, runtime
 from torch_jit_ops.variant import VariantPattern
 
 
@@ -63,7 +62,7 @@ class _Workers:
     """A few threads, which are there while there is something to do."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = forks.Lock()
         self._asked: set[object] = set()
         self._jobs: collections.deque[Callable[[], object]] = collections.deque()
         self._threads = 0
@@ -101,10 +100,10 @@ class _Workers:
 _workers = _Workers()
 
 
-def _after_fork() -> None:
-    """In a child: the threads are not there, and their lock may be held for ever."""
+def _forget_in_child() -> None:
+    """The threads are not there."""
     global _workers
     _workers = _Workers()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+forks.in_child(_forget_in_child)

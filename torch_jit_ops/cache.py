@@ -19,7 +19,6 @@ import json
 import os
 import shutil
 import tempfile
-import threading
 import time
 import uuid
 import warnings
@@ -28,7 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch_jit_ops import environment, lock, progress, prune, trust
+from torch_jit_ops import environment, forks, lock, progress, prune, trust
 from torch_jit_ops.trust import UntrustedCache as UntrustedCache
 
 RECORD = "variant.json"
@@ -320,7 +319,7 @@ class Store:
 
 
 _warned: set[Path] = set()
-_warned_lock = threading.Lock()
+_warned_lock = forks.Lock()
 
 
 def _until_exit(folder: Path) -> Path:

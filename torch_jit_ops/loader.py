@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import os
 import re
 import shlex
 import shutil
@@ -25,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from torch_jit_ops import cache, environment, lock, progress, statistics, toolchain, trust
+from torch_jit_ops import cache, environment, forks, lock, progress, statistics, toolchain, trust
 
 ABI_VERSION = 1  # kAbiVersion of include/jitk/abi.h
 # -O is for the host code alone, most of which runs once an error occurs; ptxas optimises fully by default.
@@ -141,18 +140,17 @@ def _data_dir(name: str) -> Path:
 
 
 _results: dict[tuple[Unit, tuple[Path, ...]], Future[Loaded]] = {}
-_results_lock = threading.Lock()
+_builders: dict[Future[Loaded], int] = {}  # the threads
+_results_lock = forks.Lock()
 
 
-def _after_fork() -> None:
-    """In a child: a build of the parent's threads does not end here."""
-    global _results_lock
-    _results_lock = threading.Lock()
+def _forget_in_child() -> None:
+    """A build of the parent's threads does not end here."""
     for key in [key for key, result in _results.items() if not result.done()]:
         del _results[key]
 
 
-os.register_at_fork(after_in_child=_after_fork)
+forks.in_child(_forget_in_child)
 
 
 def load(unit: Unit, meanwhile: Callable[[], object] | None = None) -> Loaded:
@@ -167,6 +165,7 @@ def load(unit: Unit, meanwhile: Callable[[], object] | None = None) -> Loaded:
         MissingCompiler: it is not in the store, and there is no compiler.
         CompileRefused: it is not in the store, and JITK_NO_COMPILE=1; or a CUDA graph is being captured.
         UntrustedCache: others could have written the kernel.
+        Reentered: this thread is in the middle of it, and called from a signal handler.
     """
     stores = cache.stores()
     key = (unit, tuple(store.root for store in stores))
@@ -177,6 +176,9 @@ def load(unit: Unit, meanwhile: Callable[[], object] | None = None) -> Loaded:
         mine = result is None
         if result is None:
             result = _results[key] = Future()
+            _builders[result] = threading.get_ident()
+        elif _builders.get(result) == threading.get_ident():
+            raise forks.Reentered(f"{unit.label} is being built further down the stack of this thread")
     if mine:
         try:
             loaded = _load(unit, stores, meanwhile)
@@ -188,6 +190,8 @@ def load(unit: Unit, meanwhile: Callable[[], object] | None = None) -> Loaded:
                 with _results_lock:
                     del _results[key]  # not the kernel's fault: a later call may succeed
             result.set_exception(error)
+        finally:
+            _builders.pop(result, None)
     error = result.exception()
     if isinstance(error, BuildInterrupted) and not mine:
         return load(unit, meanwhile)
@@ -301,7 +305,8 @@ def _compiler(unit: Unit, store: cache.Store) -> tuple[str | None, toolchain.Mis
 
 
 def _open(path: Path) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(path))
+    with forks.held_off():
+        library = ctypes.CDLL(str(path))
     with contextlib.suppress(AttributeError):  # the runtime itself has no ABI to agree with
         if library.jitk_abi_version() != ABI_VERSION:
             raise OSError(f"{path} has ABI version {library.jitk_abi_version()}, expected {ABI_VERSION}")
@@ -362,7 +367,8 @@ def _compile(unit: Unit, store: cache.Store, staging: Path, key: str, compiler: 
 
 
 def _run_cpp_extension(unit: Unit, staging: Path, source: Path, module: str) -> None:
-    from torch.utils import cpp_extension
+    with forks.held_off():
+        from torch.utils import cpp_extension
 
     include = [*unit.include, include_dir()]
     verbose = environment.verbosity() == 2

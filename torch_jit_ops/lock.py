@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch_jit_ops import progress, trust
+from torch_jit_ops import forks, progress, trust
 
 if TYPE_CHECKING:
     import filelock
@@ -122,7 +122,8 @@ def owner(path: Path) -> Owner | None:
 
 def _acquire(path: Path) -> tuple[filelock.BaseFileLock | None, Owner | None]:
     """The lock, None where locks do not work, and who held it when this process came."""
-    import filelock
+    with forks.held_off():
+        import filelock
 
     try:
         trust.make_private(path.parent)

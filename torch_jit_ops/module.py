@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import threading
 import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from torch_jit_ops import cache, loader, runtime, toolchain, variant
+from torch_jit_ops import cache, forks, loader, runtime, toolchain, variant
 from torch_jit_ops.signature import Argument, Signature
 
 NAMESPACE = "jitk_modules"
@@ -31,7 +30,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 _definitions = torch.library.Library(NAMESPACE, "DEF")
 _modules: dict[str, Module] = {}
-_modules_lock = threading.Lock()
+_modules_lock = forks.Lock()
 
 
 class CppArgs(list[str]):
@@ -68,7 +67,7 @@ def cache_once(function: Function) -> Function:
     """
     names: dict[Any, str] = {}
     results = types.SimpleNamespace()
-    lock = threading.RLock()
+    lock = forks.Lock()
 
     # The compiler takes a name for a constant, and then reads the attribute as it would any other; it could not guard the
     # module itself.
@@ -229,23 +228,26 @@ class _Part:
         self, digest: str, mutates: Mapping[str, Sequence[int]], fakes: Mapping[str, Callable[..., Any]]
     ) -> dict[str, Any]:
         loaded = loader.load(self.unit(_default_arch(self.backend)))
+        runtime.library()
         functions = {}
-        for export, _ in self.wrappers:
-            signature = _signature(self.label, export, loaded.signature(export), mutates.get(export))
-            op = f"{export}_{digest}"
-            _definitions.define(signature.schema(op), tags=(torch.Tag.pt2_compliant_tag,))
-            fake = fakes.get(export, _nothing if signature.results == 0 else None)
-            if fake is not None:
-                torch.library.register_fake(f"{NAMESPACE}::{op}", fake, lib=_definitions)
-            plan = variant.parse_variant(op, export, signature).plan(signature)
-            # A function of a CUDA file may take CPU tensors as well, or be told by its own checks that it may not.
-            who = export if self.label.partition("<")[0] == export else f"{self.label}.{export}"
-            dispatch_keys = ("CUDA", "CPU") if self.backend == "cuda" else ("CPU",)
-            if not any(argument.kind == "T" for argument in signature.arguments):
-                dispatch_keys = ("CompositeExplicitAutograd",)  # without a tensor there is no device to go by
-            for dispatch_key in dispatch_keys:
-                runtime.register(who, NAMESPACE, op, dispatch_key, "", plan, functools.partial(self._answer, export))
-            functions[export] = getattr(getattr(torch.ops, NAMESPACE), op).default
+        with forks.held_off():
+            for export, _ in self.wrappers:
+                signature = _signature(self.label, export, loaded.signature(export), mutates.get(export))
+                op = f"{export}_{digest}"
+                _definitions.define(signature.schema(op), tags=(torch.Tag.pt2_compliant_tag,))
+                fake = fakes.get(export, _nothing if signature.results == 0 else None)
+                if fake is not None:
+                    torch.library.register_fake(f"{NAMESPACE}::{op}", fake, lib=_definitions)
+                plan = variant.parse_variant(op, export, signature).plan(signature)
+                # A function of a CUDA file may take CPU tensors as well, or be told by its own checks that it may not.
+                who = export if self.label.partition("<")[0] == export else f"{self.label}.{export}"
+                dispatch_keys = ("CUDA", "CPU") if self.backend == "cuda" else ("CPU",)
+                if not any(argument.kind == "T" for argument in signature.arguments):
+                    dispatch_keys = ("CompositeExplicitAutograd",)  # without a tensor there is no device to go by
+                runtime.reserve(f"load_jit({self.name!r})", len(dispatch_keys))
+                for dispatch_key in dispatch_keys:
+                    runtime.register(who, NAMESPACE, op, dispatch_key, "", plan, functools.partial(self._answer, export))
+                functions[export] = getattr(getattr(torch.ops, NAMESPACE), op).default
         return functions
 
     def _answer(self, export: str, key: Sequence[int]) -> int:
@@ -264,12 +266,19 @@ def _signature(label: str, export: str, text: str, written: Sequence[int] | None
     for letter in letters:
         kinds[-1:] = [(kinds[-1][0], True)] if letter == "?" else [*kinds[-1:], (letter, False)]
     tensors = [index for index, (kind, _) in enumerate(kinds) if kind == "T"]
+    said = written is not None  # else a caller may know that two of them are only read
     if written is None:
         written = tensors if results == "0" else []
     for index in written:
         if index not in tensors:
             raise ValueError(f"{label}: mutates says that {export} writes argument {index}; its tensors are {tensors}")
-    arguments = (Argument(f"arg{i}", kind, optional=optional, written=i in written) for i, (kind, optional) in enumerate(kinds))
+    arguments = []
+    for i, (kind, optional) in enumerate(kinds):
+        is_written = i in written
+        # What may be read only, or is read and then written by the kernel as its author says, may be given twice.
+        arguments.append(
+            Argument(f"arg{i}", kind, optional=optional, written=is_written, reusable=kind == "T" and not (said and is_written))
+        )
     return Signature(tuple(arguments), int(results))
 
 

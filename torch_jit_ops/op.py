@@ -27,7 +27,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_jit_ops import autograd, background, batching, environment, loader, planning, runtime, sharding, toolchain, variant
+from torch_jit_ops import (
+    autograd,
+    background,
+    batching,
+    environment,
+    forks,
+    loader,
+    overlap,
+    planning,
+    runtime,
+    sharding,
+    toolchain,
+    variant,
+)
 from torch_jit_ops.samples import Sample, SampleMaker
 from torch_jit_ops.signature import Signature, signature_of
 
@@ -85,6 +98,7 @@ class OpLibrary:
         rows: Sequence[str] = (),
         sums: Sequence[str] = (),
         elementwise: bool = False,
+        reusable: Sequence[str] | None = None,
         samples: Samples | None = None,
         fake: Callable[..., Any] | None = None,
         backward: Callable[..., Any] | None = None,
@@ -110,6 +124,9 @@ class OpLibrary:
                 of a weight.
             elementwise: an element of a result depends on the elements in its place of the ``rows`` arguments alone, and
                 these may be sharded over the last dimension, too.
+            reusable: tensor arguments that the kernel reads, row by row or element by element, before it writes in their
+                place: an output may be such an argument, or one of equal parts of its rows. By default ``rows`` of an
+                elementwise op, else none; all other arguments that share memory with one that is written are refused.
             samples: makes the arguments that tests and benchmarks call the op with.
             fake: what tracing calls instead of the function.
             backward: called with the gradients of the results and then all arguments; returns the gradient, or None, of each
@@ -129,7 +146,7 @@ class OpLibrary:
             for library in _libraries:
                 if library.namespace == self.namespace and name in library.ops:
                     raise ValueError(f"{who} is declared twice; the first is in {inspect.getfile(library.ops[name].reference)}")
-            signature = signature_of(function, mutates)
+            signature = signature_of(function, mutates, (rows if elementwise else ()) if reusable is None else reusable)
             kernels = {}
             for backend, source in (("cuda", cuda), ("cpu", cpu)):
                 if source is None:
@@ -250,7 +267,7 @@ class Op:
         self._backward = backward
         self._flags = flags
         self._taken_over = False
-        self._boot_lock = threading.Lock()
+        self._boot_lock = forks.Lock()
         self._reference_library: torch.library.Library | None = None
         dotted = [f"{library.namespace}::{reference.__name__}{form and '.'}{form}" for form in self.overloads()]
         self._gate = autograd.Gate(dotted, lambda: self._taken_over)
@@ -335,6 +352,7 @@ class Op:
             definitions.define(self.overloads()["out"].schema(f"{self.name}.out"), tags=(*tags, *planning.TAGS))
             torch.library.register_fake(f"{self.qualified_name}.out", self._run_out_fake, lib=definitions)
             implementations["out"] = self._run_out_reference
+        runtime.reserve(self.qualified_name, len(implementations) * len(self.kernels))
         for overload, implementation in implementations.items():
             call = functools.partial(self._boot_call, overload, implementation)
             # On the key of all devices, so that the dispatcher's kernels come beside it and it can stay: to take a Python
@@ -441,36 +459,58 @@ class Op:
         devices = {value.device.type for value in (*args, *kwargs.values()) if isinstance(value, Tensor)}
         calling = _calling_again.__dict__.setdefault("ops", [])
         if not devices or not devices <= self.kernels.keys() or self in calling:
-            return reference(*args, **kwargs)
+            return self._call_reference(overload, reference, args, kwargs)
         try:
             self.take_over(args, kwargs)
         except toolchain.MissingCompiler as missing:
             runtime.fall_back(self.qualified_name, missing)
-            return reference(*args, **kwargs)
+            return self._call_reference(overload, reference, args, kwargs)
+        except forks.Reentered:
+            return self._call_reference(overload, reference, args, kwargs)
         calling.append(self)
         try:
-            return getattr(self.packet, overload or "default")(*args, **kwargs)
+            with runtime.raising_what_is_kept():
+                return getattr(self.packet, overload or "default")(*args, **kwargs)
         finally:
             calling.pop()
 
+    def _call_reference(
+        self, overload: str, reference: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """The reference where the dispatcher, which looks at arguments first, is not on the way."""
+        signature = self.overloads()[overload]
+        if any(argument.written for argument in signature.arguments):
+            names = [argument.name for argument in signature.arguments]
+            values = {**dict(zip(names, args, strict=False)), **kwargs}
+            overlap.refuse(f"{self.library.namespace}::{self._dotted(overload)}", signature, values)
+        return reference(*args, **kwargs)
+
     def take_over(self, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> None:
         """Have the C++ dispatcher serve the op. If that must be compiled, the variant for ``args`` is so at the same time."""
-        with self._boot_lock:
+        with self._boot_lock as again:
             if self._taken_over:
                 return
+            if again:
+                raise forks.Reentered(
+                    f"{self.qualified_name} is being called for the first time further down this thread's stack"
+                )
             runtime.library(meanwhile=functools.partial(self._prefetch, args, kwargs or {}))
-            for backend, kernel in self.kernels.items():
-                for overload, signature in self.overloads().items():
-                    runtime.register(
-                        f"{self.library.namespace}::{self._dotted(overload)}",
-                        self.library.namespace,
-                        self._dotted(overload),
-                        _DISPATCH_KEYS[backend],
-                        f"{self.library.namespace}::{self._reference_name(overload)}",
-                        kernel.pattern.plan(signature),
-                        functools.partial(self._answer, backend, overload),
-                    )
-            self._taken_over = True
+            with forks.held_off():  # all of it or nothing, as a second time would be another registration
+                self._register()
+                self._taken_over = True
+
+    def _register(self) -> None:
+        for backend, kernel in self.kernels.items():
+            for overload, signature in self.overloads().items():
+                runtime.register(
+                    f"{self.library.namespace}::{self._dotted(overload)}",
+                    self.library.namespace,
+                    self._dotted(overload),
+                    _DISPATCH_KEYS[backend],
+                    f"{self.library.namespace}::{self._reference_name(overload)}",
+                    kernel.pattern.plan(signature),
+                    functools.partial(self._answer, backend, overload),
+                )
 
     def _prefetch(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         try:
@@ -534,7 +574,7 @@ class Op:
 
     def _define_references(self) -> None:
         """The reference as ops that the dispatcher can call."""
-        with self._boot_lock:
+        with self._boot_lock, forks.held_off():
             if self._reference_library is not None:
                 return
             library = torch.library.Library(self.library.namespace, "FRAGMENT")
@@ -548,13 +588,22 @@ class Op:
             self._reference_library = library
 
     def _reference_with_error(self, implementation: Callable[..., Any], made: int, *args: Any, **kwargs: Any) -> Any:
+        runtime.keep_error(None)
         try:
             results = implementation(*args, **kwargs)
-        except Exception as error:  # an exception would lose its text on the way through C
-            text = str(error)
-            runtime.keep_error(text if text.startswith(self.qualified_name) else f"{self.qualified_name}: {text}")
+        except Exception as error:  # an exception would be lost on the way through C
+            runtime.keep_error(self._named(error))
             results = (None,) * made if made > 1 else None
         return results if made else None
+
+    def _named(self, error: Exception) -> Exception:
+        """A RuntimeError that names the op. Kinds of it, such as OutOfMemoryError, are what callers look for, and stay."""
+        text = str(error) if str(error).startswith(self.qualified_name) else f"{self.qualified_name}: {error}"
+        if isinstance(error, RuntimeError) and (text == str(error) or type(error) is not RuntimeError):
+            return error
+        named = RuntimeError(text)
+        named.__cause__ = error
+        return named
 
 
 def _as_tuple(results: Any) -> tuple[Any, ...]:

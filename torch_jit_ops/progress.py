@@ -6,14 +6,13 @@ Of the processes of a parallel job only the first speaks, as all of them come to
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from torch_jit_ops import environment
+from torch_jit_ops import environment, forks
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -88,16 +87,17 @@ class _Live:
     """The live lines of all builds of this process: one display, as a terminal bears no more."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = forks.Lock()
         self._display: Progress | None = None
         self._lines = 0
 
     @contextlib.contextmanager
     def line(self, text: str) -> Iterator[None]:
         # Imported here: a process that compiles nothing does not pay for it.
-        from rich.console import Console
-        from rich.markup import escape
-        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+        with forks.held_off():
+            from rich.console import Console
+            from rich.markup import escape
+            from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
         with self._lock:
             if self._display is None:
@@ -129,10 +129,10 @@ class _Live:
 _live = _Live()
 
 
-def _after_fork() -> None:
-    """In a child: a thread of the parent may have held the lock."""
+def _forget_in_child() -> None:
+    """The lines are of builds of the parent's threads, and so is the display."""
     global _live
     _live = _Live()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+forks.in_child(_forget_in_child)

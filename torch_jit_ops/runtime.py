@@ -6,42 +6,58 @@ work in any thread and without a binding to a version of Python.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 
 import torch
 
-from torch_jit_ops import environment, loader, toolchain, variant
+from torch_jit_ops import environment, forks, loader, toolchain, variant
 
 Answer = Callable[[Sequence[int]], int]
 
 REFERENCE = 0  # the entry that makes the runtime call the op's reference
+MAX_SLOTS = 16384  # JITK_MAX_SLOTS of dispatch.cpp
 
 _answers: dict[int, Answer] = {}
 _numbers = itertools.count()
-_errors: dict[int, str] = {}  # of references that the dispatcher called, by thread
+_reserved = 0
+_kept = threading.local()  # .error: what failed below the dispatcher, which can hand on no more than a text
 _warned: set[str] = set()
-_warned_lock = threading.Lock()
+_lock = forks.Lock()
 
 _library = torch.library.Library("jitk", "FRAGMENT")
 _library.define("_build(int slot, int[] key) -> str")
 _library.define("_take_error() -> str")
+_library.define("_raise() -> ()")
 _library.define("_explain_allocation(int[] sizes, int dtype, int cuda_index) -> str")
 
 
 def _build(slot: int, key: list[int]) -> str:
     try:
-        return str(_answers[slot](key))
-    except BaseException as error:  # an exception would lose its text on the way through C
-        return str(error) or type(error).__name__
+        return f"entry {_answers[slot](key)}"
+    except forks.Reentered:
+        return "reference"
+    except BaseException as error:  # an exception would be lost on the way through C
+        keep_error(error)
+        return f"error {_text(error)}"
 
 
 def _take_error() -> str:
-    return _errors.pop(threading.get_ident(), "")
+    error = _kept.__dict__.get("error")
+    return "" if error is None else _text(error)
+
+
+def _raise() -> None:
+    raise _kept.__dict__.pop("error")
+
+
+def _text(error: BaseException) -> str:
+    return str(error) or type(error).__name__
 
 
 def _explain_allocation(sizes: list[int], dtype: int, cuda_index: int) -> str:
@@ -55,6 +71,7 @@ def _explain_allocation(sizes: list[int], dtype: int, cuda_index: int) -> str:
 
 _library.impl("_build", _build, "CompositeExplicitAutograd")
 _library.impl("_take_error", _take_error, "CompositeExplicitAutograd")
+_library.impl("_raise", _raise, "CompositeExplicitAutograd")
 _library.impl("_explain_allocation", _explain_allocation, "CompositeExplicitAutograd")
 
 
@@ -111,7 +128,15 @@ def autograd_unit() -> loader.Unit:
 
 
 _autograd: Future[ctypes.CDLL] | None = None
-_autograd_lock = threading.Lock()
+
+
+def _forget_in_child() -> None:
+    global _autograd
+    if _autograd is not None and not _autograd.done():
+        _autograd = None
+
+
+forks.in_child(_forget_in_child)
 
 
 def differentiate(overloads: Sequence[str]) -> bool:
@@ -122,7 +147,7 @@ def differentiate(overloads: Sequence[str]) -> bool:
     """
     global _autograd
     if _autograd is None:
-        with _autograd_lock:
+        with _lock:
             if _autograd is None:
                 _autograd = _in_background(autograd_unit())
     if not _autograd.done() or _autograd.exception() is not None:
@@ -131,6 +156,15 @@ def differentiate(overloads: Sequence[str]) -> bool:
         name, _, form = overload.partition(".")
         _checked(_autograd.result().jitk_differentiate, name.encode(), form.encode())
     return True
+
+
+def _let_errors_through() -> None:
+    """Have the dispatcher raise exceptions as they are, by the library that can; else their texts, as RuntimeErrors."""
+    try:
+        loaded = loader.load(autograd_unit()).library
+    except Exception:  # whatever it is, the caller should read of the first failure
+        return
+    library().jitk_set_raise(loaded.jitk_raise)
 
 
 def _in_background(unit: loader.Unit) -> Future[ctypes.CDLL]:
@@ -158,9 +192,42 @@ def _prototyped(loaded: ctypes.CDLL) -> ctypes.CDLL:
     return loaded
 
 
-def keep_error(text: str) -> None:
-    """Keep the text of a reference's error for the dispatcher, which called it in this thread."""
-    _errors[threading.get_ident()] = text
+def keep_error(error: BaseException | None) -> None:
+    """Keep what failed, or that nothing did, for the dispatcher, which called in this thread and has it raised."""
+    _kept.error = error
+    if error is not None and not _kept.__dict__.get("raising"):
+        _let_errors_through()
+
+
+@contextlib.contextmanager
+def raising_what_is_kept() -> Iterator[None]:
+    """Raise in the block what is kept in place of the dispatcher's error, which has its text alone."""
+    outer, _kept.raising, _kept.error = _kept.__dict__.get("raising"), True, None
+    try:
+        yield
+    except RuntimeError:
+        error = _kept.__dict__.pop("error", None)
+        if error is None:
+            raise
+        raise error from None
+    finally:
+        _kept.raising = outer
+
+
+def reserve(who: str, slots: int) -> None:
+    """Count the slots that ``who`` will need.
+
+    Raises:
+        ValueError: there are no more.
+    """
+    global _reserved
+    with _lock:
+        if _reserved + slots > MAX_SLOTS:
+            raise ValueError(
+                f"{who}: a process can have {MAX_SLOTS} kernels, one for each overload of an op and each backend; "
+                f"{_reserved} are declared, and this makes {slots} more"
+            )
+        _reserved += slots
 
 
 def register(who: str, namespace: str, overload: str, dispatch_key: str, reference: str, plan: str, answer: Answer) -> int:
@@ -187,7 +254,9 @@ def register(who: str, namespace: str, overload: str, dispatch_key: str, referen
 
 def _checked(function: Callable[..., int], *args: object) -> None:
     error = ctypes.create_string_buffer(1024)
-    if function(*args, error, len(error)) != 0:
+    with forks.held_off():  # PyTorch has a lock for registrations
+        failed = function(*args, error, len(error)) != 0
+    if failed:
         raise RuntimeError(error.value.decode())
 
 
@@ -199,7 +268,7 @@ def fall_back(who: str, missing: toolchain.MissingCompiler) -> None:
     """
     if environment.fallback_is_error():
         raise missing
-    with _warned_lock:
+    with _lock:
         if str(missing) in _warned:
             return
         _warned.add(str(missing))

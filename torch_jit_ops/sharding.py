@@ -10,17 +10,17 @@ rule; so nothing must be called beforehand, and a program without DTensors pays 
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from torch_jit_ops import forks
 from torch_jit_ops.signature import Argument, Signature
 
 _registered: set[Any] = set()
-_lock = threading.Lock()
+_lock = forks.Lock()
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,16 @@ _SUPPORTED = "Tensor, int, float, bool, str, Literal of strings, list[int], and 
 
 @dataclass(frozen=True)
 class Argument:
-    """One parameter of an op. ``kind`` is a letter of the C++ signature: T i f b s l."""
+    """One parameter of an op. ``kind`` is a letter of the C++ signature: T i f b s l.
+
+    ``reusable``: the op reads it, and an argument that is written may take its place in memory.
+    """
 
     name: str
     kind: str
     optional: bool = False
     written: bool = False
+    reusable: bool = False
     choices: tuple[str, ...] = ()
     default: Any = inspect.Parameter.empty
     keyword_only: bool = False
@@ -71,16 +75,17 @@ class Signature:
         return [argument.name for argument in self.arguments].index(name)
 
 
-def signature_of(function: Callable[..., Any], mutates: Sequence[str] = ()) -> Signature:
+def signature_of(function: Callable[..., Any], mutates: Sequence[str] = (), reusable: Sequence[str] = ()) -> Signature:
     """Read the signature of ``function``.
 
     Args:
         function: annotated with the types named in ``TypeError``'s text; returns Tensor, a tuple of Tensors, or None.
         mutates: names of the tensors that it writes.
+        reusable: names of the tensors that it reads and whose place in memory a written one may take.
 
     Raises:
         TypeError: an annotation is missing or has no place in a schema.
-        ValueError: ``mutates`` names no tensor argument, or an argument has a name that PyTorch cannot take.
+        ValueError: ``mutates`` or ``reusable`` names no tensor argument, or one has a name that PyTorch cannot take.
     """
     who = f"{function.__module__}.{function.__qualname__}"
     try:
@@ -103,14 +108,16 @@ def signature_of(function: Callable[..., Any], mutates: Sequence[str] = ()) -> S
             replace(
                 argument,
                 written=parameter.name in mutates,
+                reusable=parameter.name in reusable and parameter.name not in mutates,
                 default=parameter.default,
                 keyword_only=parameter.kind is parameter.KEYWORD_ONLY,
             )
         )
     tensors = [argument.name for argument in arguments if argument.kind == "T"]
-    for name in mutates:
-        if name not in tensors:
-            raise ValueError(f"{who}: mutates names {name!r}; its tensor arguments are {', '.join(tensors) or 'none'}")
+    for option, names in (("mutates", mutates), ("reusable", reusable)):
+        for name in names:
+            if name not in tensors:
+                raise ValueError(f"{who}: {option} names {name!r}; its tensor arguments are {', '.join(tensors) or 'none'}")
     if "return" not in hints:
         raise TypeError(f"{who}: the return type needs an annotation: Tensor, a tuple of Tensors, or None")
     return Signature(tuple(arguments), _results(who, hints["return"]))

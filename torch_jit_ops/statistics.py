@@ -7,11 +7,11 @@ Calls of ops are not counted: once a kernel is loaded, its calls reach it withou
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from types import MappingProxyType
+
+from torch_jit_ops import forks
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Statistics:
 
 
 _ops: dict[str, Stats] = {}
-_lock = threading.Lock()
+_lock = forks.Lock()
 
 
 def stats() -> Statistics:
@@ -76,12 +76,3 @@ def _add(name: str, more: Stats) -> None:
     shown = "jitk::(dispatcher)" if name == "runtime" else name.replace(".", "::", 1)
     with _lock:
         _ops[shown] = _ops.get(shown, Stats()) + more
-
-
-def _after_fork() -> None:
-    """In a child: a thread of the parent may have held the lock."""
-    global _lock
-    _lock = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_after_fork)

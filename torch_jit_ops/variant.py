@@ -99,6 +99,7 @@ class VariantPattern:
         lines = []
         for argument in signature.arguments:
             flags = ("?" if argument.optional else "") + ("!" if argument.written else "")
+            flags += "=" if argument.reusable else ""
             flags += "<" if argument.name in self.template_arguments() else ""
             flags += ">" if argument.name in signature.returned else ""
             lines.append(f"arg {argument.kind}{flags} {argument.name} {','.join(argument.choices)}".rstrip())

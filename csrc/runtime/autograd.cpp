@@ -48,6 +48,13 @@ void differentiate(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torc
 
 }  // namespace
 
+// Throws what Python has kept of this thread's failure: an exception of a kernel in Python goes through C++ as it is.
+extern "C" __attribute__((visibility("default"))) void jitk_raise() {
+  static const c10::OperatorHandle raise = c10::Dispatcher::singleton().findSchemaOrThrow("jitk::_raise", "");
+  torch::jit::Stack none;
+  raise.callBoxed(&none);
+}
+
 // Puts `differentiate` before the kernels of an overload on the CPU and on CUDA, for good.
 extern "C" __attribute__((visibility("default"))) int jitk_differentiate(const char* op, const char* overload, char* error,
                                                                          size_t capacity) {

@@ -5,30 +5,49 @@
 //
 // It is written against PyTorch's stable C ABI, whose boxed kernels are plain function pointers without a closure: hence a
 // table of trampolines, each of which knows its number. No CUDA header: what it needs of CUDA it asks of PyTorch.
-// A hit takes no lock and runs no Python. Tables are replaced as a whole and never freed, so a reader never waits.
+// A hit takes no lock and runs no Python: a table gets new entries while it is read, and one that is full is replaced by one of
+// twice the size and stays for its readers, so a reader never waits.
 #include <jitk/abi.h>
+
+#include "overlap.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/headeronly/version.h>
 
-#include <dlfcn.h>  // symbols that only a CUDA build of PyTorch has
+#include <dlfcn.h>    // symbols that only a CUDA build of PyTorch has
+#include <pthread.h>  // fork
 
 #include <atomic>
 #include <cstring>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <stdexcept>
 #include <string>
-#include <utility>
 #include <vector>
+
+// What the stable ABI has no function for: a written tensor counts as changed. PyTorch has exported both for years; null in one
+// that does not.
+namespace at {
+class Tensor;
+}
+namespace c10 {
+struct InferenceMode {
+  __attribute__((weak)) static bool is_enabled();
+};
+}  // namespace c10
+namespace torch::autograd::impl {
+__attribute__((weak)) void bump_version(const at::Tensor& tensor);
+}
 
 namespace {
 
 using jitk::Value;
 using jitk::ValueKind;
 
-constexpr int32_t kMaxSlots = 1024;  // (op overload, backend) pairs
+#define JITK_MAX_SLOTS 16384  // (op overload, backend) pairs; also for the assembler, and MAX_SLOTS of runtime.py
+constexpr int32_t kMaxSlots = JITK_MAX_SLOTS;
 constexpr int32_t kMaxArguments = 32;
 constexpr int32_t kMaxResults = 8;
 constexpr int32_t kMaxKeyParts = 16;
@@ -229,6 +248,7 @@ struct Argument {
   char kind;  // T i f b s l, as in export.h
   bool optional;
   bool written;
+  bool reusable;  // read, but a written argument may take its place (overlap.h)
   bool returned;  // an output that the schema returns
   bool passed;    // to the C++ function; a value that is a template argument is not
   int32_t place;  // among the values: those that are passed come first
@@ -247,10 +267,11 @@ struct Variant {
   jitk::Entry entry;  // null: no kernel can serve this key here, so the op's reference does
 };
 
+// Half of its cells at most are taken, so that a search ends at an empty one.
 struct Table {
   explicit Table(size_t size) : mask(size - 1), cells(size) {}
   size_t mask;
-  std::vector<const Variant*> cells;
+  std::vector<std::atomic<const Variant*>> cells;
 };
 
 uint64_t hash(const int64_t* key, int32_t count) {
@@ -267,14 +288,14 @@ struct Slot {
   std::string name;       // jitk::silu_and_mul.out
   std::string reference;  // jitk::_reference_silu_and_mul_out
   bool on_cuda = false;
+  bool writes = false;
   int32_t results = 0;   // of the C++ function
   int32_t returned = 0;  // outputs that follow them
   int32_t passed = 0;
   std::vector<Argument> arguments;
   std::vector<KeyPart> key;
 
-  std::atomic<const Table*> table{new Table(2)};
-  std::mutex writer;
+  std::atomic<Table*> table{new Table(2)};
   size_t variants = 0;
 
   int32_t key_size() const { return static_cast<int32_t>(key.size()) + 1; }
@@ -282,46 +303,69 @@ struct Slot {
   const Variant* find(const int64_t* wanted) const {
     const Table& now = *table.load(std::memory_order_acquire);
     for (size_t at = hash(wanted, key_size());; ++at) {
-      const Variant* variant = now.cells[at & now.mask];
+      const Variant* variant = now.cells[at & now.mask].load(std::memory_order_acquire);
       if (variant == nullptr || memcmp(variant->key.data(), wanted, sizeof(int64_t) * static_cast<size_t>(key_size())) == 0)
         return variant;
     }
   }
 
   // The first entry for a key stays: a thread that lost a race uses the winner's.
-  const Variant* add(const int64_t* wanted, jitk::Entry entry) {
-    const std::lock_guard<std::mutex> lock(writer);
-    if (const Variant* known = find(wanted)) return known;
-    const auto* variant = new Variant{{wanted, wanted + key_size()}, entry};
-    const Table& old = *table.load(std::memory_order_relaxed);
-    auto* grown = new Table(2 * (variants + 1) > old.mask + 1 ? 2 * (old.mask + 1) : old.mask + 1);
-    const auto insert = [&](const Variant* one) {
-      size_t at = hash(one->key.data(), key_size());
-      while (grown->cells[at & grown->mask] != nullptr) ++at;
-      grown->cells[at & grown->mask] = one;
-    };
-    for (const Variant* one : old.cells) {
-      if (one != nullptr) insert(one);
-    }
-    insert(variant);
-    ++variants;
-    table.store(grown, std::memory_order_release);
-    return variant;
+  const Variant* add(const int64_t* wanted, jitk::Entry entry);
+
+ private:
+  void insert(Table& into, const Variant* variant) const {
+    size_t at = hash(variant->key.data(), key_size());
+    while (into.cells[at & into.mask].load(std::memory_order_relaxed) != nullptr) ++at;
+    into.cells[at & into.mask].store(variant, std::memory_order_release);
   }
 };
+
+// Held by whoever changes a table or registers a kernel, and by a fork: the child finds all of it whole, and PyTorch's own lock
+// for registrations free.
+std::mutex changes;
+
+const Variant* Slot::add(const int64_t* wanted, jitk::Entry entry) {
+  const std::lock_guard<std::mutex> lock(changes);
+  if (const Variant* known = find(wanted)) return known;
+  Table* now = table.load(std::memory_order_relaxed);
+  if (2 * (variants + 1) > now->mask + 1) {
+    auto* grown = new Table(2 * (now->mask + 1));  // those before are never freed: together they are smaller than it
+    for (const auto& cell : now->cells) {
+      if (const Variant* one = cell.load(std::memory_order_relaxed)) insert(*grown, one);
+    }
+    table.store(now = grown, std::memory_order_release);
+  }
+  const auto* variant = new Variant{{wanted, wanted + key_size()}, entry};
+  insert(*now, variant);
+  ++variants;
+  return variant;
+}
 
 std::atomic<Slot*> slots[kMaxSlots];
 
 // --- one call ------------------------------------------------------------------------------------
 
-// Reads the arguments off PyTorch's stack, and frees what the stack owns.
+// "[4, 64]"
+std::string text_of(const int64_t* numbers, int32_t count) {
+  std::string text = "[";
+  for (int32_t i = 0; i < count; ++i) text += (i == 0 ? "" : ", ") + std::to_string(numbers[i]);
+  return text + "]";
+}
+
+// "'out' [4, 32] with strides [64, 1]"
+std::string text_of(const jitk::TensorView& view) {
+  return std::string("'") + view.name_ + "' " + text_of(view.sizes_, view.ndim_) + " with strides " +
+         text_of(view.strides_, view.ndim_);
+}
+
+// Reads the arguments off PyTorch's stack, and frees what the stack owns, read or not.
 class Call {
  public:
   Call(const Slot& slot, StableIValue* stack) : slot_(slot), stack_(stack) {}
   Call(const Call&) = delete;
   Call& operator=(const Call&) = delete;
   ~Call() {
-    for (int32_t i = 0; i < read_; ++i) free(i);
+    for (size_t i = 0; owns_stack_ && i < slot_.arguments.size(); ++i) free(static_cast<int32_t>(i));
   }
 
   // Apart from the constructor, so that what was read is freed when reading throws.
@@ -330,18 +374,29 @@ class Call {
     const auto count = static_cast<int32_t>(slot_.arguments.size());
     for (int32_t i = 0; i < count; ++i) read(i);
     for (size_t i = 0; i < slot_.key.size(); ++i) key_[i + 1] = key_part(slot_.key[i]);
+    if (slot_.writes) refuse_overlap();
+  }
+
+  // Inference mode leaves out what bumps versions elsewhere, which is autograd.cpp or autograd.py. Its own tensors have none.
+  void count_as_changed() const {
+    if (&c10::InferenceMode::is_enabled == nullptr || &torch::autograd::impl::bump_version == nullptr) return;
+    if (!c10::InferenceMode::is_enabled()) return;
+    for (size_t i = 0; i < slot_.arguments.size(); ++i) {
+      if (written(i) != nullptr)
+        torch::autograd::impl::bump_version(*reinterpret_cast<const at::Tensor*>(inner(static_cast<int32_t>(i))));
+    }
   }
 
   const int64_t* key() const { return key_; }
   const Value* values() const { return values_; }
   int32_t device_id() const { return device_id_; }
   // From here on somebody else frees the stack.
-  void abandon() { read_ = 0; }
+  void abandon() { owns_stack_ = false; }
 
   // The outputs that the schema returns are the caller's own: what was theirs on the stack becomes the result.
   void hand_over(StableIValue* made) {
-    for (int32_t i = 0; slot_.returned > 0 && i < read_; ++i) {
-      if (slot_.arguments[static_cast<size_t>(i)].returned) *made++ = stack_[i];
+    for (size_t i = 0; slot_.returned > 0 && i < slot_.arguments.size(); ++i) {
+      if (slot_.arguments[i].returned) *made++ = stack_[i];
     }
     handed_over_ = true;
   }
@@ -356,7 +411,6 @@ class Call {
     Value& value = values_[argument.place];
     value.length = 0;
     value.integer = 0;
-    read_ = i + 1;
     if (argument.optional && stack_[i] == 0) {
       value.kind = ValueKind::kNone;
       return;
@@ -389,7 +443,6 @@ class Call {
                                                    : torch_get_const_data_ptr(tensor, const_cast<const void**>(&view.data_));
     if (status != AOTI_TORCH_SUCCESS)
       throw std::runtime_error(slot_.name + ": argument '" + argument.name + "' has no storage");
-    if (argument.written) refuse_overlap(view);
     value.kind = ValueKind::kTensor;
     value.tensor = &view;
     if (slot_.on_cuda && device_id_ < 0 && view.device_.device_type == jitk::kDLCUDA) {
@@ -397,15 +450,53 @@ class Call {
     }
   }
 
-  // An expanded tensor: what a kernel writes to one row would be written to all.
-  void refuse_overlap(const jitk::TensorView& view) const {
-    for (int32_t i = 0; i < view.ndim_; ++i) {
-      if (view.strides_[i] == 0 && view.sizes_[i] > 1 && view.numel() > 0) {
-        throw std::runtime_error(slot_.name + ": argument '" + view.name_ +
-                                 "' is written, but its elements overlap\n  dimension " + std::to_string(i) + " has size " +
-                                 std::to_string(view.sizes_[i]) + " and stride 0");
+  const jitk::TensorView* tensor(size_t i) const {
+    const Value& value = values_[slot_.arguments[i].place];
+    return value.kind == ValueKind::kTensor ? value.tensor : nullptr;
+  }
+
+  const jitk::TensorView* written(size_t i) const { return slot_.arguments[i].written ? tensor(i) : nullptr; }
+
+  // What a kernel writes belongs to one element of one argument; else the result is whatever its threads make of it.
+  void refuse_overlap() const {
+    const size_t count = slot_.arguments.size();
+    for (size_t i = 0; i < count; ++i) {
+      const jitk::TensorView* out = written(i);
+      if (out == nullptr) continue;
+      const overlap::Range range(*out);
+      if (!range.nested && overlap::overlaps_itself(*out)) {
+        throw std::runtime_error(slot_.name + ": argument '" + out->name_ + "' is written, but its elements overlap\n  " +
+                                 why_it_overlaps(*out));
+      }
+      for (size_t j = 0; j < count; ++j) {
+        const jitk::TensorView* other = tensor(j);
+        if (j == i || other == nullptr || (j < i && written(j) != nullptr) || !range.meets(overlap::Range(*other))) continue;
+        const bool reusable = slot_.arguments[j].reusable;
+        if ((reusable && overlap::takes_the_place(*out, *other)) || !overlap::shares_memory(*out, *other)) continue;
+        refuse_overlap(*out, *other, reusable);
       }
     }
+  }
+
+  static std::string why_it_overlaps(const jitk::TensorView& view) {
+    for (int32_t i = 0; i < view.ndim_; ++i) {
+      if (view.strides_[i] == 0 && view.sizes_[i] > 1)
+        return "dimension " + std::to_string(i) + " has size " + std::to_string(view.sizes_[i]) + " and stride 0";
+    }
+    return text_of(view);
+  }
+
+  [[noreturn]] void refuse_overlap(const jitk::TensorView& out, const jitk::TensorView& other, bool reusable) const {
+    const int64_t behind = static_cast<const char*>(out.data_) - static_cast<const char*>(other.data_);
+    const std::string bytes = std::to_string(behind < 0 ? -behind : behind) + " bytes ";
+    throw std::runtime_error(
+        slot_.name + ": argument '" + out.name_ + "' is written, but shares memory with argument '" + other.name_ + "'\n  " +
+        text_of(out) + " begins " +
+        (behind == 0  ? "where"
+         : behind < 0 ? bytes + "before"
+                      : bytes + "behind") +
+        "\n  " + text_of(other) + (behind == 0 ? " does" : "") + "\n  remedy: memory of its own for one of them" +
+        (reusable ? std::string(", or '") + out.name_ + "' exactly in the place of '" + other.name_ + "'" : ""));
   }
 
   void read_string(const Argument& argument, StringHandle string, Value& value) {
@@ -429,8 +520,7 @@ class Call {
   void read_list(StableListHandle list, Value& value) {
     size_t size = 0;
     check(torch_list_size(list, &size), "read a list");
-    auto* items = new int64_t[size + 1];
-    lists_.push_back(items);
+    int64_t* const items = lists_.emplace_back(new int64_t[size + 1]).get();
     for (size_t at = 0; at < size; ++at) {
       StableIValue item;
       check(torch_list_get_item(list, at, &item), "read a list");
@@ -481,20 +571,17 @@ class Call {
     if (argument.kind == 's') torch_delete_string(reinterpret_cast<StringHandle>(cell));
     if (argument.kind == 'l') torch_delete_list(reinterpret_cast<StableListHandle>(cell));
     if (argument.optional) delete reinterpret_cast<StableIValue*>(stack_[i]);
-    if (i == 0) {
-      for (const int64_t* list : lists_) delete[] list;
-    }
   }
 
   const Slot& slot_;
   StableIValue* stack_;
-  int32_t read_ = 0;
+  bool owns_stack_ = true;
   bool handed_over_ = false;
   int32_t device_id_ = -1;
   int64_t key_[kMaxKeyParts + 1];
   Value values_[kMaxArguments];
   jitk::TensorView views_[kMaxArguments];
-  std::vector<const int64_t*> lists_;
+  std::vector<std::unique_ptr<int64_t[]>> lists_;
 };
 
 // Unless there is only one GPU, which Python knows.
@@ -519,16 +606,32 @@ class DeviceGuard {
   DeviceGuardHandle guard_ = nullptr;
 };
 
-// Python compiles or loads the variant, and answers with the entry's address in decimal or the text of an error: an exception
-// would lose its text on the way, and torch_call_dispatcher mixes up results of different types (PyTorch 2.11 to 2.13).
+// Raises in Python what jitk::_build or a reference failed with: torch_call_dispatcher loses the exception. autograd.cpp lends
+// the function; until it does, callers get a RuntimeError of the same text.
+using Raise = void (*)();
+std::atomic<Raise> raise_kept{nullptr};
+
+[[noreturn]] void fail(const std::string& text) {
+  if (const Raise raise = raise_kept.load(std::memory_order_acquire)) raise();
+  throw std::runtime_error(text);
+}
+
+// For this call alone: the kernel is being built further down this thread's stack, under a signal handler.
+const Variant reference_once{{}, nullptr};
+
+// Python compiles or loads the variant, and answers "entry ADDRESS", "reference" or "error TEXT". One string, because
+// torch_call_dispatcher mixes up results of different types (PyTorch 2.11 to 2.13).
 const Variant* build(Slot& slot, const int64_t* key) {
   StableIValue stack[2] = {from_int(slot.number), from_ints(key, slot.key_size())};
   if (torch_call_dispatcher("jitk::_build", "", stack, TORCH_ABI_VERSION) != AOTI_TORCH_SUCCESS) {
     throw std::runtime_error(slot.name + ": the op jitk::_build failed. It needs Python with torch_jit_ops imported");
   }
   const std::string answer = take_string(stack[0]);
-  if (answer.empty() || answer.find_first_not_of("0123456789") != std::string::npos) throw std::runtime_error(answer);
-  return slot.add(key, reinterpret_cast<jitk::Entry>(std::stoull(answer)));
+  const size_t space = answer.find(' ');
+  const std::string what = answer.substr(0, space);
+  if (what == "reference") return &reference_once;
+  if (what != "entry") fail(answer.substr(space + 1));
+  return slot.add(key, reinterpret_cast<jitk::Entry>(std::stoull(answer.substr(space + 1))));
 }
 
 // Finds the variant of a key that a call has for the first time. Other libraries than Python's set another way: standalone.cpp.
@@ -551,7 +654,7 @@ void run_reference(const Slot& slot, StableIValue* stack, StableIValue* made) {
     made[i] = *cell;
     delete cell;
   }
-  if (!text.empty()) throw std::runtime_error(text);
+  if (!text.empty()) fail(text);
 }
 
 // Handles of their own to the outputs that the schema returns, as the reference frees the ones that it gets.
@@ -577,12 +680,13 @@ class Returned {
   int32_t count_ = 0;
 };
 
-void dispatch(int32_t number, StableIValue* stack) {
+void dispatch(StableIValue* stack, int32_t number) {
   Slot& slot = *slots[number].load(std::memory_order_acquire);
   StableIValue made[kMaxResults];
   {
     Call call(slot, stack);
     call.read();
+    if (slot.writes) call.count_as_changed();
     const DeviceGuard guard(call.device_id());
     const Variant* variant = slot.find(call.key());
     if (__builtin_expect(variant == nullptr, 0)) variant = on_miss(slot, call.key());
@@ -603,18 +707,44 @@ void dispatch(int32_t number, StableIValue* stack) {
   memcpy(stack, made, sizeof(StableIValue) * static_cast<size_t>(slot.results + slot.returned));
 }
 
-template <int32_t kSlot>
-void trampoline(StableIValue* stack, uint64_t, uint64_t) {
-  dispatch(kSlot, stack);
+}  // namespace
+
+// Trampoline n is `dispatch(stack, n)`, in 16 bytes. As 16384 instantiations of a template they would take 10 s to compile.
+extern "C" {
+__attribute__((visibility("hidden"), used)) void jitk_dispatch(StableIValue* stack, int32_t number) { dispatch(stack, number); }
+__attribute__((visibility("hidden"))) extern const char jitk_trampolines[];
 }
+
+#define JITK_TEXT(macro) JITK_TEXT_OF(macro)
+#define JITK_TEXT_OF(text) #text
+
+#if defined(__x86_64__)
+#define JITK_TRAMPOLINE "movl $jitk_slot, %esi\n jmp jitk_dispatch\n"
+#elif defined(__aarch64__)
+#define JITK_TRAMPOLINE "mov w1, #jitk_slot\n b jitk_dispatch\n"
+#else
+#error "no trampolines for this processor: pass a number as the second argument and jump to jitk_dispatch"
+#endif
+
+asm(".pushsection .text\n"
+    ".balign 16\n"
+    ".hidden jitk_trampolines\n"
+    ".globl jitk_trampolines\n"
+    "jitk_trampolines:\n"
+    ".cfi_startproc\n"
+    ".set jitk_slot, 0\n"
+    ".rept " JITK_TEXT(JITK_MAX_SLOTS) "\n"
+    ".balign 16\n" JITK_TRAMPOLINE
+    ".set jitk_slot, jitk_slot + 1\n"
+    ".endr\n"
+    ".cfi_endproc\n"
+    ".popsection\n");
+
+namespace {
 
 using Trampoline = void (*)(StableIValue*, uint64_t, uint64_t);
 
-template <int32_t... kSlot>
-Trampoline trampoline_of(int32_t number, std::integer_sequence<int32_t, kSlot...>) {
-  static constexpr Trampoline all[] = {trampoline<kSlot>...};
-  return all[number];
-}
+Trampoline trampoline_of(int32_t number) { return reinterpret_cast<Trampoline>(jitk_trampolines + 16 * number); }
 
 // --- registration --------------------------------------------------------------------------------
 
@@ -627,17 +757,18 @@ std::vector<std::string> split(const std::string& text, char separator) {
   return parts;
 }
 
-// Lines of "arg KIND[?][!][<][>] NAME CHOICE,CHOICE", "key ARGUMENT dtype|size|dim|value DIM" and "results COUNT". Made by
+// Lines of "arg KIND[?][!][=][<][>] NAME CHOICE,CHOICE", "key ARGUMENT dtype|size|dim|value DIM" and "results COUNT". Made by
 // variant.py.
 void read_plan(const char* plan, Slot& slot) {
   for (const std::string& line : split(plan, '\n')) {
     const std::vector<std::string> words = split(line, ' ');
     if (words[0] == "arg") {
       const auto has = [&](char flag) { return words[1].find(flag) != std::string::npos; };
-      Argument argument{words[1][0], has('?'), has('!'), has('>'), !has('<'), 0, words[2], {}};
+      Argument argument{words[1][0], has('?'), has('!'), has('='), has('>'), !has('<'), 0, words[2], {}};
       if (words.size() > 3) argument.choices = split(words[3], ',');
       slot.arguments.push_back(argument);
       slot.returned += argument.returned ? 1 : 0;
+      slot.writes = slot.writes || argument.written;
     } else if (words[0] == "key") {
       const auto what = words[2] == "dtype"  ? KeyPart::kDType
                         : words[2] == "size" ? KeyPart::kSize
@@ -675,14 +806,14 @@ void register_slot(int32_t number, const char* who, const char* ns, const char* 
   read_plan(plan, *slot);
   slots[number].store(slot, std::memory_order_release);
 
-  static std::mutex mutex;
+  static const int forks = pthread_atfork([] { changes.lock(); }, [] { changes.unlock(); }, [] { changes.unlock(); });
+  if (forks != 0) throw std::runtime_error("pthread_atfork failed");
   static std::map<std::string, TorchLibraryHandle> libraries;  // kept for good: dropping one takes its kernels away
-  const std::lock_guard<std::mutex> lock(mutex);
+  const std::lock_guard<std::mutex> lock(changes);
   TorchLibraryHandle& library = libraries[std::string(ns) + "/" + dispatch_key];
   if (library == nullptr)
     check(aoti_torch_library_init_impl(ns, dispatch_key, __FILE__, __LINE__, &library), "open an op library");
-  const Trampoline kernel = trampoline_of(number, std::make_integer_sequence<int32_t, kMaxSlots>{});
-  check(torch_library_impl(library, overload, kernel, TORCH_ABI_VERSION), "register a kernel");
+  check(torch_library_impl(library, overload, trampoline_of(number), TORCH_ABI_VERSION), "register a kernel");
 }
 
 int failure(const char* text, char* error, size_t capacity) {
@@ -705,5 +836,8 @@ JITK_RUNTIME int jitk_register(int32_t number, const char* who, const char* ns, 
     return failure(problem.what(), error, capacity);
   }
 }
+
+// `raise`: throws what Python has kept of this thread's failure.
+JITK_RUNTIME void jitk_set_raise(void (*raise)()) { raise_kept.store(raise, std::memory_order_release); }
 
 JITK_RUNTIME void jitk_set_several_devices(int several) { several_devices = several != 0; }

@@ -61,6 +61,7 @@ def _constants(make: SampleMaker) -> Iterator[Sample]:
     cpu="activation.cpp",
     variant="silu_and_mul<{input.dtype}>",
     rows=("input",),
+    reusable=("input",),
     samples=_gated,
     patterns=spelling.of_halves(_SILU),
 )
@@ -82,6 +83,7 @@ def silu_and_mul(input: Tensor) -> Tensor:
     cpu="activation.cpp",
     variant="gelu_and_mul<{input.dtype}>",
     rows=("input",),
+    reusable=("input",),
     samples=_gated,
     patterns=spelling.of_halves(_GELU),
 )
@@ -103,6 +105,7 @@ def gelu_and_mul(input: Tensor) -> Tensor:
     cpu="activation.cpp",
     variant="gelu_tanh_and_mul<{input.dtype}>",
     rows=("input",),
+    reusable=("input",),
     samples=_gated,
     patterns=spelling.of_halves(_GELU_TANH),
 )
@@ -231,6 +234,7 @@ def fused_add_relu(x: Tensor, y: Tensor) -> Tensor:
     cpu="add_constant.cpp",
     variant="add_constant<{constant}>",
     dtypes=(torch.int32,),
+    reusable=("src",),
     samples=_constants,
 )
 def add_constant(src: Tensor, constant: int) -> Tensor:
