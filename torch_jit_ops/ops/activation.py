@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torch_jit_ops.ops import spelling
-from torch_jit_ops.ops.library import library
+from torch_jit_ops.ops.library import FLOATS, library
 from torch_jit_ops.samples import Sample, SampleMaker
 
 _SILU = spelling.gates(F.silu)
@@ -60,6 +60,7 @@ def _constants(make: SampleMaker) -> Iterator[Sample]:
     cuda="activation.cu",
     cpu="activation.cpp",
     variant="silu_and_mul<{input.dtype}>",
+    tensors={"input": f"[tokens..., 2*d] {FLOATS}"},
     rows=("input",),
     samples=_gated,
     patterns=spelling.of_halves(_SILU),
@@ -81,6 +82,7 @@ def silu_and_mul(input: Tensor) -> Tensor:
     cuda="activation.cu",
     cpu="activation.cpp",
     variant="gelu_and_mul<{input.dtype}>",
+    tensors={"input": f"[tokens..., 2*d] {FLOATS}"},
     rows=("input",),
     samples=_gated,
     patterns=spelling.of_halves(_GELU),
@@ -102,6 +104,7 @@ def gelu_and_mul(input: Tensor) -> Tensor:
     cuda="activation.cu",
     cpu="activation.cpp",
     variant="gelu_tanh_and_mul<{input.dtype}>",
+    tensors={"input": f"[tokens..., 2*d] {FLOATS}"},
     rows=("input",),
     samples=_gated,
     patterns=spelling.of_halves(_GELU_TANH),
@@ -123,6 +126,7 @@ def gelu_tanh_and_mul(input: Tensor) -> Tensor:
     cuda="activation.cu",
     cpu="activation.cpp",
     variant="silu_mul<{gate.dtype}>",
+    tensors={"gate": f"[shape...] {FLOATS}", "up": "[shape...] gate.dtype"},
     rows=("gate", "up"),
     elementwise=True,
     samples=_gate_and_up,
@@ -145,6 +149,7 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     cuda="activation.cu",
     cpu="activation.cpp",
     variant="gelu_mul<{gate.dtype}>",
+    tensors={"gate": f"[shape...] {FLOATS}", "up": "[shape...] gate.dtype"},
     rows=("gate", "up"),
     elementwise=True,
     samples=_gate_and_up,
@@ -167,6 +172,7 @@ def gelu_mul(gate: Tensor, up: Tensor) -> Tensor:
     cuda="activation.cu",
     cpu="activation.cpp",
     variant="gelu_tanh_mul<{gate.dtype}>",
+    tensors={"gate": f"[shape...] {FLOATS}", "up": "[shape...] gate.dtype"},
     rows=("gate", "up"),
     elementwise=True,
     samples=_gate_and_up,
@@ -189,6 +195,7 @@ def gelu_tanh_mul(gate: Tensor, up: Tensor) -> Tensor:
     cuda="activation.cu",
     cpu="activation.cpp",
     variant="relu2<{input.dtype}>",
+    tensors={"input": f"[shape...] {FLOATS}"},
     rows=("input",),
     elementwise=True,
     samples=_unary,
@@ -209,6 +216,7 @@ def relu2(input: Tensor) -> Tensor:
     cuda="activation.cu",
     cpu="activation.cpp",
     variant="fused_add_relu<{x.dtype}>",
+    tensors={"x": f"[shape...] {FLOATS}", "y": "[shape...] x.dtype"},
     rows=("x", "y"),
     elementwise=True,
     samples=_binary,
@@ -230,6 +238,7 @@ def fused_add_relu(x: Tensor, y: Tensor) -> Tensor:
     cuda="add_constant.cu",
     cpu="add_constant.cpp",
     variant="add_constant<{constant}>",
+    tensors={"src": "[shape...] int32"},
     dtypes=(torch.int32,),
     samples=_constants,
 )
