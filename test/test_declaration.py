@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
+import pickle
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +20,11 @@ import torch_jit_ops
 from torch_jit_ops import Op, OpLibrary, libraries, planning
 
 _numbers = itertools.count()
-# The end of several messages.
+# The ends of several messages.
+FORM = (
+    "it must be a shape and, if it matters, a dtype, such as "
+    "'[tokens..., 2*d]', '[hidden] weight.dtype' or '[3, *] float16|bfloat16'"
+)
 _SUPPORTED = "Tensor, int, float, bool, str, Literal of strings, list[int], and each of them | None"
 
 
@@ -405,6 +411,95 @@ lib::op: sums names 'x'; the out form's arguments are out
 lib::accumulate: sums names 'total'; the out form's arguments are none
 lib::op: sums is about rows, but rows names none
 lib::op: elementwise is about rows, but rows names none""",
+    )
+
+
+def test_tensors_that_mean_nothing(library: OpLibrary, csrc: Path) -> None:
+    def op(x: Tensor, n: int, y: Tensor) -> Tensor:
+        return x
+
+    texts = []
+    for tensors in (
+        {"z": "[n]"},
+        {"n": "[n]"},
+        {"x": "n"},
+        {"x": "[2*3]"},
+        {"x": "[hidden, tokens...]"},
+        {"x": "[n]  float32"},
+        {"x": "[n] float31"},
+        {"x": "[n] float32|y"},
+        {"x": "[n] y.dtype"},
+        {"y": "[n] n.dtype"},
+    ):
+        with pytest.raises(ValueError) as caught:
+            declare(library, op, tensors=tensors)
+        texts.append(words(caught, csrc))
+    assert_expected_inline(
+        "\n".join(texts).replace(FORM, "FORM"),
+        """\
+lib::op: tensors names 'z'; its tensor arguments are x, y
+lib::op: tensors names 'n'; its tensor arguments are x, y
+lib::op: tensors says 'n' of 'x'; FORM
+lib::op: tensors says '[2*3]' of 'x'; FORM
+lib::op: tensors says '[hidden, tokens...]' of 'x'; FORM
+lib::op: tensors says '[n]  float32' of 'x'; FORM
+lib::op: tensors gives 'x' the dtype 'float31'; PyTorch has no such one
+lib::op: tensors gives 'x' the dtype 'y'; PyTorch has no such one
+lib::op: tensors gives 'x' the dtype of 'y'; the tensors before it are none
+lib::op: tensors gives 'y' the dtype of 'n'; the tensors before it are x""",
+    )
+
+
+def test_tensors_of_every_form(library: OpLibrary) -> None:
+    def op(x: Tensor, y: Tensor, z: Tensor, free: Tensor, maybe: Tensor | None = None) -> Tensor:
+        return x.clone()
+
+    tensors = {"maybe": "[n]", "z": "[3, *]", "y": "[] x.dtype", "x": "[batch..., n, 2*n] float32|int8"}
+    declared = declare(library, op, cpu=None, tensors=tensors)
+    x = torch.ones(5, 2, 4)
+    declared(x, torch.ones(()), torch.ones(3, 9), torch.ones(7, dtype=torch.int64, device="meta"))
+    declared(x, torch.ones(()), torch.ones(3, 9), x, torch.ones(2))
+    for wrong in (
+        (torch.ones(2, 5), torch.ones(())),
+        (x.half(), torch.ones(()).half()),
+        (x, torch.ones(1)),
+        (x.char(), torch.ones(())),
+    ):
+        with pytest.raises(RuntimeError, match="does not match"):
+            declared(*wrong, torch.ones(3, 9), x)
+    with pytest.raises(RuntimeError, match="dimension 0: expected 3"):
+        declared(x, torch.ones(()), torch.ones(4, 9), x)
+
+
+def test_a_copy_of_an_op_is_the_op(library: OpLibrary) -> None:
+    """Also in a module that holds one, and through pickle."""
+
+    def op(x: Tensor) -> Tensor:
+        return x.clone()
+
+    declared = declare(library, op)
+    module = torch.nn.Module()
+    module.op, module.weight = declared, torch.nn.Parameter(torch.ones(2))
+    assert copy.copy(declared) is copy.deepcopy(declared) is declared
+    assert copy.deepcopy(module).op is declared
+    assert copy.deepcopy(module).weight is not module.weight
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        assert pickle.loads(pickle.dumps(module, protocol)).op is declared
+
+
+def test_an_op_that_is_not_declared_where_it_is_unpickled(library: OpLibrary, csrc: Path) -> None:
+    def op(x: Tensor) -> Tensor:
+        return x.clone()
+
+    pickled = pickle.dumps(declare(library, op))
+    del library.ops["op"]
+    with pytest.raises(RuntimeError) as caught:
+        pickle.loads(pickled)
+    assert_expected_inline(
+        words(caught, csrc),
+        """\
+lib::op is not declared in this process
+  remedy: import test_declaration, which declared it, before unpickling""",
     )
 
 

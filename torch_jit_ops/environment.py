@@ -58,7 +58,8 @@ def is_first_rank() -> bool:
 
 
 def fallback_is_error() -> bool:
-    """``JITK_FALLBACK=error``: a missing compiler is an error. Default ``warn``: the op runs its reference and warns once."""
+    """``JITK_FALLBACK=error``: a missing compiler, and a dtype without a kernel, is an error. Default ``warn``: the op runs its
+    reference and warns once."""
     return _one_of("JITK_FALLBACK", ("warn", "error")) == "error"
 
 

@@ -32,8 +32,10 @@ from torch_jit_ops import (
     background,
     batching,
     environment,
+    fallback,
     forks,
     loader,
+    matcher,
     overlap,
     planning,
     runtime,
@@ -95,6 +97,7 @@ class OpLibrary:
         dtypes: Sequence[torch.dtype] = FLOATS,
         mutates: Sequence[str] = (),
         outputs: Sequence[str] | None = None,
+        tensors: Mapping[str, str] | None = None,
         rows: Sequence[str] = (),
         sums: Sequence[str] = (),
         elementwise: bool = False,
@@ -116,6 +119,10 @@ class OpLibrary:
                 function itself.
             mutates: tensor arguments that are written. Such an op returns what it returns, and has no out form.
             outputs: names of the out form's arguments: by default ``("out",)`` for one result; needed for several.
+            tensors: what arguments must be, as the kernel's matcher says it: ``{"input": "[tokens..., hidden]", "weight":
+                "[hidden]", "bias": "[hidden] weight.dtype"}``. Where the function or the fake runs, other calls are refused as
+                the kernel refuses them. The dtype may also be a choice, ``float16|bfloat16``. All that are named are on one
+                device.
             rows: tensor arguments with any number of leading dimensions, the same for all of them and for all results; what
                 the op makes of a row depends on no other row. ``torch.func.vmap`` over them is one call with one more
                 dimension; over others it is a call for each element. DTensors may be sharded over any leading dimension.
@@ -166,6 +173,7 @@ class OpLibrary:
                 kernels,
                 tuple(dtypes),
                 names,
+                matcher.parse(who, tensors or {}, signature),
                 sharding.Rows(tuple(rows), tuple(sums), elementwise),
                 samples,
                 fake,
@@ -188,6 +196,20 @@ _libraries: list[OpLibrary] = []
 def libraries() -> tuple[OpLibrary, ...]:
     """Every OpLibrary of this process."""
     return tuple(_libraries)
+
+
+def _declared(namespace: str, name: str, module: str) -> Op:
+    """The op of that name, for ``pickle`` and ``copy``.
+
+    Raises:
+        RuntimeError: it is not declared in this process.
+    """
+    for library in _libraries:
+        if library.namespace == namespace and name in library.ops:
+            return library.ops[name]
+    raise RuntimeError(
+        f"{namespace}::{name} is not declared in this process\n  remedy: import {module}, which declared it, before unpickling"
+    )
 
 
 def _output_names(who: str, signature: Signature, names: Sequence[str] | None) -> tuple[str, ...]:
@@ -234,6 +256,7 @@ class Op:
         kernels: by backend, ``"cuda"`` and ``"cpu"``.
         dtypes: those that the kernels are compiled for.
         outputs: names of the out form's arguments; empty if there is no out form.
+        tensors: what tensor arguments must be.
         rows: tensor arguments with rows, results that are sums over them, and whether all is elementwise.
         samples: makes arguments for tests, or None.
         patterns: other spellings of the reference that ``inductor.fuse`` looks for, or None.
@@ -247,6 +270,7 @@ class Op:
         kernels: Mapping[str, Kernel],
         dtypes: tuple[torch.dtype, ...],
         outputs: tuple[str, ...],
+        tensors: tuple[matcher.TensorPattern, ...],
         rows: sharding.Rows,
         samples: Samples | None,
         fake: Callable[..., Any] | None,
@@ -260,6 +284,7 @@ class Op:
         self.kernels = kernels
         self.dtypes = dtypes
         self.outputs = outputs
+        self.tensors = tensors
         self.rows = rows
         self.samples = samples
         self.patterns = patterns
@@ -280,6 +305,10 @@ class Op:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.packet(*args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        """By name: a copy is the op itself, and what is pickled is found again where its library has been imported."""
+        return _declared, (self.library.namespace, self.name, self.reference.__module__)
 
     @property
     def packet(self) -> Any:
@@ -305,6 +334,10 @@ class Op:
         bound = inspect.signature(self.reference).bind(*args, **kwargs)
         bound.apply_defaults()
         return list(bound.arguments.values())
+
+    def by_name(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments that a call gives, without defaults."""
+        return {**dict(zip((argument.name for argument in self.signature.arguments), args, strict=False)), **kwargs}
 
     def overloads(self) -> dict[str, Signature]:
         """The signature of each overload, ``""`` and ``"out"``."""
@@ -381,7 +414,7 @@ class Op:
                 self._gate,
             )
         if self._is_functional():
-            return autograd.functional_kernel(function, signature, self.reference, self._backward, self._gate)
+            return autograd.functional_kernel(function, signature, self._checked_reference, self._backward, self._gate)
         return autograd.writing_kernel(
             function,
             signature,
@@ -395,9 +428,27 @@ class Op:
 
     # --- what the function gives ------------------------------------------------------------------
 
+    def _verify(self, overload: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Refuse tensors that are not what the declaration says, as the kernel would.
+
+        Raises:
+            RuntimeError: one is not.
+        """
+        if self.tensors:
+            who = f"{self.library.namespace}::{self._dotted(overload)}"
+            matcher.verify(who, self.tensors, self.by_name(args, kwargs), self.dtypes)
+
+    def _verify_outputs(self, outs: Sequence[Tensor], results: Any) -> None:
+        for name, out, result in zip(self.outputs, outs, _as_tuple(results), strict=True):
+            matcher.verify_output(f"{self.qualified_name}.out", name, out, result)
+
+    def _checked_reference(self, *args: Any, **kwargs: Any) -> Any:
+        self._verify("", args, kwargs)
+        return self.reference(*args, **kwargs)
+
     def _run_reference(self, *args: Any, **kwargs: Any) -> Any:
         """The reference with results as a kernel returns them: contiguous, and no views of the arguments."""
-        results = self.reference(*args, **kwargs)
+        results = self._checked_reference(*args, **kwargs)
         if self.signature.results == 0:
             return None
         storages = {_storage(arg) for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)}
@@ -410,12 +461,10 @@ class Op:
     def _run_out_reference(self, *args: Any, **kwargs: Any) -> Any:
         returned = self._returned(kwargs)
         outs = [kwargs.pop(name) for name in self.outputs]
-        for name, out, result in zip(self.outputs, outs, _as_tuple(self.reference(*args, **kwargs)), strict=True):
-            if out.shape != result.shape or out.dtype != result.dtype:
-                raise RuntimeError(
-                    f"{self.qualified_name}.out: argument {name!r} does not match\n"
-                    f"  expected  {list(result.shape)}  {result.dtype}\n  got       {list(out.shape)}  {out.dtype}"
-                )
+        self._verify("out", args, kwargs)
+        results = self.reference(*args, **kwargs)
+        self._verify_outputs(outs, results)
+        for out, result in zip(outs, _as_tuple(results), strict=True):
             out.copy_(result)
         return returned
 
@@ -425,22 +474,28 @@ class Op:
         return outs if len(outs) > 1 else outs[0] if outs else None
 
     def _run_out_fake(self, *args: Any, **kwargs: Any) -> Any:
-        self._build_ahead(*args, **kwargs)
+        given = {name: value for name, value in kwargs.items() if name not in self.outputs}
+        self._verify("out", args, given)
+        self._verify_outputs([kwargs[name] for name in self.outputs], self._fake_results(args, given))
+        self._build_ahead(args, given)
         if planning.PLANNED:  # before, DTensor fails on an out form that returns nothing
             sharding.register(self.out, self.overloads()["out"], self.outputs, self.rows)
         return self._returned(kwargs)
 
-    def _build_ahead(self, *args: Any, **kwargs: Any) -> None:
-        given = {name: value for name, value in kwargs.items() if name not in self.outputs}
-        patterns = {backend: kernel.pattern for backend, kernel in self.kernels.items()}
-        background.start(self.qualified_name, patterns, self._load, functools.partial(self.arguments, *args, **given))
-
     def _run_fake(self, *args: Any, **kwargs: Any) -> Any:
-        self._build_ahead(*args, **kwargs)
+        self._verify("", args, kwargs)
+        self._build_ahead(args, kwargs)
         if self.outputs:
             planning.lower(self.default, self.out, self.outputs)
         names = self.outputs or tuple(f"result {i}" for i in range(self.signature.results))
         sharding.register(self.default, self.signature, names, self.rows)
+        return self._fake_results(args, kwargs)
+
+    def _build_ahead(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        patterns = {backend: kernel.pattern for backend, kernel in self.kernels.items()}
+        background.start(self.qualified_name, patterns, self._load, functools.partial(self.arguments, *args, **kwargs))
+
+    def _fake_results(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if self._fake is not None:
             return self._fake(*args, **kwargs)
         if self.signature.results == 0:
@@ -525,12 +580,9 @@ class Op:
     def _load(self, backend: str, key: Sequence[int]) -> loader.Loaded | None:
         """The library for a key of the dispatcher; None where the kernel does not serve these dtypes."""
         kernel = self.kernels[backend]
-        try:
-            values = kernel.pattern.values(key[1:])
-        except KeyError:
+        if self.unserved(kernel.pattern.dtypes_of_key(key[1:])) is not None:
             return None
-        if any(isinstance(value, torch.dtype) and value not in self.dtypes for value in values):
-            return None
+        values = kernel.pattern.values(key[1:])
         arch = toolchain.device_arch(key[0]) if backend == "cuda" else toolchain.host_isa()
         loaded = loader.load(self.unit(backend, values, arch))
         if backend == "cuda":
@@ -541,7 +593,17 @@ class Op:
             manifest.record(manifest.entry_of(self.qualified_name, backend, kernel.pattern, values, arch))
         return loaded
 
+    def unserved(self, dtypes: Mapping[str, torch.dtype | None]) -> fallback.Unserved | None:
+        """The first of these dtypes, of the arguments whose dtype picks the kernel, that no kernel is compiled for."""
+        for argument, dtype in dtypes.items():
+            if dtype not in self.dtypes:
+                return fallback.Unserved(self.qualified_name, argument, dtype, self.dtypes)
+        return None
+
     def _answer(self, backend: str, overload: str, key: Sequence[int]) -> int:
+        unserved = self.unserved(self.kernels[backend].pattern.dtypes_of_key(key[1:]))
+        if unserved is not None and not matcher.refuses(self.tensors, unserved.argument, unserved.dtype):
+            fallback.note(unserved)
         try:
             loaded = self._load(backend, key)
         except toolchain.MissingCompiler as missing:
@@ -592,18 +654,27 @@ class Op:
         try:
             results = implementation(*args, **kwargs)
         except Exception as error:  # an exception would be lost on the way through C
-            runtime.keep_error(self._named(error))
+            runtime.keep_error(self._named(error, self.by_name(args, kwargs)))
             results = (None,) * made if made > 1 else None
         return results if made else None
 
-    def _named(self, error: Exception) -> Exception:
-        """A RuntimeError that names the op. Kinds of it, such as OutOfMemoryError, are what callers look for, and stay."""
-        text = str(error) if str(error).startswith(self.qualified_name) else f"{self.qualified_name}: {error}"
+    def _named(self, error: Exception, given: Mapping[str, Any]) -> Exception:
+        """A RuntimeError that names the op, and the dtype where a kernel for it was missing. Kinds of RuntimeError, such as
+        OutOfMemoryError, are what callers look for, and stay."""
+        text = self._explained(error, given)
         if isinstance(error, RuntimeError) and (text == str(error) or type(error) is not RuntimeError):
             return error
         named = RuntimeError(text)
         named.__cause__ = error
         return named
+
+    def _explained(self, error: Exception, given: Mapping[str, Any]) -> str:
+        text = str(error)
+        if text.startswith(self.qualified_name):
+            return text
+        dtypes = {name: dtype for kernel in self.kernels.values() for name, dtype in kernel.pattern.dtypes_of(given).items()}
+        unserved = self.unserved(dtypes)
+        return f"{self.qualified_name}: {text}" + (f"\n  {unserved}, so the PyTorch function ran" if unserved else "")
 
 
 def _as_tuple(results: Any) -> tuple[Any, ...]:

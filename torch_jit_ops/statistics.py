@@ -24,6 +24,7 @@ class Stats:
         builds: libraries that this process compiled.
         compile_seconds: wall time of the builds, each from the request to the loaded library.
         load_seconds: wall time of the hits, with any wait for another process that was building the same.
+        fallbacks: dtypes of calls that run the PyTorch function, as no kernel takes them.
     """
 
     hits: int = 0
@@ -31,6 +32,7 @@ class Stats:
     builds: int = 0
     compile_seconds: float = 0.0
     load_seconds: float = 0.0
+    fallbacks: int = 0
 
     def __add__(self, other: Stats) -> Stats:
         return Stats(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
@@ -70,6 +72,11 @@ def count(name: str, *, compiled: bool, seconds: float) -> None:
 def count_failure(name: str) -> None:
     """A library of the unit ``name`` is not in the store and could not be built."""
     _add(name, Stats(misses=1))
+
+
+def count_fallback(name: str) -> None:
+    """Calls of the op ``name`` come in a dtype that has no kernel."""
+    _add(name, Stats(fallbacks=1))
 
 
 def _add(name: str, more: Stats) -> None:

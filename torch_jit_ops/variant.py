@@ -17,7 +17,7 @@ An argument that is a placeholder by itself, ``{n}``, is a template argument, an
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +44,15 @@ _DTYPES: dict[int, tuple[torch.dtype, str]] = {
         (10, 8, torch.float8_e4m3fn, "fp8_e4m3_t"),
         (12, 8, torch.float8_e5m2, "fp8_e5m2_t"),
     ]
+}
+# Dtypes that no kernel has a type for, so that errors can name them.
+_WITHOUT_TYPE = {
+    5 << 8 | 32: torch.complex32,
+    5 << 8 | 64: torch.complex64,
+    5 << 8 | 128: torch.complex128,
+    11 << 8 | 8: torch.float8_e4m3fnuz,
+    13 << 8 | 8: torch.float8_e5m2fnuz,
+    14 << 8 | 8: torch.float8_e8m0fnu,
 }
 _KEY_OF_DTYPE = {dtype: key for key, (dtype, _) in _DTYPES.items()}
 _CPP_NAME = dict(_DTYPES.values())
@@ -123,6 +132,20 @@ class VariantPattern:
             KeyError: kernels have no type for a dtype among them.
         """
         return tuple(self._value(part, word) for part, word in zip(self.placeholders, key, strict=True))
+
+    def dtypes_of_key(self, words: Sequence[int]) -> dict[str, torch.dtype | None]:
+        """The dtypes in the runtime's key, without its leading device, by argument; None for one that DLPack does not know."""
+        pairs = [(part, word) for part, word in zip(self.placeholders, words, strict=True) if part.what == "dtype"]
+        return {
+            self.signature.arguments[part.argument].name: _DTYPES[word][0] if word in _DTYPES else _WITHOUT_TYPE.get(word)
+            for part, word in pairs
+            if word != _NONE
+        }
+
+    def dtypes_of(self, given: Mapping[str, object]) -> dict[str, torch.dtype | None]:
+        """The same of the arguments of a call, by name."""
+        names = [self.signature.arguments[part.argument].name for part in self.placeholders if part.what == "dtype"]
+        return {name: given[name].dtype for name in names if isinstance(given.get(name), torch.Tensor)}  # type: ignore[attr-defined]
 
     def key(self, values: Sequence[Value]) -> tuple[int, ...]:
         """The inverse of ``values``."""

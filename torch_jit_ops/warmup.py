@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from torch_jit_ops import environment, limits, loader, manifest, progress, runtime, toolchain
+from torch_jit_ops import environment, fallback, limits, loader, manifest, progress, runtime, toolchain
 from torch_jit_ops.op import Op, libraries
 from torch_jit_ops.samples import SampleMaker
 from torch_jit_ops.variant import Value, VariantPattern
@@ -274,9 +274,11 @@ def _seeds(
         yield (dtype,) * len(pattern.placeholders)
     elif op.samples is not None:
         for sample in op.samples(SampleMaker("cpu", dtype)):
-            values = pattern.values(pattern.words_of(op.arguments(*sample.args, **sample.kwargs)))
-            if all(value in op.dtypes for value in values if isinstance(value, torch.dtype)):
-                yield values
+            unserved = op.unserved(pattern.dtypes_of(op.by_name(sample.args, sample.kwargs)))
+            if unserved is None:
+                yield pattern.values(pattern.words_of(op.arguments(*sample.args, **sample.kwargs)))
+            else:
+                fallback.warn_of_samples(unserved)
     else:
         raise ValueError(f"{op.qualified_name} has no samples: give the values of {', '.join(part.text for part in rest)}")
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torch_jit_ops.ops import spelling
-from torch_jit_ops.ops.library import library
+from torch_jit_ops.ops.library import FLOATS, library
 from torch_jit_ops.samples import Sample, SampleMaker
 
 _SILU = spelling.gates(F.silu)
@@ -60,6 +60,7 @@ def _constants(make: SampleMaker) -> Iterator[Sample]:
     cuda="activation.cu",
     cpu="activation.cpp",
     variant="silu_and_mul<{input.dtype}>",
+    tensors={"input": f"[tokens..., 2*d] {FLOATS}"},
     rows=("input",),
     reusable=("input",),
     samples=_gated,
@@ -82,6 +83,7 @@ def silu_and_mul(input: Tensor) -> Tensor:
     cuda="activation.cu",
     cpu="activation.cpp",
     variant="gelu_and_mul<{input.dtype}>",
+    tensors={"input": f"[tokens..., 2*d] {FLOATS}"},
     rows=("input",),
     reusable=("input",),
     samples=_gated,
@@ -104,6 +106,7 @@ def gelu_and_mul(input: Tensor) -> Tensor:
     cuda="activation.cu",
     cpu="activation.cpp",
     variant="gelu_tanh_and_mul<{input.dtype}>",
+    tensors={"input": f"[tokens..., 2*d] {FLOATS}"},
     rows=("input",),
     reusable=("input",),
     samples=_gated,
@@ -126,6 +129,7 @@ def gelu_tanh_and_mul(input: Tensor) -> Tensor:
     cuda="activation.cu",
     cpu="activation.cpp",
     variant="silu_mul<{gate.dtype}>",
+    tensors={"gate": f"[shape...] {FLOATS}", "up": "[shape...] gate.dtype"},
     rows=("gate", "up"),
     elementwise=True,
     samples=_gate_and_up,
@@ -148,6 +152,7 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     cuda="activation.cu",
     cpu="activation.cpp",
     variant="gelu_mul<{gate.dtype}>",
+    tensors={"gate": f"[shape...] {FLOATS}", "up": "[shape...] gate.dtype"},
     rows=("gate", "up"),
     elementwise=True,
     samples=_gate_and_up,
@@ -170,6 +175,7 @@ def gelu_mul(gate: Tensor, up: Tensor) -> Tensor:
     cuda="activation.cu",
     cpu="activation.cpp",
     variant="gelu_tanh_mul<{gate.dtype}>",
+    tensors={"gate": f"[shape...] {FLOATS}", "up": "[shape...] gate.dtype"},
     rows=("gate", "up"),
     elementwise=True,
     samples=_gate_and_up,
@@ -192,6 +198,7 @@ def gelu_tanh_mul(gate: Tensor, up: Tensor) -> Tensor:
     cuda="activation.cu",
     cpu="activation.cpp",
     variant="relu2<{input.dtype}>",
+    tensors={"input": f"[shape...] {FLOATS}"},
     rows=("input",),
     elementwise=True,
     samples=_unary,
@@ -212,6 +219,7 @@ def relu2(input: Tensor) -> Tensor:
     cuda="activation.cu",
     cpu="activation.cpp",
     variant="fused_add_relu<{x.dtype}>",
+    tensors={"x": f"[shape...] {FLOATS}", "y": "[shape...] x.dtype"},
     rows=("x", "y"),
     elementwise=True,
     samples=_binary,
@@ -233,6 +241,7 @@ def fused_add_relu(x: Tensor, y: Tensor) -> Tensor:
     cuda="add_constant.cu",
     cpu="add_constant.cpp",
     variant="add_constant<{constant}>",
+    tensors={"src": "[shape...] int32"},
     dtypes=(torch.int32,),
     reusable=("src",),
     samples=_constants,

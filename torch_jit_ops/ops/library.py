@@ -4,3 +4,5 @@ from torch_jit_ops.loader import csrc_dir
 from torch_jit_ops.op import OpLibrary
 
 library = OpLibrary("jitk", csrc=csrc_dir())
+
+FLOATS = "float16|bfloat16|float32|float64"  # in what ops say of their tensors; float64 has no kernels, and runs the functions

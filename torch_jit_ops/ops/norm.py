@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torch_jit_ops.ops import spelling
-from torch_jit_ops.ops.library import library
+from torch_jit_ops.ops.library import FLOATS, library
 from torch_jit_ops.samples import Sample, SampleMaker
 
 
@@ -29,6 +29,14 @@ def _inverse_rms(x: Tensor, eps: float) -> Tensor:
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = _wide(x)
     return (wide * _inverse_rms(wide, eps) * weight).to(x.dtype)
+
+
+# --- what tensors must be -------------------------------------------------------------------------
+
+# A weight's dtype is its own: it is not rounded to the input's.
+_NORM = {"input": f"[tokens..., hidden] {FLOATS}", "weight": f"[hidden] {FLOATS}"}
+_ADDED = {**_NORM, "residual": "[tokens..., hidden] input.dtype"}
+_GRADIENT = {**_NORM, "grad": f"[tokens..., hidden] {FLOATS}", "input": "[tokens..., hidden] grad.dtype"}
 
 
 # --- samples --------------------------------------------------------------------------------------
@@ -115,6 +123,7 @@ def _differentiate_layernorm(
     cuda="norm.cu",
     cpu="norm.cpp",
     variant="rmsnorm<{input.dtype}, {weight.dtype}>",
+    tensors=_NORM,
     rows=("input",),
     reusable=("input",),
     samples=_rms_norms,
@@ -139,6 +148,7 @@ def rmsnorm(input: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     cuda="norm.cu",
     cpu="norm.cpp",
     variant="gemma_rmsnorm<{input.dtype}, {weight.dtype}>",
+    tensors=_NORM,
     rows=("input",),
     reusable=("input",),
     samples=_rms_norms,
@@ -163,6 +173,7 @@ def gemma_rmsnorm(input: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     cuda="norm.cu",
     cpu="norm.cpp",
     variant="layernorm<{input.dtype}, {weight.dtype}>",
+    tensors={**_NORM, "bias": "[hidden] weight.dtype"},
     rows=("input",),
     reusable=("input",),
     samples=_layer_norms,
@@ -195,6 +206,7 @@ def layernorm(input: Tensor, weight: Tensor, bias: Tensor | None = None, eps: fl
     cpu="norm.cpp",
     variant="fused_add_rmsnorm<{input.dtype}, {weight.dtype}>",
     mutates=("input", "residual"),
+    tensors=_ADDED,
     rows=("input", "residual"),
     samples=_added,
     patterns=spelling.after_addition(spelling.RMS_NORMS),
@@ -219,6 +231,7 @@ def fused_add_rmsnorm(input: Tensor, residual: Tensor, weight: Tensor, eps: floa
     cpu="norm.cpp",
     variant="gemma_fused_add_rmsnorm<{input.dtype}, {weight.dtype}>",
     mutates=("input", "residual"),
+    tensors=_ADDED,
     rows=("input", "residual"),
     samples=_added,
     patterns=(),
@@ -241,6 +254,12 @@ def gemma_fused_add_rmsnorm(input: Tensor, residual: Tensor, weight: Tensor, eps
     cpu="norm.cpp",
     variant="fused_qknorm<{q.dtype}, {q_weight.dtype}>",
     mutates=("q", "k"),
+    tensors={
+        "q": f"[tokens, q_heads, head_dim] {FLOATS}",
+        "k": "[tokens, k_heads, head_dim] q.dtype",
+        "q_weight": f"[head_dim] {FLOATS}",
+        "k_weight": "[head_dim] q_weight.dtype",
+    },
     rows=("q", "k"),
     samples=_queries_and_keys,
 )
@@ -263,6 +282,7 @@ def fused_qknorm(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: 
     cpu="norm.cpp",
     variant="rmsnorm_backward<{input.dtype}, {weight.dtype}>",
     outputs=("grad_input", "grad_weight"),
+    tensors=_GRADIENT,
     rows=("grad", "input"),
     reusable=("grad", "input"),
     sums=("grad_weight",),
@@ -294,6 +314,7 @@ def rmsnorm_backward(grad: Tensor, input: Tensor, weight: Tensor, eps: float = 1
     cpu="norm.cpp",
     variant="layernorm_backward<{input.dtype}, {weight.dtype}>",
     outputs=("grad_input", "grad_weight", "grad_bias"),
+    tensors=_GRADIENT,
     rows=("grad", "input"),
     reusable=("grad", "input"),
     sums=("grad_weight", "grad_bias"),

@@ -1,0 +1,264 @@
+"""Every way to call an op accepts, or refuses, the same arguments: kernel, function, fake, meta tensors and torch.compile.
+
+Arguments come of the op's own: small ones that fit, of which some are changed in one of the ways of ``_CHANGES``. ``_HOSTILE``
+seeds run here; ``JITK_TEST_REFUSALS=5000`` runs that many for each op.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import OPS, devices
+from expecttest import assert_expected_inline
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from torch_jit_ops import Op
+
+_HOSTILE = int(os.environ.get("JITK_TEST_REFUSALS", "60"))
+_COMPILED = 6  # of them
+
+BUILT_IN = [op for op in OPS if op.library.namespace == "jitk"]
+DEVICE = devices()[-1]
+DTYPES = [torch.float64, torch.int32, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn, torch.float16]
+
+
+# --- arguments ------------------------------------------------------------------------------------
+
+
+def _arguments(op: Op) -> dict[str, Any]:
+    """Arguments by name that fit: sizes that are as distinct as the op lets them be."""
+    sizes = {"hidden": 8, "d": 4, "head_dim": 8, "tokens": 3, "q_heads": 4, "k_heads": 2}
+    given: dict[str, Any] = {}
+    for argument in op.signature.arguments:
+        pattern = next((pattern for pattern in op.tensors if pattern.name == argument.name), None)
+        if pattern is not None:
+            leading = [3, 5] if pattern.leading else []
+            shape = leading + [size.number * sizes[size.name] for size in pattern.sizes if size.name]
+            given[argument.name] = torch.ones(shape, dtype=op.dtypes[-1])
+        elif argument.kind == "i":
+            given[argument.name] = 5
+    return given
+
+
+def _resized(tensor: Tensor, dim: int, size: int) -> Tensor:
+    shape = list(tensor.shape)
+    shape[dim] = size
+    return torch.ones(shape, dtype=tensor.dtype)
+
+
+def _dimension(tensor: Tensor, rng: random.Random) -> int:
+    return rng.randrange(tensor.dim()) if tensor.dim() else 0
+
+
+_CHANGES: dict[str, Callable[[Tensor, random.Random], Tensor]] = {
+    "one size is 1": lambda x, rng: _resized(x, _dimension(x, rng), 1) if x.dim() else x,
+    "one size is 0": lambda x, rng: _resized(x, _dimension(x, rng), 0) if x.dim() else x,
+    "one size is one more": lambda x, rng: _resized(x, i := _dimension(x, rng), x.shape[i] + 1) if x.dim() else x,
+    "one size is doubled": lambda x, rng: _resized(x, i := _dimension(x, rng), x.shape[i] * 2) if x.dim() else x,
+    "one size is halved": lambda x, rng: _resized(x, i := _dimension(x, rng), x.shape[i] // 2) if x.dim() else x,
+    "no dimension": lambda x, rng: torch.ones((), dtype=x.dtype),
+    "one dimension": lambda x, rng: torch.ones(x.shape[-1:], dtype=x.dtype),
+    "a dimension less": lambda x, rng: torch.ones(x.shape[1:], dtype=x.dtype),
+    "a dimension of 1 more": lambda x, rng: torch.ones((1, *x.shape), dtype=x.dtype),
+    "another dimension of 1": lambda x, rng: torch.ones((*x.shape, 1), dtype=x.dtype),
+    "sizes in another order": lambda x, rng: torch.ones(rng.sample(list(x.shape), x.dim()), dtype=x.dtype),
+    "leading dimensions in one": lambda x, rng: torch.ones(_merged(x), dtype=x.dtype),
+    "another dtype": lambda x, rng: torch.ones(x.shape).to(rng.choice(DTYPES)),
+    "another device": lambda x, rng: x.to("meta"),
+}
+
+
+def _merged(x: Tensor) -> list[int]:
+    return [x.shape[0] * x.shape[1], *x.shape[2:]] if x.dim() > 1 else list(x.shape)
+
+
+def _hostile(op: Op, seed: int) -> tuple[dict[str, Any], dict[str, Tensor], str]:
+    """Arguments and outputs, and what is wrong with them; outputs are for half of the calls of ops that have any."""
+    rng = random.Random(f"{op.qualified_name} {seed}")
+    given = _arguments(op)
+    outs: dict[str, Tensor] = {}
+    if op.outputs and rng.random() < 0.5:
+        results = op.default(**given)
+        results = results if isinstance(results, tuple) else (results,)
+        outs = dict(zip(op.outputs, map(torch.empty_like, results), strict=True))
+    said = []
+    for _ in range(rng.choice([0, 1, 1, 1, 1, 2, 2])):
+        both = {**given, **outs}
+        name = rng.choice([name for name, value in both.items() if isinstance(value, Tensor)])
+        how = rng.choice([*_CHANGES, "swapped"])
+        if how == "swapped":
+            other = rng.choice([other for other, value in both.items() if isinstance(value, Tensor)])
+            both[name], both[other] = both[other], both[name]
+            how = f"swapped with {other}"
+        else:
+            both[name] = _CHANGES[how](both[name], rng)
+        given, outs = ({key: both[key] for key in part} for part in (given, outs))
+        said.append(f"{name}: {how}")
+    return given, outs, ", ".join(said) or "nothing"
+
+
+# --- ways -----------------------------------------------------------------------------------------
+
+
+def _on_meta(value: Any) -> Any:
+    """What was on a device is on meta, and the other way around: tensors that were apart stay apart."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.to("meta") if value.device.type != "meta" else torch.ones(value.shape).to(value.dtype)
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _called(op: Op, given: dict[str, Any], outs: dict[str, Tensor]) -> Any:
+    return op.out(**given, **outs) if outs else op.default(**given)
+
+
+def _by_function(op: Op, given: dict[str, Any], outs: dict[str, Tensor]) -> Any:
+    return op._run_out_reference(**given, **outs) if outs else op._run_reference(**given)
+
+
+def _by_fake(op: Op, given: dict[str, Any], outs: dict[str, Tensor]) -> Any:
+    with FakeTensorMode() as mode:
+        fakes = [
+            {name: mode.from_tensor(value) if isinstance(value, Tensor) else value for name, value in part.items()}
+            for part in (given, outs)
+        ]
+        return _called(op, *fakes)
+
+
+def _by_meta(op: Op, given: dict[str, Any], outs: dict[str, Tensor]) -> Any:
+    return _called(op, *({name: _on_meta(value) for name, value in part.items()} for part in (given, outs)))
+
+
+def _by_compile(op: Op, given: dict[str, Any], outs: dict[str, Tensor], *, dynamic: bool) -> Any:
+    torch._dynamo.reset()
+    return torch.compile(_called, fullgraph=True, dynamic=dynamic, backend="eager")(op, given, outs)
+
+
+def _outcome(way: Callable[..., Any], op: Op, given: dict[str, Any], outs: dict[str, Tensor]) -> str:
+    try:
+        results = way(op, *({name: _copied(value) for name, value in part.items()} for part in (given, outs)))
+    except Exception:  # of any kind: it is refused
+        return "refused"
+    if outs or results is None:  # what the out form returns depends on the version of PyTorch
+        return "accepted"
+    return str([(list(one.shape), one.dtype) for one in (results if isinstance(results, tuple) else (results,))])
+
+
+def _differing(op: Op, seed: int, ways: dict[str, Callable[..., Any]]) -> str | None:
+    given, outs, wrong = _hostile(op, seed)
+    found = {name: _outcome(way, op, given, outs) for name, way in ways.items()}
+    return f"seed {seed} ({wrong}): {found}" if len(set(found.values())) > 1 else None
+
+
+@pytest.mark.parametrize("op", BUILT_IN, ids=lambda op: op.name)
+def test_all_ways_accept_the_same(op: Op) -> None:
+    ways = {"kernel": _called, "function": _by_function, "fake": _by_fake, "meta": _by_meta}
+    assert not [text for seed in range(_HOSTILE) if (text := _differing(op, seed, ways))]
+
+
+@pytest.mark.parametrize("op", BUILT_IN, ids=lambda op: op.name)
+def test_a_compiled_call_accepts_the_same(op: Op) -> None:
+    ways = {
+        "kernel": _called,
+        "compiled": lambda *args: _by_compile(*args, dynamic=False),
+        "compiled, dynamic": lambda *args: _by_compile(*args, dynamic=True),
+    }
+    assert not [text for seed in range(_COMPILED) if (text := _differing(op, seed, ways))]
+
+
+@pytest.mark.parametrize("op", BUILT_IN, ids=lambda op: op.name)
+def test_hostile_arguments_are_of_both_kinds(op: Op) -> None:
+    found = {_outcome(_called, op, *_hostile(op, seed)[:2]) == "refused" for seed in range(_HOSTILE)}
+    assert found == {True, False}
+
+
+# --- with which words -----------------------------------------------------------------------------
+
+
+def refusal(call: Callable[[], object]) -> str:
+    with pytest.raises(RuntimeError) as caught:
+        call()
+    return str(caught.value)
+
+
+def test_what_a_fake_says() -> None:
+    ops = torch.ops.jitk
+    x, weight = torch.ones(3, 5, 8, device="meta"), torch.ones(8, device="meta")
+    calls: list[Callable[[], object]] = [
+        lambda: ops.rmsnorm(x, weight[:1]),
+        lambda: ops.rmsnorm(x, torch.ones(8)),
+        lambda: ops.layernorm(x, weight, weight.bfloat16()),
+        lambda: ops.fused_add_rmsnorm(x, x[0], weight),
+        lambda: ops.silu_and_mul(x[..., :7]),
+        lambda: ops.silu_and_mul(x.int()),
+        lambda: ops.fused_qknorm(x[0], x, weight, weight),
+        lambda: ops.relu2.out(x, out=x[..., :4]),
+    ]
+    assert_expected_inline(
+        "\n".join(map(refusal, calls)),
+        """\
+jitk::rmsnorm: argument 'weight' does not match
+  expected  [hidden=8]  float16|bfloat16|float32|float64  meta
+  got       [1]         float32                           meta
+  dimension 0: hidden was bound to 8 by 'input'
+jitk::rmsnorm: argument 'weight' does not match
+  expected  [hidden=8]  float16|bfloat16|float32|float64  meta
+  got       [8]         float32                           cpu
+  device was bound to meta by 'input'
+jitk::layernorm: argument 'bias' does not match
+  expected  [hidden=8]  float32   meta
+  got       [8]         bfloat16  meta
+  dtype was bound to float32 by 'weight'
+jitk::fused_add_rmsnorm: argument 'residual' does not match
+  expected  [3, 5, hidden=8]  float32  meta
+  got       [5, 8]            float32  meta
+  leading dimensions: tokens was bound to [3, 5] by 'input'
+jitk::silu_and_mul: argument 'input' does not match
+  expected  [3, 5, 2*d]  float16|bfloat16|float32|float64  meta
+  got       [3, 5, 7]    float32                           meta
+  dimension 2: 7 is not a multiple of 2
+jitk::silu_and_mul: argument 'input' does not match
+  expected  [3, 5, 2*d=8]  float16|bfloat16|float32|float64  meta
+  got       [3, 5, 8]      int32                             meta
+  dtype int32 is not among those expected; kernels take float16, bfloat16, float32
+jitk::fused_qknorm: argument 'q' does not match
+  expected  [tokens, q_heads, head_dim]  float16|bfloat16|float32|float64  meta
+  got       [5, 8]                       float32                           meta
+  it has 2 dimensions, expected 3
+jitk::relu2.out: argument 'out' does not match
+  expected  [3, 5, 8]  float32  meta
+  got       [3, 5, 4]  float32  meta
+  the functional form returns what is expected""",
+    )
+
+
+def test_sizes_that_must_agree_are_guards_of_a_graph() -> None:
+    """One graph serves all sizes that agree, and none is compiled for those that do not."""
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(torch.ops.jitk.rmsnorm, fullgraph=True, dynamic=True, backend=counter)
+    for tokens, hidden in ((3, 64), (4, 64), (7, 32)):
+        compiled(torch.ones(tokens, hidden), torch.ones(hidden))
+    assert counter.frame_count == 1
+    with pytest.raises(torch._dynamo.exc.TorchRuntimeError, match="hidden was bound to s"):
+        compiled(torch.ones(3, 64), torch.ones(63))
+
+
+def test_a_size_that_is_known_only_when_the_graph_runs() -> None:
+    def chosen(x: Tensor, which: Tensor, weight: Tensor) -> Tensor:
+        return torch.ops.jitk.rmsnorm(x[:, which.nonzero().flatten()].contiguous(), weight)
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(chosen, fullgraph=True, backend="eager")
+        which = torch.arange(8) % 2 == 0
+        assert compiled(torch.ones(3, 8), which, torch.ones(4)).shape == (3, 4)
+        with pytest.raises(RuntimeError):
+            compiled(torch.ones(3, 8), which, torch.ones(5))
