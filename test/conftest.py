@@ -56,6 +56,7 @@ def pytest_xdist_auto_num_workers() -> int:
         count = min(count, torch.cuda.get_device_properties(device).total_memory // _GPU_BYTES)
     return max(1, count)
 
+
 from torch_jit_ops import fallback  # noqa: E402
 
 

@@ -9,10 +9,10 @@ against a stranger: a bundle holds code, so import those of people whom you woul
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import json
-import os
 import re
 import shutil
 import tarfile
@@ -20,20 +20,21 @@ import uuid
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from torch_jit_ops import cache
+from torch_jit_ops import cache, forms, prune, trust
 from torch_jit_ops.inventory import Variant
 
 INDEX = "bundle.json"
 FORMAT = 1
 # <op>-<digest>/<digest>/<file>. What has another form is refused, so no name can lead out of the store.
-_MEMBER = re.compile(
-    r"(\w[\w.]*-[0-9a-f]{16}/[0-9a-f]{16})/(\w[\w.-]*\.so|\w[\w.-]*\.cu|\w[\w.-]*\.cpp|variant\.json|build\.log)"
-)
-# A kernel's library has 0.1 to 3 MB (November 2026).
-_LARGEST_FILE = 512 << 20
+_FORM = rf"({cache.NAME}-[0-9a-f]{{16}}/[0-9a-f]{{16}})/({cache.LIBRARY}|\w[\w.-]*\.cu|\w[\w.-]*\.cpp|variant\.json|build\.log)"
+_MEMBER = re.compile(_FORM, re.ASCII)
+_LARGEST_NAME = 1 << 12
+_INDEX = forms.fields(format=forms.one_of(FORMAT), files=forms.table(forms.text(r"(?s).+", _LARGEST_NAME), cache.SHA256))
+_LARGEST_INDEX = 16 << 20
 _LARGEST_BUNDLE = 16 << 30
+_BLOCK = 512  # of a tar file
 
 
 class BundleError(RuntimeError):
@@ -94,60 +95,94 @@ def import_variants(file: Path, store: cache.Store) -> int:
 def _unpack(file: Path, work: Path) -> dict[str, dict[str, Any]]:
     """Write the files of a bundle below ``work``. Returns the records of its variants, by their places."""
     places: set[str] = set()
+    # Of kernels a tenth is left. What unpacks to a thousand times its size holds none.
+    most = min(_LARGEST_BUNDLE, (64 << 20) + 100 * file.stat().st_size)
     try:
-        # As a stream: each member is looked at before the next, and nothing is ever extracted by the name it asks for.
-        with tarfile.open(file, "r|gz") as archive:
-            index = archive.next()
+        # As a stream: each member is looked at before it is read, and nothing is ever written by the name that it asks for.
+        with gzip.open(file) as archive:
+            index = _next(file, archive)
             if index is None or index.name != INDEX or not index.isreg():
                 raise BundleError(f"{file} is no bundle of kernels: it does not begin with {INDEX}")
-            digests = json.loads(_read(file, archive, index))["files"]
+            digests = forms.parse(_read(file, archive, index, _LARGEST_INDEX), _INDEX)["files"]
             left = dict(digests)
             total = 0
-            while (member := archive.next()) is not None:
+            while (member := _next(file, archive)) is not None:
                 form = _MEMBER.fullmatch(member.name)
                 if not member.isreg() or form is None or member.name not in left:
                     raise BundleError(f"{file} holds {member.name!r}, which is no file of a kernel that its {INDEX} lists")
                 total += member.size
-                if total > _LARGEST_BUNDLE:
-                    raise BundleError(f"{file} unpacks to more than {_LARGEST_BUNDLE >> 30} GiB")
-                data = _read(file, archive, member)
+                if total > most:
+                    raise BundleError(f"{file} unpacks to more than {most >> 20} MiB, more than kernels do")
+                data = _read(file, archive, member, cache.LARGEST_FILE)
                 if cache.digest_of(data) != left.pop(member.name):
                     raise BundleError(f"{file}: {member.name} is not the file that was exported")
                 (work / form[1]).mkdir(mode=0o700, parents=True, exist_ok=True)
-                with os.fdopen(os.open(work / member.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o700), "wb") as written:
-                    written.write(data)
+                trust.write_file(work / member.name, data)
                 places.add(form[1])
-    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BundleError(f"{file} is damaged or no bundle of kernels: {error}") from error
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, forms.Malformed, UnicodeError) as error:
+        raise BundleError(f"{file} is damaged or no bundle of kernels: {forms.printable(error)}") from error
     if left:
         raise BundleError(f"{file} is cut short: {len(left)} of {len(digests)} files are missing")
     return {place: _record(file, work / place, place) for place in sorted(places)}
 
 
-def _read(file: Path, archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    if member.size > _LARGEST_FILE:
+def _next(file: Path, archive: IO[bytes]) -> tarfile.TarInfo | None:
+    """The header of the next member, None at the end. A long name or size may come before it; nothing else is read of others."""
+    longer: dict[str, str] = {}
+    while True:
+        block = archive.read(_BLOCK)
+        if not block.strip(b"\0"):
+            return None
+        member = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
+        if longer or member.type not in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME):
+            member.name = longer.get("path", member.name)
+            member.size = int(longer.get("size", member.size))
+            return member
+        text = _read(file, archive, member, _LARGEST_NAME)
+        if member.type == tarfile.XHDTYPE:
+            longer = _pax(file, text)
+        else:
+            longer = {"path": text.rstrip(b"\0").decode()}
+
+
+def _pax(file: Path, text: bytes) -> dict[str, str]:
+    """The records of an extended header: each its own length, a space, ``name=value`` and a newline."""
+    found = {}
+    while text:
+        form = re.match(rb"(\d{1,4}) (path|size)=", text)
+        record = text[: int(form[1])] if form else b""
+        if form is None or len(record) <= form.end() or not record.endswith(b"\n"):
+            raise BundleError(f"{file} is damaged or no bundle of kernels: a header holds more than a name and a size")
+        found[form[2].decode()] = record[form.end() : -1].decode()
+        text = text[len(record) :]
+    if not re.fullmatch(r"\d{1,18}", found.get("size", "0"), re.ASCII):
+        raise BundleError(f"{file} is damaged or no bundle of kernels: {found['size']!r} is no size")
+    return found
+
+
+def _read(file: Path, archive: IO[bytes], member: tarfile.TarInfo, largest: int) -> bytes:
+    if member.size > largest:
         raise BundleError(f"{file}: {member.name} has {member.size >> 20} MiB, more than any kernel")
-    stream = archive.extractfile(member)
-    data = stream.read() if stream is not None else b""
-    if len(data) != member.size:
+    size = -(-member.size // _BLOCK) * _BLOCK
+    data = archive.read(size)
+    if len(data) != size:
         raise BundleError(f"{file} is cut short: {member.name} has {len(data)} of {member.size} bytes")
-    return data
+    return data[: member.size]
 
 
 def _record(file: Path, folder: Path, place: str) -> dict[str, Any]:
     """The record of a variant, if it fits its place and its files."""
+    record = None
     try:
-        record: dict[str, Any] = json.loads((folder / cache.RECORD).read_text())
+        record = cache.parse_record(forms.read(folder / cache.RECORD, cache.LARGEST_RECORD))
         fits = (
-            record["format"] == cache.FORMAT
+            record is not None
             and place.startswith(f"{record['name']}-{record['key'][:16]}/")
-            and re.fullmatch(r"\w[\w.-]*\.so", record["library"]) is not None
-            and cache.digest_of((folder / record["library"]).read_bytes()) == record["digest"]
-            and all(set(item) == {"root", "path", "digest"} for item in record["dependencies"])
+            and cache.digest_of(forms.read(folder / record["library"], cache.LARGEST_FILE)) == record["digest"]
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, forms.Malformed):
         fits = False
-    if not fits:
+    if record is None or not fits:
         raise BundleError(f"{file}: {place}/{cache.RECORD} does not describe the files beside it")
     return record
 
@@ -157,8 +192,9 @@ def _publish(store: cache.Store, folder: Path, place: str, record: dict[str, Any
     known = ("format", "key", "library", "digest", "dependencies")
     facts = {name: value for name, value in record.items() if name not in known} | {"imported": True}
     store.publish(folder, record["name"], record["key"], folder / record["library"], dependencies, facts)
-    for built in (store.root / place.partition("/")[0]).glob(f"*/{cache.RECORD}"):
-        there = json.loads(built.read_text())
-        if (there["key"], there["dependencies"]) == (record["key"], record["dependencies"]):
-            return
+    for built in prune.folders(store.root / place.partition("/")[0]):
+        with contextlib.suppress(OSError, forms.Malformed):
+            there = store.record(built)
+            if there is not None and (there["key"], there["dependencies"]) == (record["key"], record["dependencies"]):
+                return
     raise OSError(f"{place} could not be put into {store.root}")

@@ -14,10 +14,13 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
+import functools
 import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 import time
 import uuid
@@ -27,13 +30,47 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch_jit_ops import environment, forks, lock, progress, prune, trust
+from torch_jit_ops import driver, environment, forks, forms, lock, progress, prune, toolchain, trust
 from torch_jit_ops.trust import UntrustedCache as UntrustedCache
 
 RECORD = "variant.json"
 LOG = "build.log"
 FORMAT = 1
 _PRUNE_EVERY_S = 60.0
+
+DISPATCHER = "runtime"  # how the names of its units begin
+# Of this moment or this process, and not of the file: no reason to build it again.
+_PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EIO, errno.ESTALE)
+NAME = r"\w[\w.]*"  # of a unit, as jitk.silu_and_mul
+LIBRARY = r"\w[\w.-]*\.so"
+SHA256 = forms.text("[0-9a-f]{64}")
+LARGEST_RECORD = 4 << 20
+LARGEST_FILE = 512 << 20  # a kernel's library has 0.1 to 3 MB, a source less (November 2026)
+_FORMAT = forms.fields(True, format=forms.whole())
+_TIMES = forms.fields(True, name=forms.text(NAME), backend=forms.one_of("cuda", "cpu"), seconds=forms.seconds)
+_RECORD = forms.fields(
+    format=forms.one_of(FORMAT),
+    key=SHA256,
+    library=forms.text(LIBRARY),
+    digest=SHA256,
+    dependencies=forms.each(
+        forms.fields(
+            root=forms.text(r"include\d{1,4}|jitk|system"),
+            path=forms.text(r"(?s)(?!/)(?!(.*/)?\.\.?(/|\Z))[^\0]+"),
+            digest=forms.optional(SHA256),
+        )
+    ),
+    name=forms.text(NAME),
+    label=forms.text(r"(?s).+"),
+    backend=forms.one_of("cuda", "cpu"),
+    arch=forms.either(forms.text(toolchain.CPU_ARCH), forms.text(environment.CUDA_ARCH)),
+    flags=forms.each(forms.text(r"(?s).*")),
+    compiler=forms.optional(forms.text(r"(?s).*", 1 << 16)),
+    abi=forms.whole(),
+    torch=forms.optional(forms.text(r".+")),
+    seconds=forms.seconds,
+    imported=forms.optional(forms.one_of(True)),
+)
 
 
 @dataclass(frozen=True)
@@ -62,15 +99,28 @@ _file_digests: dict[tuple[str, int, int], str] = {}
 
 
 def digest_of_file(path: str | Path) -> str | None:
-    """SHA-256 of a file, or None if there is none. Read once for each size and time stamp in this process."""
+    """SHA-256 of a plain file, or None if there is none. Read once for each size and time stamp in this process."""
     try:
         state = os.stat(path)
         key = (str(path), state.st_size, state.st_mtime_ns)
         if key not in _file_digests:
-            _file_digests[key] = digest_of(Path(path).read_bytes())
+            _file_digests[key] = digest_of(forms.read(path, LARGEST_FILE, follow=True))
         return _file_digests[key]
-    except OSError:
+    except (OSError, ValueError):  # a path with a NUL; no plain file
         return None
+
+
+def parse_record(data: bytes) -> dict[str, Any] | None:
+    """What a ``variant.json`` holds; None if it is of another format.
+
+    Raises:
+        Malformed: it is none.
+    """
+    record: dict[str, Any] = forms.parse(data, _FORMAT)
+    if record["format"] != FORMAT:
+        return None
+    _RECORD(record)
+    return record
 
 
 def states_of(folders: Iterable[Path]) -> list[tuple[str, int, int]]:
@@ -127,46 +177,93 @@ class Store:
 
     def discard(self, folder: Path, reason: str) -> None:
         """Remove a damaged variant, in a shared store only leave it out, and say so in a line."""
-        progress.say(f"{'leaving out' if self.shared else 'replacing'} the damaged kernel {folder}: {reason}")
+        what = "leaving out" if self.shared else "replacing"
+        progress.say(forms.printable(f"{what} the damaged kernel {folder}: {reason}"))
         if not self.shared:
             self.remove(folder)
 
     def remove(self, folder: Path) -> bool:
-        """Remove a variant at once, as far as others can see. False if it cannot be removed."""
+        """Remove a variant, or what is in its place, at once, as far as others can see. False if it cannot be removed."""
         try:
+            if not stat.S_ISDIR(os.lstat(folder).st_mode):
+                os.unlink(folder)
+                return True
             trash = self.new_staging()
-            os.rename(folder, trash)  # an empty folder gives way
         except OSError:
             return False
+        with contextlib.suppress(OSError):
+            os.rename(folder, trash)  # an empty folder gives way
         shutil.rmtree(trash, ignore_errors=True)
-        return True
+        return not folder.exists()
+
+    def own_folder(self, name: str) -> Path:
+        """A folder of the store itself, made if it is not there, that nobody else can write.
+
+        Raises:
+            OSError: the store cannot be written.
+            UntrustedCache: others could write it.
+        """
+        trust.check_above(self.root)
+        trust.make_private(self.root / name)
+        trust.check(self.root, self.root / name)
+        return self.root / name
 
     def new_staging(self) -> Path:
         """A new private folder in this store, whose name says who made it.
 
         Raises:
             OSError: the store cannot be written.
+            UntrustedCache: others could write it.
         """
-        staging = self.root / "staging"
-        trust.make_private(staging)
-        trust.check(self.root, staging)
-        folder = staging / f"{os.getpid()}_{lock.system()}_{uuid.uuid4().hex[:12]}"
+        folder = self.own_folder("staging") / f"{os.getpid()}_{lock.system()}_{uuid.uuid4().hex[:12]}"
         trust.make_private(folder)
         return folder
 
     def staging(self) -> Path:
-        """A new private folder to build in. It is in the store if that can be written, else temporary, with one warning."""
+        """A new private folder to build in: in the store, if compilers can work there, else temporary.
+
+        With one warning if nothing can be kept in the store, or run from it.
+        """
         try:
             folder = self.new_staging()
-            prune.sweep(self.root / "staging", LOG)
-            return folder
         except OSError as error:
             return self.temporary(error.strerror or str(error))
+        self.sweep()
+        if self._bears_compilers():
+            return folder
+        shutil.rmtree(folder, ignore_errors=True)
+        if not self.runs_programs():
+            self.warn_of_noexec()
+        return temporary_folder()
+
+    def runs_programs(self) -> bool:
+        """Whether the system loads libraries from the store's file system."""
+        try:
+            return not os.statvfs(self.root).f_flag & os.ST_NOEXEC
+        except OSError:
+            return True
+
+    def _bears_compilers(self) -> bool:
+        """Whether kernels can be built in the store itself; else they are built elsewhere, and copied."""
+        return driver.is_plain(self.root) and self.runs_programs()
+
+    def warn_of_noexec(self) -> None:
+        self._warn(
+            "is on a file system from which no program can be run (noexec); kernels are copied to a temporary folder in every "
+            "process. Set JITK_CACHE_DIR to a folder elsewhere"
+        )
 
     def temporary(self, reason: str) -> Path:
         """A new private folder outside of the store, which goes with this process; and one warning with the reason."""
-        self._warn(f"cannot be written ({reason}); kernels are built again in every process")
-        return _until_exit(Path(tempfile.mkdtemp(prefix="jitk-")))
+        self._warn(
+            f"cannot be written ({reason}); kernels are built again in every process. "
+            "Set JITK_CACHE_DIR to a folder with space that can be written"
+        )
+        return temporary_folder()
+
+    def sweep(self, failed: int = prune.FAILED) -> int:
+        """Remove what killed builds left, and of the failed ones all but so many. Returns how many folders went."""
+        return prune.sweep(self.root / "staging", LOG, failed)
 
     def publish(
         self, staging: Path, name: str, key: str, library: Path, dependencies: Sequence[Dependency], facts: Mapping[str, Any]
@@ -177,7 +274,14 @@ class Store:
             Where the library is now. Where it could not be published it is usable in this process.
         """
         if self.root not in staging.parents:
-            return library
+            if self._bears_compilers():
+                return library  # it cannot be written, or its disk is full, as a warning said
+            try:
+                kept = self.new_staging()
+                shutil.copytree(staging, kept, symlinks=True, dirs_exist_ok=True)
+            except (OSError, shutil.Error):
+                return library
+            staging, library = kept, kept / library.name
         record = {
             "format": FORMAT,
             "key": key,
@@ -188,8 +292,10 @@ class Store:
         }
         place = self._folder(name, key) / digest_of_record([record["dependencies"], record.get("compiler")])[:16]
         try:
-            (staging / RECORD).write_text(json.dumps(record, indent=1))
+            trust.replace_file(staging / RECORD, json.dumps(record, indent=1).encode())
             trust.make_files_private(staging)
+            if place.parent.is_symlink() or place.parent.is_file():
+                self.remove(place.parent)
             trust.make_private(place.parent)
             try:
                 os.rename(staging, place)
@@ -201,7 +307,10 @@ class Store:
                 self.remove(place)
                 os.rename(staging, place)
         except OSError as error:
-            self._warn(f"could not keep {name} ({error.strerror}); it is built again in the next process")
+            self._warn(
+                f"could not keep {name} ({error.strerror}); it is built again in the next process. "
+                "Set JITK_CACHE_DIR to a folder with space that can be written"
+            )
             _until_exit(staging)
             return library
         self._prune_in_passing(place)
@@ -218,14 +327,21 @@ class Store:
                 yield from prune.folders(folder)
 
     def usual_seconds(self, name: str, backend: str) -> float | None:
-        """How long builds of the op took, else builds of any op for the backend; the median. None if there were none."""
+        """How long builds of the op took, else of any op for the backend; the median. None if there were none.
+
+        A dispatcher takes as long as dispatchers do, which tells nothing of kernels.
+        """
         same: list[float] = []
         other: list[float] = []
         for folder in self.variants():
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                record = json.loads((folder / RECORD).read_text())
-                if record["backend"] == backend:
-                    (same if record["name"] == name else other).append(float(record["seconds"]))
+            with contextlib.suppress(OSError, forms.Malformed):
+                record = forms.parse(forms.read(folder / RECORD, LARGEST_RECORD), _TIMES)
+                if record["backend"] != backend:
+                    continue
+                if record["name"] == name:
+                    same.append(record["seconds"])
+                elif not name.startswith(DISPATCHER) and not record["name"].startswith(DISPATCHER):
+                    other.append(record["seconds"])
         seconds = sorted(same or other)
         return seconds[len(seconds) // 2] if seconds else None
 
@@ -269,20 +385,29 @@ class Store:
             self._touch(folder / RECORD)
         return library, damage
 
+    def record(self, folder: Path) -> dict[str, Any] | None:
+        """The record of a variant; None if it is of another format.
+
+        Raises:
+            OSError: it cannot be read.
+            Malformed: it is none.
+            UntrustedCache: others could have written it; the root itself is not looked at.
+        """
+        file = f"{folder}/{RECORD}"
+        trust.check_inside(folder, file, root=self.root)
+        return parse_record(forms.read(file, LARGEST_RECORD))
+
     def _read(self, folder: Path) -> tuple[dict[str, Any] | None, str | None]:
-        file = folder / RECORD
+        """The record, or what is wrong with it; neither if it is of another format, or cannot be read just now."""
         try:
-            trust.check(self.root, folder, file)
-            record = json.loads(file.read_text())
-            if record["format"] != FORMAT:
-                return None, None
-            str(record["library"]), str(record["digest"]), [(item["root"], item["path"]) for item in record["dependencies"]]
-            return record, None
+            return self.record(folder), None
         except NotADirectoryError:
             return None, None
         except FileNotFoundError:
             return None, f"{RECORD} is missing" if folder.is_dir() else None
-        except (OSError, ValueError, KeyError, TypeError):
+        except OSError as error:
+            return None, None if error.errno in _PASSING else f"{RECORD} cannot be read"
+        except forms.Malformed:
             return None, f"{RECORD} cannot be read"
 
     def _intact(self, folder: Path, record: dict[str, Any] | None = None) -> tuple[Path | None, str | None]:
@@ -291,14 +416,16 @@ class Store:
             record, damage = self._read(folder)
             if record is None:
                 return None, damage
-        library = folder / Path(record["library"]).name
+        library = folder / record["library"]
         try:
-            trust.check(self.root, library)
-            if digest_of(library.read_bytes()) == record["digest"]:
+            trust.check_inside(library, root=self.root)
+            if digest_of(forms.read(library, LARGEST_FILE)) == record["digest"]:
                 return library, None
             return None, f"{library.name} is not the file that was built"
         except OSError as error:
-            return None, f"{library.name}: {error.strerror}"
+            return None, None if error.errno in _PASSING else f"{library.name}: {error.strerror}"
+        except forms.Malformed as error:
+            return None, f"{library.name}: {error}"
 
     @staticmethod
     def _touch(record: Path) -> None:
@@ -313,20 +440,37 @@ class Store:
             if self.root in _warned:
                 return
             _warned.add(self.root)
-        warnings.warn(
-            f"the kernel cache {self.root} {what}. Set JITK_CACHE_DIR to a folder with space that can be written", stacklevel=2
-        )
+        warnings.warn(forms.printable(f"the kernel cache {self.root} {what}"), stacklevel=2)
 
 
 _warned: set[Path] = set()
 _warned_lock = forks.Lock()
 
 
+def temporary_folder() -> Path:
+    """A new private folder, which goes with this process.
+
+    Raises:
+        OSError: there is no folder for temporary files.
+        RuntimeError: compilers cannot work in it.
+        UntrustedCache: others could put something else in its place.
+    """
+    above = os.path.abspath(tempfile.gettempdir())
+    if not driver.is_plain(above):
+        raise RuntimeError(
+            f"kernels cannot be built in the folder for temporary files, {forms.printable(above)!r}: the build tools bear only "
+            "letters, digits and /._+-~ in its name\n  remedy: set TMPDIR to another folder"
+        )
+    trust.check_above(Path(above, "jitk"))
+    return _until_exit(Path(tempfile.mkdtemp(prefix="jitk-", dir=above)))
+
+
 def _until_exit(folder: Path) -> Path:
     """Remove the folder when this process ends, unless it holds the log of a failed build, or was renamed by then."""
+    made_by = os.getpid()
 
     def remove() -> None:
-        if not (folder / LOG).exists() or (folder / RECORD).exists():
+        if os.getpid() == made_by and (not (folder / LOG).exists() or (folder / RECORD).exists()):
             shutil.rmtree(folder, ignore_errors=True)
 
     atexit.register(remove)
@@ -334,8 +478,18 @@ def _until_exit(folder: Path) -> Path:
 
 
 def default_store() -> Store:
-    """The store of this user: see ``environment.cache_dir``."""
-    return Store(environment.cache_dir())
+    """The store of this user: see ``environment.cache_dir``. Without a home it is temporary, with one warning."""
+    return Store(environment.cache_dir() or _homeless())
+
+
+@functools.cache
+def _homeless() -> Path:
+    warnings.warn(
+        f"the user of this process (uid {os.getuid()}) has no home folder, so kernels are built again in every process. "
+        "Set JITK_CACHE_DIR to a folder with space that can be written",
+        stacklevel=2,
+    )
+    return temporary_folder()
 
 
 def stores() -> tuple[Store, ...]:
@@ -347,6 +501,9 @@ def dependencies_of(files: Sequence[Path], roots: Mapping[str, Path], ignore: Ca
     """Name each file by the root that holds it; what no root holds, and ``ignore`` does not drop, by its path from ``/``.
 
     Roots are searched in order: where an earlier one has no file of that name, its absence is a dependency too.
+
+    Raises:
+        OSError: a file is gone, or cannot be read as a whole: a change of it would go unnoticed.
     """
     found: dict[tuple[str, str], Dependency] = {}
     resolved = {name: folder.resolve() for name, folder in roots.items() if name != "system"}
@@ -361,6 +518,7 @@ def dependencies_of(files: Sequence[Path], roots: Mapping[str, Path], ignore: Ca
             if not (resolved[earlier] / path).exists():
                 found[earlier, path] = Dependency(earlier, path, None)
         digest = digest_of_file(real)
-        if digest is not None:
-            found[root, path] = Dependency(root, path, digest)
+        if digest is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(real))
+        found[root, path] = Dependency(root, path, digest)
     return [found[place] for place in sorted(found)]

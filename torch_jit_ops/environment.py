@@ -12,20 +12,52 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+CUDA_ARCH = r"([1-9][0-9]?)\.([0-9])([af]?)"  # 8.0, 9.0a
+# gcc's and clang's search for headers, parts of themselves and libraries; what they write into a library.
+_READ_BY_COMPILERS = (
+    "CPATH",
+    "C_INCLUDE_PATH",
+    "CPLUS_INCLUDE_PATH",
+    "COMPILER_PATH",
+    "GCC_EXEC_PREFIX",
+    "LIBRARY_PATH",
+    "LD_RUN_PATH",
+    "SOURCE_DATE_EPOCH",
+    "CCC_OVERRIDE_OPTIONS",
+)
+# CC is nvcc's host compiler, as in PyTorch.
+_READ_BY_NVCC = ("CC", "NVCC_CCBIN", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "PYTORCH_NVCC", "CUDA_INC_PATH", "CUDNN_HOME")
 _RANKS = ("LOCAL_RANK", "RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")  # torchrun, Slurm, Open MPI
 
 
-def cache_dir() -> Path:
-    """``JITK_CACHE_DIR``: where built kernels are kept. Default: ``$XDG_CACHE_HOME/jitk``, else ``~/.cache/jitk``."""
+def cache_dir() -> Path | None:
+    """``JITK_CACHE_DIR``: where built kernels are kept. Default: ``$XDG_CACHE_HOME/jitk``, else ``~/.cache/jitk``.
+
+    None for a user without a home, of whom the system knows no more than a number.
+    """
     chosen = os.environ.get("JITK_CACHE_DIR")
     if chosen:
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jitk"
+        return _folder("JITK_CACHE_DIR", chosen)
+    above = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return None if above.startswith("~") else _folder("XDG_CACHE_HOME", os.path.join(above, "jitk"))
 
 
 def cache_path() -> tuple[Path, ...]:
     """``JITK_CACHE_PATH``: further kernel caches, separated by ``:``, which are searched first and never written."""
-    return tuple(Path(folder).expanduser() for folder in os.environ.get("JITK_CACHE_PATH", "").split(os.pathsep) if folder)
+    folders = os.environ.get("JITK_CACHE_PATH", "").split(os.pathsep)
+    return tuple(_folder("JITK_CACHE_PATH", folder) for folder in folders if folder)
+
+
+def _folder(name: str, text: str) -> Path:
+    """An absolute path, as a program may change its folder between two kernels."""
+    if re.search(r"\$\{?(ORIGIN|LIB|PLATFORM)\b", text):
+        raise ValueError(
+            f"{name} is {text!r}; it must not hold $ORIGIN, $LIB or $PLATFORM, for which the system's loader puts other texts"
+        )
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        raise ValueError(f"{name} is {text!r}, but the system knows no home of that user: give the whole path")
+    return Path(os.path.abspath(expanded))
 
 
 def cache_is_trusted() -> bool:
@@ -76,7 +108,10 @@ def record_file() -> Path | None:
 
 def cuda_arch() -> str | None:
     """``JITK_CUDA_ARCH``: build for this architecture (``9.0a``) instead of the tensor's device's."""
-    return os.environ.get("JITK_CUDA_ARCH") or None
+    chosen = os.environ.get("JITK_CUDA_ARCH") or None
+    if chosen is not None and re.fullmatch(CUDA_ARCH, chosen) is None:
+        raise ValueError(f"JITK_CUDA_ARCH is {chosen!r}; it must be of the form 8.0 or 9.0a")
+    return chosen
 
 
 def cuda_home() -> Path | None:
@@ -87,12 +122,26 @@ def cuda_home() -> Path | None:
 
 def cxx() -> str:
     """``CXX``: the C++ compiler, as ``torch.utils.cpp_extension`` reads it. Default: ``c++``."""
-    return os.environ.get("CXX", "c++")
+    return os.environ.get("CXX") or "c++"
 
 
-def compiler_choice() -> tuple[str | None, ...]:
-    """All variables that decide which compilers are found."""
-    return tuple(os.environ.get(name) for name in ("CXX", "PATH", "CUDA_HOME", "CUDA_PATH"))
+def compiler_settings(backend: str) -> dict[str, str]:
+    """The variables that are set and that compilers, linkers and ``cpp_extension`` obey by themselves, so that they change
+    what is built."""
+    names = (*_READ_BY_COMPILERS, *(_READ_BY_NVCC if backend == "cuda" else ()))
+    return {name: os.environ[name] for name in names if os.environ.get(name)}
+
+
+def compiler_choice(backend: str) -> tuple[object, ...]:
+    """All variables that decide which compilers are found, and what they make."""
+    names = ("CXX", "PATH", "CUDA_HOME", "CUDA_PATH")
+    return (*map(os.environ.get, names), *compiler_settings(backend).items())
+
+
+def named_in(text: str) -> dict[str, str]:
+    """The variables that are set and that a script names, but for those that tell where it was started."""
+    names = set(re.findall(r"[A-Za-z_]\w*", text)) - {"_", "OLDPWD", "PWD", "SHLVL"}
+    return {name: os.environ[name] for name in sorted(names & os.environ.keys())}
 
 
 def given() -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,7 @@ from typing import Any
 
 import torch
 
-from torch_jit_ops import cache, loader
-
-_DISPATCHER = "runtime"
+from torch_jit_ops import cache, forms, loader
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Variant:
     def op(self) -> str:
         """``jitk::silu_and_mul``, or ``(dispatcher)``."""
         name = str(self.record["name"])
-        return "(dispatcher)" if name == _DISPATCHER else name.replace(".", "::", 1)
+        return "(dispatcher)" if name == cache.DISPATCHER else name.replace(".", "::", 1)
 
     @property
     def library(self) -> Path:
@@ -35,7 +34,7 @@ class Variant:
     @property
     def bytes(self) -> int:
         """Of all its files."""
-        return sum(file.stat().st_size for file in self.folder.iterdir() if file.is_file())
+        return sum(entry.stat(follow_symlinks=False).st_size for entry in os.scandir(self.folder) if entry.is_file())
 
     @property
     def used(self) -> float:
@@ -45,21 +44,22 @@ class Variant:
     @property
     def text(self) -> str | None:
         for file in (*self.folder.glob("*.cu"), *self.folder.glob("*.cpp")):
-            return file.read_text()
+            with contextlib.suppress(OSError, forms.Malformed):
+                return os.fsdecode(forms.read(file, cache.LARGEST_RECORD))
         return None
 
 
 def variants(store: cache.Store, ops: Sequence[str] = ()) -> Iterator[Variant]:
     """The variants of a store whose record can be read; of these ops, ``relu2`` or ``jitk::relu2``, if any are named."""
-    for file in sorted(store.root.glob(f"*-*/*/{cache.RECORD}")):
+    for folder in store.variants():
         try:
-            record = json.loads(file.read_text())
-            found = Variant(file.parent, record)
-            if record["format"] == cache.FORMAT and (not ops or {found.op, found.op.split("::")[-1]} & set(ops)):
-                found.library, record["label"], record["backend"], record["arch"], record["seconds"], record["dependencies"]
+            record = store.record(folder)
+        except (OSError, forms.Malformed):
+            continue  # damaged: as good as absent
+        if record is not None:
+            found = Variant(folder, record)
+            if not ops or {found.op, found.op.split("::")[-1]} & set(ops):
                 yield found
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # damaged, or of another format: as good as absent
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def _differences(unit: loader.Unit, variant: Variant, compiler: str | None) -> I
         digest = cache.digest_of_file(file)
         if digest != item["digest"]:
             yield Difference(f"file {file}", _short(item["digest"]), _short(digest))
-    if not variant.library.is_file() or cache.digest_of(variant.library.read_bytes()) != record["digest"]:
+    if cache.digest_of_file(variant.library) != record["digest"]:
         yield Difference(f"file {variant.library}", str(record["digest"])[:12], "damaged or missing")
 
 

@@ -14,17 +14,18 @@ import re
 import shlex
 import shutil
 import subprocess
+import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from torch_jit_ops import cache, environment, forks, lock, progress, statistics, toolchain, trust
+from torch_jit_ops import cache, driver, environment, forks, lock, progress, statistics, toolchain, trust
 
 ABI_VERSION = 1  # kAbiVersion of include/jitk/abi.h
 # -O is for the host code alone, most of which runs once an error occurs; ptxas optimises fully by default.
@@ -37,6 +38,10 @@ _INTERRUPTED = "ninja: build stopped: interrupted by user"
 
 class BuildError(RuntimeError):
     """A kernel did not compile. The text holds the compiler's first errors and where its whole log is."""
+
+
+class UnknownGpu(BuildError, toolchain.MissingCompiler):
+    """nvcc does not know the GPU: no kernel will compile for it, and an op runs its reference as without a compiler."""
 
 
 class BuildInterrupted(RuntimeError):
@@ -82,7 +87,7 @@ class Unit:
         if self.backend == "cuda":
             target = (toolchain.gencode(self.arch), f"-DJITK_CUDA_ARCH={toolchain.arch_number(self.arch)}")
             return (*_CUDA_FLAGS, *standard, *target, *self.flags)
-        return (*_CPU_FLAGS, *standard, f"-march={self.arch}", *self.flags)
+        return (*_CPU_FLAGS, *standard, toolchain.march(self.arch), *self.flags)
 
     def target(self) -> str:
         """What it is compiled for, for people: ``sm_90a``."""
@@ -223,6 +228,8 @@ def _load(unit: Unit, stores: tuple[cache.Store, ...], meanwhile: Callable[[], o
         raise missing
     if meanwhile is not None:
         threading.Thread(target=meanwhile, daemon=True).start()
+    with contextlib.suppress(OSError):  # a store that cannot be written: staging says so
+        store.own_folder("locks")
     with lock.building(store.lock_path(unit.name, key), f"{unit.label} for {unit.target()}") as held:
         loaded = look_up(repair=True)
         if loaded is not None:
@@ -230,7 +237,7 @@ def _load(unit: Unit, stores: tuple[cache.Store, ...], meanwhile: Callable[[], o
         inputs = cache.digest_of_record([compiler, cache.states_of((*unit.include, include_dir()))])
         failure = held.failure(inputs)
         if failure is not None:
-            raise BuildError(failure)
+            raise _build_error(failure)
         try:
             with progress.building(f"{unit.label} for {unit.target()}", store.usual_seconds(unit.name, unit.backend)):
                 return _build(unit, store, key, compiler)
@@ -248,11 +255,45 @@ def _look_up(
         if path is None:
             continue
         try:
-            return Loaded(_open(path), path, time.monotonic() - start, compiled=False)
+            return Loaded(_open_from(store, path), path, time.monotonic() - start, compiled=False)
         except OSError as error:  # built on a newer system; or pruned just now
+            if _OF_THIS_MOMENT.search(str(error)):
+                raise
             if repair:
                 store.discard(path.parent, str(error))
     return None
+
+
+# What dlopen says of whole libraries: the file system is mounted noexec; the process has no room.
+_NOEXEC = re.compile(r"failed to map segment from shared object(?!.*(?:allocate|memory))")
+_OF_THIS_MOMENT = re.compile(r"Cannot allocate memory|Too many open files")
+
+
+def _open_from(store: cache.Store, path: Path) -> ctypes.CDLL:
+    """Open a library of a store, or a temporary copy of it where the system runs no programs from the store."""
+    try:
+        return _open(path)
+    except OSError as error:
+        if _NOEXEC.search(str(error)) is None:
+            raise
+    store.warn_of_noexec()
+    copy = cache.temporary_folder() / path.name
+    shutil.copyfile(path, copy)
+    try:
+        return _open(copy)
+    except OSError as error:
+        raise _nowhere_to_run(error, store) from error
+
+
+def _nowhere_to_run(error: OSError, store: cache.Store) -> Exception:
+    """The error to raise for one of a library in a temporary folder."""
+    if _NOEXEC.search(str(error)) is None:
+        return error
+    return RuntimeError(
+        f"kernels can be run neither from the kernel cache {store.root} nor from the folder for temporary files "
+        f"{tempfile.gettempdir()}: both are on file systems from which no program can be run (noexec)\n"
+        "  remedy: set JITK_CACHE_DIR or TMPDIR to a folder elsewhere"
+    )
 
 
 def _refuse_during_capture(unit: Unit) -> None:
@@ -288,20 +329,32 @@ _compilers: dict[tuple[object, ...], tuple[str | None, toolchain.MissingCompiler
 
 def _compiler(unit: Unit, store: cache.Store) -> tuple[str | None, toolchain.MissingCompiler | None]:
     """The identity of the compilers for the unit, or why there are none. Looked for once in a process and environment."""
-    key = (unit.backend, store.root, *environment.compiler_choice())
+    key = (unit.backend, store.root, *environment.compiler_choice(unit.backend))
     if key not in _compilers:
         try:
-            programs = [toolchain.host_compiler()]
+            commands = [toolchain.host_command()]
             if unit.backend == "cuda":
-                programs.insert(0, toolchain.cuda_toolkit().nvcc)
-            with contextlib.suppress(OSError):  # a cache that cannot be written: staging says so
-                trust.make_private(store.root)
-            memory = store.root / "compilers"
-            identity = " / ".join(toolchain.compiler_identity(program, memory) for program in programs)
-            _compilers[key] = identity, None
+                commands.insert(0, (str(toolchain.cuda_toolkit().nvcc),))
+            try:
+                memory = store.own_folder("compilers")
+            except (OSError, trust.UntrustedCache):  # who reads or writes a kernel there says so
+                memory = Path(os.devnull)
+            _compilers[key] = " / ".join(_identity(unit.backend, commands, memory)), None
         except toolchain.MissingCompiler as missing:
             _compilers[key] = None, missing
     return _compilers[key]
+
+
+def _identity(backend: str, commands: Iterable[tuple[str, ...]], memory: Path) -> Iterator[str]:
+    """The compilers' versions, and what else of the machine changes what they make."""
+    for command in commands:
+        yield toolchain.compiler_identity(command, memory)
+        scripts = toolchain.scripts_behind(command)
+        if scripts is not None:
+            yield f"started by scripts {scripts}"
+        if len(command) > 1:
+            yield f"as {shlex.join(command)}"
+    yield from (f"{name}={value}" for name, value in environment.compiler_settings(backend).items())
 
 
 def _open(path: Path) -> ctypes.CDLL:
@@ -321,24 +374,36 @@ def _build(unit: Unit, store: cache.Store, key: str, compiler: str | None) -> Lo
     except (OSError, BuildError) as error:
         from torch_jit_ops import remedy
 
-        if store.root not in staging.parents or not remedy.is_disk_full(f"{error}\n{error.__cause__}"):
+        inside = store.root in staging.parents
+        if isinstance(error, OSError) and _NOEXEC.search(str(error)):
+            if not inside:
+                raise _nowhere_to_run(error, store) from error
+            store.warn_of_noexec()
+            elsewhere = cache.temporary_folder
+        elif inside and remedy.is_disk_full(f"{error}\n{error.__cause__}"):
+            elsewhere = functools.partial(store.temporary, "No space left on device")
+        else:
             raise
     shutil.rmtree(staging, ignore_errors=True)
-    return _compile(unit, store, store.temporary("No space left on device"), key, compiler)
+    return _compile(unit, store, elsewhere(), key, compiler)
 
 
 def _compile(unit: Unit, store: cache.Store, staging: Path, key: str, compiler: str | None) -> Loaded:
-    start = time.monotonic()
-    name = re.sub(r"\W+", "_", unit.name)
-    source = staging / f"{name}.{'cu' if unit.backend == 'cuda' else 'cpp'}"
-    source.write_text(unit.text)
-    module = f"{name}_{uuid.uuid4().hex[:12]}"
     try:
-        _run_cpp_extension(unit, staging, source, module)
-    except BuildError as error:
-        with contextlib.suppress(OSError):
-            (staging / cache.LOG).write_text(str(error.__cause__))
+        return _compile_in(unit, store, staging, key, compiler)
+    except BaseException:
+        if not (staging / cache.LOG).exists():  # nobody was told of the folder
+            shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def _compile_in(unit: Unit, store: cache.Store, staging: Path, key: str, compiler: str | None) -> Loaded:
+    start = time.monotonic()
+    name = re.sub(r"\W+", "_", unit.name, flags=re.ASCII)
+    source = staging / f"{name}.{'cu' if unit.backend == 'cuda' else 'cpp'}"
+    source.write_bytes(os.fsencode(unit.text))
+    module = f"{name}_{uuid.uuid4().hex[:12]}"
+    _run_cpp_extension(unit, staging, source, module)
     library = staging / f"{module}.so"
     loaded = Loaded(_open(library), library, time.monotonic() - start, compiled=True)
     files = [file.resolve() for file in _files_read(staging)]
@@ -346,8 +411,11 @@ def _compile(unit: Unit, store: cache.Store, staging: Path, key: str, compiler: 
         return loaded  # ninja could not write its database, and so a change of a header would go unnoticed
     files.remove(source.resolve())
     system = _system_folders(unit)
-    dependencies = cache.dependencies_of(files, unit.roots(), lambda file: any(folder in file.parents for folder in system))
-    for leftover in (*staging.glob("*.o"), *staging.glob(".ninja*"), staging / "lock", staging / _LINKS):
+    try:
+        dependencies = cache.dependencies_of(files, unit.roots(), lambda file: any(folder in file.parents for folder in system))
+    except OSError:
+        return loaded  # a file went meanwhile, and so did the knowledge of what was built
+    for leftover in (*staging.glob("*.o"), *staging.glob(".ninja*"), staging / "lock", staging / driver.LINKS):
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
@@ -372,69 +440,84 @@ def _run_cpp_extension(unit: Unit, staging: Path, source: Path, module: str) -> 
 
     include = [*unit.include, include_dir()]
     verbose = environment.verbosity() == 2
-    link = ["-Wl,--as-needed"]
-    cpp_extension.TORCH_LIB_PATH = shlex.quote(str(Path(torch.__file__).parent / "lib"))  # it goes into commands as it is
+    link = ["-Wl,--as-needed", "-Wl,-z,defs"]
+    # It goes into commands as it is.
+    cpp_extension.TORCH_LIB_PATH = driver.quoted([shlex.quote(str(Path(torch.__file__).parent / "lib"))])[0]
     if unit.backend == "cuda":
         toolkit = toolchain.cuda_toolkit()
         # Found at its import, and wrong behind a wrapper script, for wheels, and in a CPU build of PyTorch.
         cpp_extension.CUDA_HOME = _cuda_home(toolkit, staging)
         include += toolkit.include
-        link += _cudart_flags(toolkit, staging)
         if _EXPORTS in unit.text:
             link.append("-Wl,--wrap=__cudaRegisterFunction")  # what that header does with it stands there
+        link += _cudart_flags(toolkit, staging)
     cuda = unit.backend == "cuda"
-    flags = list(unit.compile_flags())
+    flags = driver.quoted(unit.compile_flags())
+    command = toolchain.host_words()
     try:
-        cpp_extension.load(
-            module,
-            [str(source)],
-            extra_cflags=[] if cuda else flags,
-            extra_cuda_cflags=flags if cuda else [],
-            extra_ldflags=link,
-            extra_include_paths=[str(folder) for folder in include],
-            build_directory=str(staging),
-            verbose=verbose,
-            with_cuda=cuda,
-            is_python_module=False,
-        )
-    except RuntimeError as error:
+        with driver.started_by(command, staging):
+            cpp_extension.load(
+                module,
+                [str(source)],
+                extra_cflags=[] if cuda else flags,
+                extra_cuda_cflags=flags if cuda else [],
+                extra_ldflags=link,
+                extra_include_paths=[str(folder) for folder in driver.plain_folders(staging, include)],
+                build_directory=str(staging),
+                verbose=verbose,
+                with_cuda=cuda,
+                is_python_module=False,
+            )
+    except (RuntimeError, OSError) as error:
+        if isinstance(error, OSError) and (error.errno is not None or _NOEXEC.search(str(error))):
+            raise  # of the machine, not of the kernel
         if _INTERRUPTED in str(error):
             raise BuildInterrupted(f"{unit.label}: the build was interrupted; the next call builds it again") from None
-        raise BuildError(_distill(unit, str(error), staging)) from error
+        raise _failure(unit, error, staging) from error
+
+
+def _failure(unit: Unit, error: Exception, staging: Path) -> BuildError:
+    """The error to raise, and its log, if it shall be kept, beside the source."""
+    from torch_jit_ops import remedy  # here and above: nobody waits for it while all is well
+
+    log = driver.without_links(str(error) or repr(error), staging)
+    gpu = remedy.unknown_gpu(log)
+    if gpu is not None:
+        nvcc = toolchain.cuda_toolkit().nvcc
+        return UnknownGpu(
+            f"{nvcc} does not know {gpu}, so CUDA kernels cannot be built for this GPU\n"
+            "  remedy: install a newer CUDA toolkit and set CUDA_HOME to its folder"
+        )
+    with contextlib.suppress(OSError):
+        (staging / cache.LOG).write_text(log, errors="replace")
+    return BuildError(_distill(unit, log, staging, loading=isinstance(error, OSError)))
+
+
+def _build_error(text: str) -> BuildError:
+    """The error of another process, from its text."""
+    return UnknownGpu(text) if " does not know compute_" in text.partition("\n")[0] else BuildError(text)
 
 
 def _cuda_home(toolkit: toolchain.Toolkit, staging: Path) -> str:
     """A path that needs no quotes, since it gets none: a link, seen from the folder in which ninja runs the commands."""
-    home = str(toolkit.home)
-    if shlex.quote(home) == home:
-        return home
-    _link(staging, "toolkit", toolkit.home)
-    return f"{_LINKS}/toolkit"
+    if driver.is_plain(toolkit.home):
+        return str(toolkit.home)
+    driver.link(staging, "toolkit", toolkit.home)
+    return f"{driver.LINKS}/toolkit"
 
 
 def _cudart_flags(toolkit: toolchain.Toolkit, staging: Path) -> list[str]:
     """Toolkits from wheels bring libcudart.so.13 alone; the linker asks for libcudart.so."""
     folder = toolkit.libraries
     if not (folder / "libcudart.so").exists():
-        folder = _link(staging, "libcudart.so", sorted(folder.glob("libcudart.so.*"))[0])
-    return [shlex.quote(f"-L{folder}")]
-
-
-_LINKS = "links"
-
-
-def _link(staging: Path, name: str, target: Path) -> Path:
-    """The folder with a link of that name. It goes after the build."""
-    folder = staging / _LINKS
-    folder.mkdir(exist_ok=True)
-    (folder / name).symlink_to(target)
-    return folder
+        folder = driver.link(staging, "libcudart.so", sorted(folder.glob("libcudart.so.*"))[0]).parent
+    return driver.quoted([shlex.quote(f"-L{folder}")])
 
 
 def _files_read(staging: Path) -> list[Path]:
     """The depfile, which ninja keeps in a database of its own."""
-    said = subprocess.run(["ninja", "-t", "deps"], cwd=staging, capture_output=True, text=True, check=True).stdout
-    return [staging / line.strip() for line in said.splitlines() if line.startswith(" ")]
+    said = os.fsdecode(subprocess.run(["ninja", "-t", "deps"], cwd=staging, capture_output=True, check=True).stdout)
+    return [staging / line.strip() for line in said.split("\n") if line.startswith(" ")]
 
 
 def _system_folders(unit: Unit) -> list[Path]:
@@ -446,16 +529,18 @@ def _system_folders(unit: Unit) -> list[Path]:
     return folders
 
 
-def _distill(unit: Unit, log: str, staging: Path) -> str:
+def _distill(unit: Unit, log: str, staging: Path, *, loading: bool) -> str:
     """The first errors of a compiler's log, where the whole log is, and what to do about it if that is known."""
-    from torch_jit_ops import remedy  # here and above: nobody waits for it while all is well
+    from torch_jit_ops import remedy
 
     errors = remedy.first_errors(log, (*unit.include, include_dir()))
+    undefined = remedy.undefined_symbols(log)
     known = remedy.remedy_for(log)
+    failed = "cannot be loaded" if loading else "did not link" if undefined else "did not compile"
     return "\n  ".join(
         (
-            f"{unit.label} did not compile ({unit.backend}, {unit.target()})",
-            *errors,
+            f"{unit.label} {failed} ({unit.backend}, {unit.target()})",
+            *(undefined or errors),
             f"full log: {staging / cache.LOG}",
             *([f"remedy: {known}"] if known else []),
         )

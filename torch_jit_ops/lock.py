@@ -19,13 +19,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch_jit_ops import forks, progress, trust
+from torch_jit_ops import forks, forms, progress, trust
 
 if TYPE_CHECKING:
     import filelock
 
 PATIENCE_S = 3.0  # a process that waits longer says for whom
 _POLL_S = 0.05
+
+
+_LARGEST_NOTE = 1 << 20
+_OWNER = forms.fields(
+    pid=forms.whole(0, 2**31 - 1),
+    host=forms.text(r".*"),
+    system=forms.text(r".*"),
+    start=forms.seconds,
+    label=forms.text(r"(?s).*"),
+)
+_FAILURE = forms.fields(owner=_OWNER, inputs=forms.text(r".*"), error=forms.text(r"(?s).*", _LARGEST_NOTE))
 
 
 @dataclass(frozen=True)
@@ -105,18 +116,18 @@ class Building:
     def failure(self, inputs: str) -> str | None:
         """The error of the build that was waited for, if it had the same ``inputs``. One before that counts for nothing."""
         try:
-            told = json.loads(self.note.read_text())
-            mine = self.waited_for is not None and Owner(**told["owner"]) == self.waited_for
-            return str(told["error"]) if mine and told["inputs"] == inputs else None
-        except (OSError, ValueError, TypeError, KeyError):
+            told = forms.parse(forms.read(self.note, _LARGEST_NOTE), _FAILURE)
+        except (OSError, forms.Malformed):
             return None
+        mine = self.waited_for is not None and Owner(**told["owner"]) == self.waited_for
+        return str(told["error"]) if mine and told["inputs"] == inputs else None
 
 
 def owner(path: Path) -> Owner | None:
     """Who holds the lock file ``path``, or held it when killed; None if nobody says so."""
     try:
-        return Owner(**json.loads(path.with_suffix(".owner").read_text()))
-    except (OSError, ValueError, TypeError):
+        return Owner(**forms.parse(forms.read(path.with_suffix(".owner"), _LARGEST_NOTE), _OWNER))
+    except (OSError, forms.Malformed):
         return None
 
 
@@ -146,14 +157,12 @@ def _acquire(path: Path) -> tuple[filelock.BaseFileLock | None, Owner | None]:
             if holder is not None and holder.is_dead():
                 return None, None  # a child that it forked still has its lock
             if holder is not None and holder != told:
-                progress.waiting(holder.label, holder.pid, holder.host, holder.start)
+                progress.waiting(forms.printable(holder.label), holder.pid, forms.printable(holder.host), holder.start)
                 told = holder
     except (OSError, NotImplementedError):
         return None, None
 
 
 def _write(note: Path, content: dict[str, object]) -> None:
-    new = note.with_name(f"{note.name}.{system()}-{os.getpid()}")
     with contextlib.suppress(OSError):  # a full disk: the others wait without knowing for whom
-        new.write_text(json.dumps(content))
-        new.rename(note)
+        trust.replace_file(note, json.dumps(content).encode())

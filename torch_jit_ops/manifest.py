@@ -11,17 +11,30 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from torch_jit_ops import environment
+from torch_jit_ops import environment, forms, toolchain
 from torch_jit_ops.signature import Signature
 from torch_jit_ops.variant import Placeholder, Value, VariantPattern, cpp_name
+
+
+_LOWEST = -(2**63) + 1  # the dispatcher's key has another meaning for the one below
+_LARGEST = 64 << 20
+_PLACEHOLDER_VALUE = forms.either(
+    forms.optional(forms.one_of(True, False)), forms.whole(_LOWEST), forms.text(r"[\w .,:+-]*", 100)
+)
+_LINE = forms.fields(
+    op=forms.text(r"[A-Za-z_]\w*::[A-Za-z_]\w*"),
+    backend=forms.one_of("cuda", "cpu"),
+    values=forms.table(forms.text(r"[\w.\[\]:-]+"), _PLACEHOLDER_VALUE, 100),
+    arch=forms.text(r"[\w.-]+", 20),
+)
 
 
 @dataclass(frozen=True)
@@ -76,10 +89,14 @@ def value_of(who: str, part: Placeholder, signature: Signature, given: object) -
         if given not in argument.choices:
             raise ValueError(f"{who}: {{{part.text}}} must be one of {', '.join(argument.choices)}; got {given!r}")
         return str(given)
-    try:
-        return int(str(given))
-    except ValueError:
-        raise ValueError(f"{who}: {{{part.text}}} must be an int; got {given!r}") from None
+    lowest = 0 if part.what in ("size", "dim") else _LOWEST
+    # From the command line as a text. True is none, though Python takes it for 1.
+    if type(given) is not int and re.fullmatch(r"-?\d{1,19}", given if isinstance(given, str) else "", re.ASCII) is None:
+        raise ValueError(f"{who}: {{{part.text}}} must be an int; got {given!r}")
+    number = int(given)  # type: ignore[call-overload]
+    if not lowest <= number < 2**63:
+        raise ValueError(f"{who}: {{{part.text}}} must be from {lowest} to {2**63 - 1}; got {number}")
+    return int(number)
 
 
 def read(file: Path) -> Iterator[Entry]:
@@ -90,17 +107,22 @@ def read(file: Path) -> Iterator[Entry]:
         ValueError: a line is none of a manifest; the text names it.
     """
     seen = set()
-    for number, line in enumerate(file.read_text().splitlines(), 1):
+    lines = forms.read(file, _LARGEST, follow=True).split(b"\n")
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            record: dict[str, Any] = json.loads(line)
-            entry = Entry(record["op"], record["backend"], tuple(record["values"].items()), record["arch"])
-            fresh = entry not in seen
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{file}:{number}: no line of a manifest: {line[:100]!r}") from None
-        if fresh:
-            seen.add(entry)
+            record = forms.parse(line, _LINE)
+            form = environment.CUDA_ARCH if record["backend"] == "cuda" else toolchain.CPU_ARCH
+            if re.fullmatch(form, record["arch"]) is None:
+                raise forms.Malformed(f"arch: unexpected {record['arch']!r}")
+        except forms.Malformed as error:
+            shown = line[:100].decode(errors="replace")
+            raise ValueError(f"{file}:{number}: no line of a manifest: {shown!r}\n  {error}") from None
+        entry = Entry(record["op"], record["backend"], tuple(record["values"].items()), record["arch"])
+        # True and 1 are equal, and other values of a placeholder.
+        if (entry, repr(entry)) not in seen:
+            seen.add((entry, repr(entry)))
             yield entry
 
 

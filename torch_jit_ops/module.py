@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -215,7 +216,7 @@ class _Part:
         lines += [f"JITK_EXPORT({export}, {function})" for export, function in self.wrappers]
         folders = tuple(dict.fromkeys(file.parent for file in self.files))
         return loader.Unit(
-            name=f"module.{self.name}",
+            name=f"module.{re.sub(r'[^A-Za-z0-9_]', '_', self.name)}",
             label=self.label,
             backend=self.backend,
             arch=arch,

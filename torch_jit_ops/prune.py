@@ -17,6 +17,7 @@ from torch_jit_ops import lock
 
 AGE_S = 90 * 86400.0  # the default: longer than most projects rest
 DAY_S = 86400.0
+FAILED = 8  # builds whose logs are kept
 
 
 @dataclass(frozen=True)
@@ -85,15 +86,24 @@ def prune(
     return Pruned(tuple(removed), tuple(kept))
 
 
-def sweep(staging: Path, log: str) -> None:
-    """Remove what killed builds left in ``staging``: of processes that are gone, or older than a day.
+def sweep(staging: Path, log: str, failed: int = FAILED) -> int:
+    """Remove what is left in ``staging``: of processes that are gone, or older than a day. Returns how many folders went.
 
-    A folder with a ``log`` is of a build that failed, whose error names it: it stays for the day.
+    A folder with a ``log`` is of a build that failed, whose error names it: the latest ``failed`` stay for the day.
     """
+    now = time.time()
+    ended: list[tuple[float, Path]] = []
+    removed = 0
     for folder in folders(staging):
         pid, _, system = folder.name.rpartition("_")[0].partition("_")
         with contextlib.suppress(OSError):
-            dead = system == lock.system() and pid.isdigit() and not lock.is_alive(int(pid))
-            old = time.time() - folder.stat().st_mtime > DAY_S
-            if old or (dead and not (folder / log).exists()):
+            age = now - folder.stat().st_mtime
+            dead = system == lock.system() and pid.isdecimal() and not lock.is_alive(int(pid))
+            if age <= DAY_S and os.path.lexists(folder / log):
+                ended.append((age, folder))
+            elif age > DAY_S or dead:
                 shutil.rmtree(folder, ignore_errors=True)
+                removed += 1
+    for _, folder in sorted(ended)[failed:]:
+        shutil.rmtree(folder, ignore_errors=True)
+    return removed + len(ended[failed:])

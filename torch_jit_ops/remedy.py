@@ -45,6 +45,9 @@ _REMEDIES = tuple(
 _ERROR_LINE = re.compile(
     r"^(?P<file>[^\s:(][^:(]*)(?:\((?P<nv>\d+)\)|:(?P<gcc>\d+)(?::\d+)?): (?:fatal |catastrophic )?error:? ?(?P<text>.*)$"
 )
+# GNU ld and gold; lld, mold.
+_UNDEFINED = re.compile(r"undefined reference to [`'](.+)'$|undefined symbol: (.+)$", re.MULTILINE)
+_SYMBOLS = 3
 _NINJA_LINE = re.compile(r"^Error building extension|^\[\d+/\d+\] |^FAILED: |^ninja: build stopped| -c .* -o ")
 
 
@@ -60,6 +63,19 @@ def remedy_for(log: str) -> str | None:
 def is_disk_full(log: str) -> bool:
     """Whether the build failed as it could not write."""
     return _REMEDIES[0][0].search(log) is not None
+
+
+def unknown_gpu(log: str) -> str | None:
+    """The architecture that this nvcc does not know, as ``compute_130a``, if the build failed for that."""
+    found = re.search(r"Unsupported gpu architecture '(\w+)'", log)
+    return found[1] if found else None
+
+
+def undefined_symbols(log: str) -> list[str]:
+    """The functions and variables that a linker did not find, as C++ writes them, the first few."""
+    found = dict.fromkeys(found[1] or found[2] for found in _UNDEFINED.finditer(log))
+    more = [f"and {len(found) - _SYMBOLS} more"] if len(found) > _SYMBOLS else []
+    return [*(f"undefined symbol: {name}" for name in [*found][:_SYMBOLS]), *more]
 
 
 def first_errors(log: str, include: Iterable[Path]) -> list[str]:

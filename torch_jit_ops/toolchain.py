@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
+import itertools
 import json
 import os
 import re
@@ -15,15 +17,16 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
-from torch_jit_ops import environment, trust
+from torch_jit_ops import environment, forms, trust
 
+CPU_ARCH = r"x86-64(-v[2-4])?"
 _USUAL_HOME = Path("/usr/local/cuda")
 _HEADERS = ("cuda_runtime.h", "crt/host_config.h", "nv/target")  # one of each part of a toolkit that a kernel reads
 
@@ -153,21 +156,50 @@ def _torch_cuda() -> int | None:
     return int(torch.version.cuda.split(".")[0]) if torch.version.cuda else None
 
 
+def host_words() -> tuple[str, ...]:
+    """How the C++ compiler is started: CXX, else ``c++``. There may be programs before it, and flags behind: ``ccache g++ -m64``.
+
+    Raises:
+        MissingCompiler: CXX cannot be parted into words.
+    """
+    chosen = environment.cxx()
+    if shutil.which(chosen) is not None:  # a path with spaces
+        return (chosen,)
+    try:
+        return tuple(shlex.split(chosen)) or ("c++",)
+    except ValueError as error:
+        raise MissingCompiler(f"CXX is {chosen!r}, which is no command ({error}), so kernels cannot be built") from None
+
+
+def host_command() -> tuple[str, ...]:
+    """``host_words``, whose programs are there.
+
+    Raises:
+        MissingCompiler: one of them is not.
+    """
+    words = host_words()
+    for word in (words[0], _compiler_word(words)):
+        if shutil.which(word) is None:
+            raise MissingCompiler(
+                f"no C++ compiler was found ({word!r} is not on PATH), so kernels cannot be built\n"
+                "  remedy: install g++ 11 or newer (Debian, Ubuntu: apt-get install g++), or set CXX to one"
+            )
+    return words
+
+
 def host_compiler() -> Path:
-    """The C++ compiler that ``torch.utils.cpp_extension`` uses: CXX, else ``c++``.
+    """The C++ compiler among the words of ``host_command``.
 
     Raises:
         MissingCompiler: it is not there.
     """
-    words = shlex.split(environment.cxx())  # may be "ccache g++"
-    name = next((word for word in words if Path(word).name not in ("ccache", "sccache")), "")
-    found = shutil.which(name)
-    if found is None:
-        raise MissingCompiler(
-            f"no C++ compiler was found ({name!r} is not on PATH), so kernels cannot be built\n"
-            "  remedy: install g++ 11 or newer (Debian, Ubuntu: apt-get install g++), or set CXX to one"
-        )
-    return Path(found)
+    return Path(str(shutil.which(_compiler_word(host_command()))))
+
+
+def _compiler_word(words: Sequence[str]) -> str:
+    """The last program before the flags, else the first."""
+    programs = itertools.takewhile(lambda word: not word.startswith("-"), words)
+    return [words[0], *(word for word in programs if "=" not in word)][-1]
 
 
 def ninja() -> Path:
@@ -187,31 +219,84 @@ def ninja() -> Path:
     raise MissingCompiler("ninja was not found, so kernels cannot be built\n  remedy: pip install ninja")
 
 
-def compiler_identity(program: Path, memory: Path) -> str:
-    """What ``program --version`` says. The folder ``memory`` keeps it for the program's size and time stamp."""
-    state = program.stat()
-    fingerprint = f"{program} {state.st_size} {state.st_mtime_ns}"
-    note = memory / f"{program.name}.json"
+_NOTE = forms.fields(program=forms.text("[0-9a-f]{64}"), identity=forms.text(".*"))
+_LARGEST_SCRIPT = 1 << 16
+
+
+def compiler_identity(command: Path | Sequence[str], memory: Path) -> str:
+    """What ``command --version`` says. The folder ``memory`` keeps it for the sizes and time stamps of the programs behind it."""
+    words = [str(command)] if isinstance(command, Path) else list(command)
+    state = hashlib.sha256("\0".join((*words, *_states(words))).encode(errors="surrogatepass")).hexdigest()
+    note = memory / f"{Path(_compiler_word(words)).name}.json"
     try:
-        known = json.loads(note.read_text())
-        if known["program"] == fingerprint:
+        known = forms.parse(forms.read(note, _LARGEST_SCRIPT), _NOTE)
+        if known["program"] == state:
             return str(known["identity"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, forms.Malformed):
         pass  # not asked yet, or unreadable: ask
     try:
-        said = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
+        said = subprocess.run([*words, "--version"], capture_output=True, check=True).stdout.decode(errors="replace")
     except (OSError, subprocess.CalledProcessError) as error:
-        reason = str(getattr(error, "stderr", "") or error).strip()
-        raise MissingCompiler(f"the compiler {program} does not run, so kernels cannot be built\n  {reason}") from error
-    lines = [line.strip() for line in said.splitlines() if re.search(r"\d+\.\d+", line)]
-    identity = " ".join(lines[:2])
-    try:
+        said = (getattr(error, "stderr", b"") or b"").decode(errors="replace").strip()
+        reason = forms.printable(said or error)
+        raise MissingCompiler(f"the compiler {words[0]} does not run, so kernels cannot be built\n  {reason}") from error
+    lines = [forms.printable(line.strip()) for line in said.splitlines() if re.search(r"\d+\.\d+", line)]
+    identity = " ".join(lines[:2])[:1000]
+    with contextlib.suppress(OSError):  # a read-only cache: the next process asks again
         trust.make_private(memory)
-        note.with_suffix(f".{os.getpid()}").write_text(json.dumps({"program": fingerprint, "identity": identity}))
-        note.with_suffix(f".{os.getpid()}").rename(note)
-    except OSError:
-        pass  # a read-only cache: the next process asks again
+        trust.replace_file(note, json.dumps({"program": state, "identity": identity}).encode())
     return identity
+
+
+def scripts_behind(command: Sequence[str]) -> str | None:
+    """Digest of the scripts that are started before a compiler is, and of the variables that they name; None without scripts.
+
+    They may add flags, or start another compiler, and answer ``--version`` as before.
+    """
+    texts = [text for _, text in _programs_behind(command) if text]
+    named = sorted(environment.named_in("\n".join(texts)).items())
+    content = json.dumps([texts, named])
+    return hashlib.sha256(content.encode()).hexdigest()[:16] if texts else None
+
+
+def _states(command: Sequence[str]) -> Iterator[str]:
+    """Path, size and time stamp of every program that may have a part in what the command does."""
+    for program, text in _programs_behind(command):
+        with contextlib.suppress(OSError):
+            state = os.stat(program)
+            yield f"{program} {os.path.realpath(program)} {state.st_size} {state.st_mtime_ns} {text and environment.named_in(text)}"
+
+
+def _programs_behind(command: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Programs of a command, of the scripts among them, and of the variables that those name; and the text of each script.
+
+    Of each name all that PATH has: a program that is a link to ccache starts the next one of that name.
+    """
+    left = [*command, *map(os.path.basename, command)]
+    folders = os.get_exec_path()
+    seen: set[str] = set()
+    while left and len(seen) < 200:
+        word = left.pop(0)
+        for program in [word] if "/" in word else [os.path.join(folder, word) for folder in folders]:
+            if program in seen or not (os.path.isfile(program) and os.access(program, os.X_OK)):
+                continue
+            seen.add(program)
+            text = _script(program)
+            yield program, text
+            values = environment.named_in(text).values() if text else ()
+            words = [word for part in (text, *values) for word in re.findall(r"[\w./+@-]+", part)]
+            folders += [word for word in words if word.startswith("/") and os.path.isdir(word) and word not in folders]
+            left += words
+
+
+def _script(program: str) -> str:
+    """The text of a script; nothing for a program of machine code."""
+    try:
+        with open(program, "rb") as file:
+            start = file.read(_LARGEST_SCRIPT)
+    except OSError:
+        return ""  # it may be run and not read
+    return start.decode(errors="surrogateescape") if start.startswith(b"#!") else ""
 
 
 def device_arch(device_index: int) -> str:
@@ -234,7 +319,7 @@ def gencode(arch: str) -> str:
     Raises:
         ValueError: ``arch`` is not of that form.
     """
-    form = re.fullmatch(r"(\d+)\.(\d)([af]?)", arch)
+    form = re.fullmatch(environment.CUDA_ARCH, arch)
     if form is None:
         raise ValueError(f"the CUDA architecture {arch!r} must be of the form 8.0 or 9.0a")
     number = "".join(form.groups())
@@ -245,6 +330,17 @@ def arch_number(arch: str) -> int:
     """What ``__CUDA_ARCH__`` is for ``9.0a``: 900."""
     major, minor = re.match(r"(\d+)\.(\d)", arch).groups()  # type: ignore[union-attr]
     return int(major) * 100 + int(minor) * 10
+
+
+def march(arch: str) -> str:
+    """The C++ compiler's flag for ``x86-64-v3``.
+
+    Raises:
+        ValueError: ``arch`` is not of that form.
+    """
+    if re.fullmatch(CPU_ARCH, arch) is None:
+        raise ValueError(f"the CPU architecture {arch!r} must be of the form x86-64 or x86-64-v3")
+    return f"-march={arch}"
 
 
 _ISA_OF_CAPABILITY = {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3"}
