@@ -11,6 +11,7 @@ that. What a process does to the environment, to PyTorch or to the registry stay
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -39,7 +40,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 import user_library  # noqa: E402, F401  (its ops join the registry, so every generic test covers them)
 
-from torch_jit_ops import limits  # noqa: E402
+from torch_jit_ops import fallback, limits, loader, runtime  # noqa: E402
 
 pytest_plugins = ["alone", "minimum"]
 
@@ -57,7 +58,13 @@ def pytest_xdist_auto_num_workers() -> int:
     return max(1, count)
 
 
-from torch_jit_ops import fallback  # noqa: E402
+@pytest.fixture(autouse=True, scope="session")
+def _dispatcher() -> None:
+    """In a process of pytest-xdist: the dispatcher is loaded from the shared store, whatever test comes first."""
+    if _WORKERS:
+        with contextlib.suppress(RuntimeError):  # tests that need a compiler say so themselves
+            runtime.library()
+            loader.load(runtime.autograd_unit())
 
 
 @pytest.fixture(autouse=True)

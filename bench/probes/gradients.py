@@ -80,7 +80,7 @@ def vmap() -> None:
     require(calls == 1, f"there were {calls} calls")
 
 
-@probe("Derivatives", "`torch.func.jvp`")
+@probe("Derivatives", "`torch.func.jvp`, in eager mode")
 def jvp() -> None:
     x, tangent = torch.randn(5, 96), torch.randn(5, 96)
     assert_close(
