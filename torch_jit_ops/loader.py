@@ -13,7 +13,6 @@ import functools
 import re
 import shlex
 import shutil
-import subprocess
 import threading
 import time
 import uuid
@@ -369,6 +368,7 @@ def _compile(unit: Unit, store: cache.Store, staging: Path, key: str, compiler: 
 def _run_cpp_extension(unit: Unit, staging: Path, source: Path, module: str) -> None:
     with forks.held_off():
         from torch.utils import cpp_extension
+    cpp_extension.subprocess = forks.subprocess
 
     include = [*unit.include, include_dir()]
     verbose = environment.verbosity() == 2
@@ -433,7 +433,7 @@ def _link(staging: Path, name: str, target: Path) -> Path:
 
 def _files_read(staging: Path) -> list[Path]:
     """The depfile, which ninja keeps in a database of its own."""
-    said = subprocess.run(["ninja", "-t", "deps"], cwd=staging, capture_output=True, text=True, check=True).stdout
+    said = forks.subprocess.run(["ninja", "-t", "deps"], cwd=staging, capture_output=True, text=True, check=True).stdout
     return [staging / line.strip() for line in said.splitlines() if line.startswith(" ")]
 
 

@@ -13,7 +13,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from pathlib import Path
 import torch
 
 from torch_jit_ops import environment, trust
+from torch_jit_ops.forks import subprocess
 
 _USUAL_HOME = Path("/usr/local/cuda")
 _HEADERS = ("cuda_runtime.h", "crt/host_config.h", "nv/target")  # one of each part of a toolkit that a kernel reads
