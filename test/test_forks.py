@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from child import run_python
 
-from torch_jit_ops import runtime
+from torch_jit_ops import loader, runtime
 
 # A process makes an op's first call in a thread, and forks meanwhile. The child makes the same call.
 _FORK = """
@@ -65,7 +65,7 @@ jitk::Tensor thrice(jitk::TensorView x) {
 }
 """
 
-_FORKS = int(os.environ.get("JITK_TEST_FORKS", "20"))
+_PROGRAMS = int(os.environ.get("JITK_TEST_FORKS", "20")) // 2  # each forks twice
 
 
 @pytest.fixture
@@ -74,6 +74,7 @@ def folder(tmp_path: Path) -> Path:
     csrc.mkdir()
     (csrc / "thrice.cpp").write_text(_THRICE)
     runtime.library()
+    loader.load(runtime.autograd_unit())
     return csrc
 
 
@@ -84,7 +85,7 @@ def _run(folder: Path, number: int, program: str) -> list[str]:
     return run_python(program, JITK_CACHE_DIR=store, JITK_CACHE_PATH=os.environ["JITK_CACHE_DIR"]).splitlines()
 
 
-@pytest.mark.parametrize("number", range(_FORKS))
+@pytest.mark.parametrize("number", range(_PROGRAMS))
 def test_a_fork_in_the_middle_of_a_first_call(folder: Path, number: int) -> None:
     draw = random.Random(number)
     for part, longest in enumerate((1.5, 0.02)):  # compiled, and loaded
