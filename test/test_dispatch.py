@@ -25,7 +25,9 @@ from cases import assert_same_bits
 from expecttest import assert_expected_inline
 from torch import Tensor
 
-from torch_jit_ops import OpLibrary, environment, loader
+from torch_jit_ops import OpLibrary, environment, loader, runtime, variant
+from torch_jit_ops.op import _libraries
+from torch_jit_ops.signature import signature_of
 
 Order = Literal["ascending", "descending"]
 
@@ -689,3 +691,176 @@ def test_calls_leave_no_memory_behind(ops: SimpleNamespace, path: str) -> None:
         call()
     lost = (_resident() - before) / count
     assert lost < 16, f"{lost:.0f} bytes a call are lost"
+
+
+# --- memory, and many of everything -----------------------------------------------------------------
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.fixture(scope="module")
+def lists(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+    """Ops with a list behind an optional tensor, and one with a key for each number."""
+    csrc = tmp_path_factory.mktemp("listlib")
+    (csrc / "lists.cpp").write_text(
+        "#include <jitk/tensor.h>\n#include <optional>\n"
+        "template <typename T>\nvoid scan(std::optional<jitk::TensorView>, jitk::TensorView, jitk::IntList) {}\n"
+        "template <typename T, int64_t n>\nvoid keyed(jitk::TensorView) {}\n"
+    )
+    library = OpLibrary("listlib", csrc=csrc)
+
+    @library.op(cpu="lists.cpp", variant="scan<{x.dtype}>", dtypes=(torch.float32,), mutates=("y",))
+    def scan(y: Tensor | None, x: Tensor, sizes: list[int]) -> None:
+        return None
+
+    @library.op(cpu="lists.cpp", variant="keyed<{x.dtype}, {n}>", dtypes=(torch.float32,))
+    def keyed(x: Tensor, n: int) -> None:
+        return None
+
+    yield SimpleNamespace(**library.ops)
+    _libraries.remove(library)
+
+
+@pytest.mark.parametrize("path", ["hit", "hit after None", "reference", "refused"])
+@torch.inference_mode()
+def test_lists_leave_no_memory_behind(lists: SimpleNamespace, path: str) -> None:
+    x = torch.zeros(4, dtype=torch.float64 if path == "reference" else torch.float32)
+    y = {"hit": x + 1, "refused": x[:1].expand(4)}.get(path)
+    sizes = list(range(100))
+
+    def call() -> None:
+        with contextlib.suppress(RuntimeError):
+            lists.scan.default(y, x, sizes)
+
+    for _ in range(500):
+        call()
+    before = _resident()
+    for _ in range(4000):
+        call()
+    assert _resident() - before < 4000 * 100  # a list alone is 808 bytes
+
+
+@torch.inference_mode()
+def test_ten_thousand_keys_are_small(lists: SimpleNamespace) -> None:
+    x = torch.zeros(4, dtype=torch.float64)  # has no kernel, so nothing is compiled
+    for n in range(500):
+        lists.keyed.default(x, n)
+    before = _resident()
+    for n in range(500, 10_500):
+        lists.keyed.default(x, n)
+    assert _resident() - before < 5e6
+
+
+def test_keys_that_are_found_while_others_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Readers take no lock: no key may be lost, or found twice, while the table grows."""
+    signature = signature_of(_number)
+    library = torch.library.Library("growinglib", "FRAGMENT")
+    library.define(signature.schema("number"))
+    asked: Counter[int] = Counter()
+
+    def answer(key: Any) -> int:
+        asked[key[1]] += 1
+        return runtime.REFERENCE
+
+    library.define(signature.schema("reference").replace("-> Tensor", "-> Tensor?"))
+    library.impl("reference", lambda x, n: x + n, "CompositeExplicitAutograd")
+    plan = variant.parse_variant("growinglib::number", "number<{n}>", signature).plan(signature)
+    runtime.register("growinglib::number", "growinglib", "number", "CPU", "growinglib::reference", plan, answer)
+
+    def work(first: int) -> None:
+        with torch.inference_mode():
+            for n in range(2000):
+                at = (first * 500 + n) % 2000
+                assert torch.ops.growinglib.number(torch.zeros(1), at).item() == at
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(work, range(4)))
+    assert len(asked) == 2000
+    asked.clear()
+    work(0)
+    assert not asked
+
+
+def _number(x: Tensor, n: int) -> Tensor:
+    return x + n
+
+
+def test_more_kernels_than_there_is_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is told when the op is declared, not when it is called."""
+    assert f"JITK_MAX_SLOTS {runtime.MAX_SLOTS} " in (loader.csrc_dir() / "runtime" / "dispatch.cpp").read_text()
+    monkeypatch.setattr(runtime, "_reserved", runtime.MAX_SLOTS - 3)
+    (tmp_path / "many.cpp").write_text("")
+    library = OpLibrary("manylib", csrc=tmp_path)
+    declare = library.op(cpu="many.cpp", variant="many")
+
+    def first(x: Tensor) -> Tensor:
+        return x
+
+    def second(x: Tensor) -> Tensor:
+        return x
+
+    declare(first)
+    with pytest.raises(ValueError) as error:
+        declare(second)
+    _libraries.remove(library)
+    assert str(error.value) == (
+        "manylib::second: a process can have 16384 kernels, one for each overload of an op and each backend; "
+        "16383 are declared, and this makes 2 more"
+    )
+
+
+def test_the_last_slot_works() -> None:
+    """Its trampoline is made by the assembler."""
+    signature = signature_of(_number)
+    library = torch.library.Library("lastlib", "FRAGMENT")
+    library.define(signature.schema("number"))
+    library.define(signature.schema("reference").replace("-> Tensor", "-> Tensor?"))
+    library.impl("reference", lambda x, n: x + n, "CompositeExplicitAutograd")
+    plan = variant.parse_variant("lastlib::number", "number<{n}>", signature).plan(signature)
+    texts = ("lastlib::number", "lastlib", "number", "CPU", "lastlib::reference", plan)
+    last = runtime.MAX_SLOTS - 1
+    runtime._answers[last] = lambda key: runtime.REFERENCE
+    runtime._checked(runtime.library().jitk_register, last, *(text.encode() for text in texts))
+    assert torch.ops.lastlib.number(torch.zeros(1), 7).item() == 7
+    with pytest.raises(RuntimeError, match="a process has at most 16384 op overloads"):
+        runtime._checked(runtime.library().jitk_register, last + 1, *(text.encode() for text in texts))
+
+
+# --- errors as they were raised -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["12345", "0", "reference", "entry 12345", "", "a\nb"])
+def test_an_error_that_looks_like_an_answer(text: str) -> None:
+    runtime._answers[-1] = _raising(loader.BuildError(text))
+    said = runtime._build(-1, [0])
+    assert said == f"error {text or 'BuildError'}"
+    del runtime._answers[-1]
+
+
+def _raising(error: Exception) -> Any:
+    def answer(key: Any) -> int:
+        raise error
+
+    return answer
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_calls_raise_what_the_build_raised(ops: SimpleNamespace, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (loader.BuildError("12345"), loader.CompileRefused("not now"), KeyError("a key")):
+        monkeypatch.setattr(type(ops.describe), "_load", lambda *_, error=error: _raising(error)(None))
+        with pytest.raises(type(error)) as caught:
+            ops.fill(torch.ones(3, dtype=torch.int8), times)
+        assert caught.value is error
+
+
+def test_a_kind_of_runtime_error_of_a_reference_stays(ops: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Tensor:
+        raise torch.OutOfMemoryError("no more")
+
+    monkeypatch.setattr(ops.fail, "reference", fail)
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError, match="no more"):
+            ops.fail(_X.double(), "this")
+    assert ops.describe(*_GIVEN[0][0]).numel() == 256  # and nothing of it is left for another call

@@ -261,3 +261,45 @@ def test_the_place_of_an_argument() -> None:
         x.view(-1)[1:].as_strided((4, 12), (11, 1)),
     ):
         assert not takes(other, x)
+
+
+# --- lazy views --------------------------------------------------------------------------------------
+
+
+def _negative(x: Tensor) -> Tensor:
+    """A tensor whose memory holds ``-x``."""
+    return torch._neg_view((-x).clone())
+
+
+def test_tensors_with_the_negative_bit() -> None:
+    x, residual, weight = torch.randn(3, 64), torch.randn(3, 64), torch.randn(64)
+    assert torch.equal(jitk.rmsnorm(_negative(x), _negative(weight)), jitk.rmsnorm(x, weight))
+    assert torch.equal(jitk.silu_mul(x, _negative(residual)), jitk.silu_mul(x, residual))
+    expected = x.clone(), residual.clone()
+    jitk.fused_add_rmsnorm(*expected, weight)
+    for bits in itertools.product((False, True), repeat=3):
+        given = [_negative(tensor) if bit else tensor.clone() for tensor, bit in zip((x, residual, weight), bits, strict=True)]
+        version = given[0]._version
+        assert jitk.fused_add_rmsnorm(*given) is None
+        assert torch.equal(given[0], expected[0]) and torch.equal(given[1], expected[1])
+        assert given[0]._version > version and given[0].is_neg() is bits[0]
+    out = _negative(torch.zeros(3, 64))
+    returned = jitk.rmsnorm.out(x, weight, out=out)
+    assert torch.equal(out, jitk.rmsnorm(x, weight)) and (returned is None or returned is out)
+
+
+def test_the_imaginary_part_of_a_conjugate_is_written() -> None:
+    z = torch.randn(3, 64, dtype=torch.complex64)
+    imaginary, residual, weight = z.conj().imag, torch.randn(3, 64), torch.ones(64)
+    expected = imaginary.clone(), residual.clone()
+    jitk.fused_add_rmsnorm(*expected, weight)
+    before = z.real.clone()
+    with torch.inference_mode():
+        jitk.fused_add_rmsnorm(imaginary, residual, weight)
+    assert torch.equal(-z.imag, expected[0]) and torch.equal(residual, expected[1]) and torch.equal(z.real, before)
+
+
+def test_a_lazy_view_does_not_hide_what_it_shares() -> None:
+    y = torch.randn(3, 64)
+    with pytest.raises(RuntimeError, match="argument 'input' is written, but shares memory with argument 'residual'"):
+        jitk.fused_add_rmsnorm(torch._neg_view(y), y, torch.ones(64))

@@ -3,6 +3,8 @@
     lock = forks.Lock()         re-entrant, and free in a child if a thread held it that the child does not have
     with forks.held_off(): ...  a fork waits until the block ends: half an import, or half a library, would stay so in the child
     forks.in_child(forget)      called in each child, to forget what its missing threads will never finish
+    forks.subprocess            the module, but a fork waits while a process starts: a child that has the pipe by which its
+                                start is reported would keep the thread that started it waiting, as long as the child lives
 
 A handler that calls an op while its own thread is building it finds the locks its own, and ``Reentered`` where it would wait
 for itself.
@@ -11,10 +13,14 @@ for itself.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
+import subprocess as original
 import threading
+import types
 import weakref
 from collections.abc import Callable, Iterator
+from typing import Any
 
 _PATIENCE_S = 30.0  # a fork goes ahead then: the program may hold what the block waits for
 
@@ -58,6 +64,23 @@ def held_off() -> Iterator[None]:
     """Have forks wait while the block runs, which should be short."""
     with _held_off:
         yield
+
+
+def _subprocess() -> types.ModuleType:
+    """A copy, so that no other program's processes are changed."""
+    spec: Any = importlib.util.find_spec("subprocess")
+    module: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def start(*args: Any, **kwargs: Any) -> Any:
+        with held_off():
+            return original.Popen(*args, **kwargs)
+
+    module.Popen = start
+    return module  # type: ignore[no-any-return]
+
+
+subprocess = _subprocess()
 
 
 def in_child(forget: Callable[[], None]) -> None:

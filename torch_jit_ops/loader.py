@@ -14,7 +14,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import tempfile
 import threading
 import time
@@ -438,6 +437,7 @@ def _compile_in(unit: Unit, store: cache.Store, staging: Path, key: str, compile
 def _run_cpp_extension(unit: Unit, staging: Path, source: Path, module: str) -> None:
     with forks.held_off():
         from torch.utils import cpp_extension
+    cpp_extension.subprocess = forks.subprocess
 
     include = [*unit.include, include_dir()]
     verbose = environment.verbosity() == 2
@@ -517,7 +517,7 @@ def _cudart_flags(toolkit: toolchain.Toolkit, staging: Path) -> list[str]:
 
 def _files_read(staging: Path) -> list[Path]:
     """The depfile, which ninja keeps in a database of its own."""
-    said = os.fsdecode(subprocess.run(["ninja", "-t", "deps"], cwd=staging, capture_output=True, check=True).stdout)
+    said = os.fsdecode(forks.subprocess.run(["ninja", "-t", "deps"], cwd=staging, capture_output=True, check=True).stdout)
     return [staging / line.strip() for line in said.split("\n") if line.startswith(" ")]
 
 

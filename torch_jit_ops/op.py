@@ -391,8 +391,12 @@ class Op:
             # On the key of all devices, so that the dispatcher's kernels come beside it and it can stay: to take a Python
             # kernel away frees it under another thread that has found it and waits for the GIL.
             definitions.impl(self._dotted(overload), call, "CompositeExplicitAutograd")
-        for overload in self.overloads():
+        for overload, signature in self.overloads().items():
             definitions.impl(self._dotted(overload), self._autograd_kernel(overload), "Autograd", with_keyset=True)
+            if any(argument.written for argument in signature.arguments):
+                # PyTorch's own kernels for these keys want an op that returns what it writes, and writes one tensor.
+                for key in ("Conjugate", "Negative"):
+                    definitions.impl(self._dotted(overload), functools.partial(self._write_lazy_views, overload), key)
         if self._is_functional() and not any(part.kind == "T" and part.keyword_only for part in self.signature.arguments):
             rows = () if self.rows.sums else self.rows.arguments
             rule = batching.rule(self.default, self.signature, rows)
@@ -528,6 +532,22 @@ class Op:
                 return getattr(self.packet, overload or "default")(*args, **kwargs)
         finally:
             calling.pop()
+
+    def _write_lazy_views(self, overload: str, *args: Any, **kwargs: Any) -> Any:
+        """The call where tensors have the negative or the conjugate bit: by copies that have none, written back."""
+        signature = self.overloads()[overload]
+        values = {**dict(zip((argument.name for argument in signature.arguments), args, strict=False)), **kwargs}
+        overlap.refuse(f"{self.library.namespace}::{self._dotted(overload)}", signature, values)
+        plain = {
+            name: value.resolve_conj().resolve_neg() if isinstance(value, Tensor) else value for name, value in values.items()
+        }
+        with torch._C._AutoDispatchBelowAutograd():
+            getattr(self.packet, overload or "default")(**plain)
+            for argument in signature.arguments:
+                if argument.written and plain.get(argument.name) is not values.get(argument.name):
+                    values[argument.name].copy_(plain[argument.name])
+        returned = tuple(values[name] for name in signature.returned)
+        return returned if len(returned) > 1 else returned[0] if returned else None
 
     def _call_reference(
         self, overload: str, reference: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]

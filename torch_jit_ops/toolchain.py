@@ -15,7 +15,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from pathlib import Path
 import torch
 
 from torch_jit_ops import environment, forms, trust
+from torch_jit_ops.forks import subprocess
 
 CPU_ARCH = r"x86-64(-v[2-4])?"
 _USUAL_HOME = Path("/usr/local/cuda")
