@@ -84,6 +84,7 @@ void gated(TensorView input, TensorView out) {
   Rows in, to;
   TensorMatcher({tokens, 2 * d}).with_rows(in).with_dtype<T>().verify(input);
   TensorMatcher({tokens, d}).with_rows(to).with_dtype<T>().verify(out);
+  if (to.empty()) return;
 
   const T* gate = static_cast<const T*>(input.data_ptr());
   run<T, Op>({gate, in.stride}, {gate + d.unwrap(), in.stride}, {static_cast<T*>(out.data_ptr()), to.stride}, to.count,

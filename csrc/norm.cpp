@@ -59,7 +59,8 @@ struct MeanAndVariance {
     about = host::simd::sum(width, [](Floats x) { return x; }, row) / count;
     rest = host::simd::sum(width, [this](Floats x) { return x - about; }, row) / count;
     const float square = host::simd::sum(width, [this](Floats x) { return centred(x) * centred(x); }, row);
-    scale = inverse_root(square / count, eps);
+    // A sum of squares that overflows tells nothing of the deviation. NaN, as in PyTorch: infinity would make the norm zero.
+    scale = square < __builtin_inff() ? inverse_root(square / count, eps) : __builtin_nanf("");
   }
   Floats centred(Floats x) const { return x - about - rest; }
   Floats normal(Floats x) const { return centred(x) * scale; }
@@ -211,6 +212,7 @@ void backward(TensorView grad, TensorView input, TensorView weight, double eps, 
   if (grad_bias) TensorMatcher({hidden}).with_dtype<W>().verify(*grad_bias);
 
   const int64_t width = in.width;
+  if (width == 0) return;
   const float inverse_count = 1.0f / static_cast<float>(width);
   const W* w_row = static_cast<const W*>(weight.data_ptr());
   const Chunks chunks(in.count);
@@ -236,15 +238,20 @@ void backward(TensorView grad, TensorView input, TensorView weight, double eps, 
         float mean = 0.0f;
         if constexpr (Statistics::kCentred) {
           simd::transform(width, bias_sums, [](Floats sum, Floats g) { return sum + g; }, bias_sums, g_row);
-          mean = simd::sum(width, [](Floats g, Floats w) { return g * w; }, g_row, w_row) * inverse_count;
+          mean = simd::sum(width, [](Floats g, Floats w) { return simd::rounded(g * w); }, g_row, w_row) * inverse_count;
         }
-        const auto back = [=](Floats g, Floats x, Floats w) { return row.scale * (g * w - mean - row.normal(x) * slope); };
+        // The products are those whose mean was taken, to the bit: where all are equal, what is left must be 0, as the scale of
+        // such a row makes any rest large.
+        const auto back = [=](Floats g, Floats x, Floats w) {
+          return row.scale * (simd::rounded(g * w) - mean - row.normal(x) * slope);
+        };
         simd::transform(width, row_of<T>(grad_input, to, i), back, g_row, x_row, w_row);
       }
     }
   });
   add_up(sums, chunks.count, stride, width, static_cast<W*>(grad_weight.data_ptr()));
-  if (grad_bias) add_up(sums + width, chunks.count, stride, width, static_cast<W*>(grad_bias->data_ptr()));
+  float* const bias_sums = chunks.count > 0 ? sums + width : nullptr;  // no rows, no memory
+  if (grad_bias) add_up(bias_sums, chunks.count, stride, width, static_cast<W*>(grad_bias->data_ptr()));
 }
 
 }  // namespace
@@ -298,6 +305,7 @@ void fused_qknorm(TensorView q, TensorView k, TensorView q_weight, TensorView k_
 
   const Heads<T, W> queries(q, q_weight), keys(k, k_weight);
   const int64_t width = head_dim.unwrap();
+  if (width == 0) return;
   const int64_t heads = queries.count + keys.count;
   parallel_for(tokens.unwrap() * heads, grain_of(width), [=](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {

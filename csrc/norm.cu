@@ -261,7 +261,8 @@ __global__ void __launch_bounds__(kTeam == Team::kLanes ? kMaxLanesBlock : kMaxB
     });
     sums = sum_of_team<kTeam>(sums, plan.lanes_log2, centered_buffer);
     rest = sums.x * plan.inverse_width;
-    sum = fmaxf(sums.y - sums.x * rest, 0.0f);
+    // A sum of squares that overflows tells nothing of the deviation. NaN, as in PyTorch: infinity would make the norm zero.
+    sum = sums.y < __builtin_inff() ? fmaxf(sums.y - sums.x * rest, 0.0f) : __builtin_nanf("");
   }
 
   const float scale = rsqrtf(sum * plan.inverse_width + plan.eps);

@@ -48,6 +48,10 @@ struct RowStatistics {
   float slope;  // scale^2 * mean(g * (x - mean)): grad_input = scale * (g - mean_g - (x - mean) * slope)
 };
 
+// Rounded also where it is used, without FMA: where all products of a row are equal, each less their mean must be 0, as the scale
+// of such a row makes any rest large.
+JITK_DEVICE float product(float g, float weight) { return __fmul_rn(g, weight); }
+
 JITK_DEVICE float2 operator+(float2 a, float2 b) { return {a.x + b.x, a.y + b.y}; }
 
 // Whether a row is a warp's or a block's.
@@ -75,6 +79,7 @@ JITK_DEVICE RowStatistics row_statistics(const Each& each, float inverse_width, 
   }
   each([&](float x, float g) { sums = sums + float2{(x - row.mean) * (x - row.mean), g * (x - row.mean)}; });
   sums = sum_of_team<kTeam>(sums, buffers[1]);
+  if (kCenters && !(sums.x < __builtin_inff())) sums.x = __builtin_nanf("");  // as in norm.cu
   row.scale = rsqrtf(sums.x * inverse_width + eps);
   row.slope = row.scale * row.scale * (sums.y * inverse_width);
   return row;
@@ -131,7 +136,7 @@ __global__ void __launch_bounds__(kMaxThreads) backward_kernel(const __grid_cons
           to_floats(y[i], ys);
           weights[i].to_floats(gs);
 #pragma unroll
-          for (uint32_t e = 0; e < kVec; ++e) gs[e] *= ys[e];
+          for (uint32_t e = 0; e < kVec; ++e) gs[e] = product(gs[e], ys[e]);
           body(i, at, xs, ys, gs);
         }
       }
@@ -205,12 +210,12 @@ __global__ void __launch_bounds__(kMaxThreads) backward_rows_kernel(const __grid
   const auto each = [&](const auto& body) {
 #pragma unroll 4
     for (int64_t at = threadIdx.x; at < params.width; at += blockDim.x) {
-      body(cast<fp32_t>(x[at]), cast<fp32_t>(y[at]) * cast<fp32_t>(params.weight[at]));
+      body(cast<fp32_t>(x[at]), product(cast<fp32_t>(y[at]), cast<fp32_t>(params.weight[at])));
     }
   };
   const RowStatistics of = row_statistics<kCenters, Team::kBlock>(each, params.inverse_width, params.eps, buffers);
   for (int64_t at = threadIdx.x; at < params.width && params.grad_input != nullptr; at += blockDim.x) {
-    const float g = cast<fp32_t>(y[at]) * cast<fp32_t>(params.weight[at]);
+    const float g = product(cast<fp32_t>(y[at]), cast<fp32_t>(params.weight[at]));
     out[at] = cast<T>(of.scale * (g - of.mean_g - (cast<fp32_t>(x[at]) - of.mean) * of.slope));
   }
   if (threadIdx.x == 0 && params.statistics != nullptr) params.statistics[row] = {of.mean, of.scale};

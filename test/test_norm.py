@@ -141,6 +141,65 @@ def is_right(name: str, device: str, dtype: torch.dtype, *args: object) -> None:
     oracle.verify(NORMS[name], device, dtype, given, call(NORMS[name], copy_with_storage(given)))
 
 
+# --- rows at the ends of fp32 ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("width", [4, 100, 4096, 12345])
+@pytest.mark.parametrize("size", [1e20, 1e30, 3e38])
+def test_a_row_whose_variance_overflows_is_nan(device, width, size):
+    """As in PyTorch; not the bias, which a scale of 1 / inf leaves. The rows beside it are what they are alone."""
+    x = randn(5, width, device=device)
+    x[2] = torch.where(x[2] < 0, -size, size)
+    x[2, 0] = -x[2, 1]  # of both signs
+    weight, bias = (randn(width, device=device, seed=seed) for seed in (1, 2))
+    whole = [0, 1, 3, 4]
+    out = ops.layernorm(x, weight, bias)
+    assert out[2].isnan().all()
+    assert NORMS["layernorm"].reference(x, weight, bias)[2].isnan().all()
+    assert_same_bits(out[whole], ops.layernorm(x[whole], weight, bias), "the other rows")
+    grads = ops.layernorm_backward(x.sign(), x, weight)
+    assert grads[0][2].isnan().all()
+    assert grads[1].isnan().all()
+    assert grads[2].isfinite().all()
+    expected = ops.layernorm_backward(x[whole].sign(), x[whole], weight)[0]
+    torch.testing.assert_close(grads[0][whole], expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rms_norms_of_rows_at_the_ends_are_those_of_pytorch(device):
+    values = [[1e30, -2e30], [3e38, 1.0], [torch.inf, 1.0], [-torch.inf, torch.inf], [torch.nan, 1.0], [0.0, 0.0], [1e-30, 0.0]]
+    x, weight = torch.tensor(values, device=device), torch.tensor([2.0, -3.0], device=device)
+    for eps in (1e-6, 0.0):
+        expected = torch.nn.functional.rms_norm(x.cpu(), (2,), weight.cpu(), eps)
+        torch.testing.assert_close(ops.rmsnorm(x, weight, eps).cpu(), expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("eps", [1e-5, 1e-12])
+@pytest.mark.parametrize("width", [1, 2, 4, 64])  # sums of which are exact
+def test_the_gradient_of_equal_elements_is_zero(device, eps, width):
+    """To the bit, if all have the same gradient and weight: the scale of such a row would make any rest large."""
+    grad = (1e3 * randn(200, 1, device=device)).expand(200, width).contiguous()
+    x = randn(200, 1, device=device, seed=1).expand(200, width).contiguous()
+    for seed in range(3):
+        weight = randn(1, device=device, seed=seed).expand(width).contiguous()
+        grad_input, grad_weight, _ = ops.layernorm_backward(grad, x, weight, eps)
+        assert not grad_input.any()
+        assert not grad_weight.any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_gradients_of_nothing(device):
+    """No columns, or no rows, or neither."""
+    for rows, width in ((3, 0), (0, 5), (0, 0)):
+        x, weight = torch.ones(rows, width, device=device), torch.ones(width, device=device)
+        for name in ("rmsnorm_backward", "layernorm_backward"):
+            grads = getattr(ops, name)(x, x, weight)
+            assert [list(grad.shape) for grad in grads] == [[rows, width], *[[width]] * (len(grads) - 1)]
+            assert not any(grad.any() for grad in grads)
+
+
 # --- sizes and places that no sample has ----------------------------------------------------------
 
 HIDDEN = [

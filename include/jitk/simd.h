@@ -65,6 +65,17 @@ inline Floats at_least(Floats x, float low) { return __builtin_ia32_maxps(filled
 inline Floats at_most(Floats x, float high) { return __builtin_ia32_minps(filled(high), x); }
 #endif
 
+// x itself, which a compiler may then not compute together with what uses it: no FMA of x * y and a sum, whose rest is not that
+// of the rounded product.
+inline Floats rounded(Floats x) {
+#if defined(__SSE2__)
+  __asm__("" : "+x"(x));
+#else
+  __asm__("" : "+m"(x));
+#endif
+  return x;
+}
+
 // One vector at a time: gcc copies a whole Block through the stack, which makes fp32 rows 4 times slower (gcc 12, AVX2).
 template <typename Vector>
 inline Vector read(const void* from) {

@@ -26,6 +26,19 @@ def _inverse_rms(x: Tensor, eps: float) -> Tensor:
     return torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
+def _inverse_deviation(centred: Tensor, eps: float) -> Tensor:
+    """NaN where the sum of squares overflows, as in PyTorch: it tells nothing of the deviation, and 1 / inf would hide that."""
+    variance = centred.square().mean(-1, keepdim=True)
+    return torch.rsqrt(variance + eps) + 0 * variance
+
+
+def _layer_norm_written_out(input: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    x = _wide(input)
+    x = x - x.mean(-1, keepdim=True)
+    y = x * _inverse_rms(x, eps) * weight
+    return (y if bias is None else y + bias).to(input.dtype)
+
+
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = _wide(x)
     return (wide * _inverse_rms(wide, eps) * weight).to(x.dtype)
@@ -178,7 +191,7 @@ def gemma_rmsnorm(input: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     reusable=("input",),
     samples=_layer_norms,
     backward=_differentiate_layernorm,
-    patterns=(spelling.layer_norm_of_pytorch,),
+    patterns=(_layer_norm_written_out, spelling.layer_norm_of_pytorch),
 )
 def layernorm(input: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """``(input - mean) / sqrt(variance + eps) * weight + bias`` over the last dimension (Ba et al., arXiv:1607.06450).
@@ -197,7 +210,7 @@ def layernorm(input: Tensor, weight: Tensor, bias: Tensor | None = None, eps: fl
     """
     x = _wide(input)
     x = x - x.mean(-1, keepdim=True)
-    y = x * _inverse_rms(x, eps) * weight
+    y = x * _inverse_deviation(x, eps) * weight
     return (y if bias is None else y + bias).to(input.dtype)
 
 
@@ -335,7 +348,7 @@ def layernorm_backward(grad: Tensor, input: Tensor, weight: Tensor, eps: float =
     """
     x, grad_y = _wide(input), _wide(grad)
     x = x - x.mean(-1, keepdim=True)
-    scale = _inverse_rms(x, eps)
+    scale = _inverse_deviation(x, eps)
     normal = x * scale
     grad_normal = grad_y * weight
     mean = grad_normal.mean(-1, keepdim=True)
