@@ -23,7 +23,6 @@ from torch_jit_ops import environment, forms, toolchain
 from torch_jit_ops.signature import Signature
 from torch_jit_ops.variant import Placeholder, Value, VariantPattern, cpp_name
 
-
 _LOWEST = -(2**63) + 1  # the dispatcher's key has another meaning for the one below
 _LARGEST = 64 << 20
 _PLACEHOLDER_VALUE = forms.either(
