@@ -1,4 +1,4 @@
-"""Files that lie, folders of other people, and names that a shell would take apart: nothing of them is obeyed, and nothing hangs."""
+"""Files that lie, folders of other people, and names that a shell would take apart: none is obeyed, and nothing hangs."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_no_other_cpu_reaches_the_compiler(arch: str) -> None:
 
 @pytest.mark.parametrize("arch", ["9.0a; touch PWNED", "9.0a\n", "\u0669.\u0660", "9.0a,code=sm_80", "0.0"])
 def test_no_other_gpu_reaches_nvcc(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="must be of the form 8.0 or 9.0a"):
+    with pytest.raises(ValueError, match=r"must be of the form 8\.0 or 9\.0a"):
         torch_jit_ops.build("relu2", backend="cuda", arch=arch)
     monkeypatch.setenv("JITK_CUDA_ARCH", arch)
     with pytest.raises(ValueError) as caught:

@@ -464,8 +464,12 @@ def _run_cpp_extension(unit: Unit, staging: Path, source: Path, module: str) -> 
                 is_python_module=False,
             )
     except (RuntimeError, OSError, UnicodeDecodeError) as error:  # the last of what a compiler wrote
-        if isinstance(error, OSError) and (error.errno is not None or _NOEXEC.search(str(error))):
-            raise  # of the machine, not of the kernel
+        if isinstance(error, OSError):
+            reason = str(error.__cause__ or error)  # PyTorch says of dlopen's errors no more than that there was one
+            if error.errno is not None or _NOEXEC.search(reason) or _OF_THIS_MOMENT.search(reason):
+                raise (
+                    OSError(reason) if error.errno is None else error
+                ) from error.__cause__  # of the machine, not of the kernel
         if _INTERRUPTED in str(error):
             raise BuildInterrupted(f"{unit.label}: the build was interrupted; the next call builds it again") from None
         raise _failure(unit, error, staging) from error
@@ -475,7 +479,10 @@ def _failure(unit: Unit, error: Exception, staging: Path) -> BuildError:
     """The error to raise, and its log, if it shall be kept, beside the source."""
     from torch_jit_ops import remedy  # here and above: nobody waits for it while all is well
 
-    log = error.object.decode(errors="replace") if isinstance(error, UnicodeDecodeError) else str(error) or repr(error)
+    log = str(error.__cause__ or error) if isinstance(error, OSError) else str(error)
+    if isinstance(error, UnicodeDecodeError):
+        log = error.object.decode(errors="replace")
+    log = log if log.strip() else repr(error)
     gpu = remedy.unknown_gpu(log)
     if gpu is not None:
         nvcc = toolchain.cuda_toolkit().nvcc
