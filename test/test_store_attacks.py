@@ -108,7 +108,7 @@ def test_a_manifest_that_lies_is_refused(here: Here, name: str, reader: str, mon
     monkeypatch.chdir(here.root)
     monkeypatch.setattr(loader, "load", lambda *_: pytest.fail("it was built"))
     Path("manifest").write_text(json.dumps({**LINE, **LIES[name]}) + "\n")
-    with pytest.raises(ValueError, match=r"^manifest:1: no line of a manifest: "):
+    with pytest.raises(ValueError, match=r"^manifest:1: no line of a manifest: |architecture '\w.*' must be of the form"):
         if reader == "build":
             torch_jit_ops.build(manifest="manifest")
         else:
@@ -124,11 +124,6 @@ def test_what_is_said_of_a_line_that_lies(tmp_path: Path) -> None:
         with pytest.raises(ValueError) as caught:
             list(manifest.read(file))
         said.append(str(caught.value).splitlines()[-1])
-    for text in ("{", "[" * 100_000, '{"op": 1, "op": 2}', '{"op": NaN}', "[]", '{"op": ' + "9" * 5000 + "}"):
-        file.write_text(text)
-        with pytest.raises(ValueError) as caught:
-            list(manifest.read(file))
-        said.append(str(caught.value).splitlines()[-1])
     assert_expected_inline(
         "\n".join(said),
         """\
@@ -136,14 +131,18 @@ def test_what_is_said_of_a_line_that_lies(tmp_path: Path) -> None:
   backend: unexpected 1
   values: n: unexpected list
   op: unexpected 'jitk'
-  more is no field here
-  it is no JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)
-  it is nested too deeply
-  it has a field twice
-  NaN is no number
-  unexpected list
-  it has a number of 5000 digits""",
+  more is no field here""",
     )
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[" * 100_000, '{"op": 1, "op": 2}', '{"op": NaN}', "[]", '{"op": ' + "9" * 5000 + "}", "\0"]
+)
+def test_what_is_no_json_is_no_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "manifest").write_text(text)
+    with pytest.raises(ValueError) as caught:
+        list(manifest.read(tmp_path / "manifest"))
+    assert str(caught.value) == f"{tmp_path}/manifest:1: no line of a manifest: {text[:100]!r}"
 
 
 def test_a_manifest_tells_true_from_one(tmp_path: Path) -> None:

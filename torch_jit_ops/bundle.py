@@ -148,7 +148,7 @@ def _pax(file: Path, text: bytes) -> dict[str, str]:
     while text:
         form = re.match(rb"(\d{1,4}) (path|size)=", text)
         record = text[: int(form[1])] if form else b""
-        if form is None or len(record) <= form.end() or not record.endswith(b"\n"):
+        if form is None or len(record) != int(form[1]) or len(record) <= form.end() or not record.endswith(b"\n"):
             raise BundleError(f"{file} is damaged or no bundle of kernels: a header holds more than a name and a size")
         found[form[2].decode()] = record[form.end() : -1].decode()
         text = text[len(record) :]

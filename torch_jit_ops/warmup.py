@@ -207,6 +207,7 @@ def replayed(
         op = chosen[entry.op]
         if entry.backend not in op.kernels:
             raise ValueError(f"{file}: {entry.op} has no {entry.backend} kernel")
+        (toolchain.gencode if entry.backend == "cuda" else toolchain.march)(entry.arch)
         values = manifest.values_of(entry, op.kernels[entry.backend].pattern)
         targets = archs if entry.backend == "cuda" and archs else [entry.arch]
         wanted += [Wanted(op, entry.backend, values, target) for target in targets]
