@@ -211,6 +211,86 @@ def test_a_huge_file_is_refused_unread(exported: Path, tmp_path: Path) -> None:
         bundle.import_variants(exported, cache.Store(tmp_path / "to"))
 
 
+def header(kind: bytes, data: bytes, size: int | None = None) -> bytes:
+    """A header block of a kind, and what belongs to it."""
+    info = tarfile.TarInfo("x")
+    info.type, info.size = kind, len(data) if size is None else size
+    block = info.tobuf(tarfile.GNU_FORMAT)
+    return block + data + bytes(-len(data) % 512)
+
+
+HEADERS: dict[str, tuple[bytes, str]] = {
+    "a huge extended header": (header(tarfile.XHDTYPE, bytes(1 << 16), 1 << 32), "x has 4096 MiB, more than any kernel"),
+    "a huge long name": (header(tarfile.GNUTYPE_LONGNAME, bytes(1 << 16), 1 << 32), "x has 4096 MiB, more than any kernel"),
+    "a huge long link": (header(tarfile.GNUTYPE_LONGLINK, bytes(1 << 16), 1 << 32), "does not begin with bundle.json"),
+    "a global header": (header(tarfile.XGLTYPE, b"12 path=abc\n"), "does not begin with bundle.json"),
+    "a sparse file": (header(tarfile.GNUTYPE_SPARSE, bytes(1 << 16)), "does not begin with bundle.json"),
+    "sparse records": (header(tarfile.XHDTYPE, b"22 GNU.sparse.major=1\n"), "a header holds more than a name and a size"),
+    "a record that is longer": (header(tarfile.XHDTYPE, b"99 path=abc\n"), "a header holds more than a name and a size"),
+    "a record of no length": (header(tarfile.XHDTYPE, b"0 path=abc\n"), "a header holds more than a name and a size"),
+    "a negative size": (header(tarfile.XHDTYPE, b"11 size=-5\n"), "'-5' is no size"),
+    "a size of other digits": (header(tarfile.XHDTYPE, "12 size=\u0665\n".encode()), "is no size|holds more than"),
+    "header upon header": (header(tarfile.XHDTYPE, b"12 path=abc\n") * 5000, "does not begin with bundle.json"),
+    "a huge index": (header(tarfile.REGTYPE, b"", 1 << 40).replace(b"x", b"bundle.json", 1), "is damaged|does not begin"),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_headers_are_bounded_before_they_are_read(name: str, tmp_path: Path) -> None:
+    data, text = HEADERS[name]
+    file = tmp_path / "kernels.tar.gz"
+    file.write_bytes(gzip.compress(data + bytes(1024)))
+    with pytest.raises(bundle.BundleError, match=text):
+        bundle.import_variants(file, cache.Store(tmp_path / "to"))
+    assert tree(tmp_path / "to") == ["staging"]
+
+
+def test_long_names_are_read(exported: Path, tmp_path: Path) -> None:
+    """In either of the two ways in which they are written."""
+    for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
+        raw = io.BytesIO()
+        with tarfile.open(fileobj=raw, mode="w:gz", format=form) as archive:
+            name = f"{'n' * 120}-{'0' * 16}/{'0' * 16}/a.so"
+            files = {"files": {name: cache.digest_of(b"x")}, "format": 1}
+            for member, data in (entry(bundle.INDEX, json.dumps(files).encode()), entry(name, b"x")):
+                archive.addfile(member, io.BytesIO(data))
+        exported.write_bytes(raw.getvalue())
+        with pytest.raises(bundle.BundleError, match=r"n-0{16}/0{16}/variant\.json does not describe the files beside it"):
+            bundle.import_variants(exported, cache.Store(tmp_path / "to"))
+
+
+def test_a_bomb_is_refused(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    members = members_of(exported)
+    place = place_of(members)
+    zeros = [entry(f"{place}/{number}.so", bytes(8 << 20)) for number in range(10)]
+    exported.write_bytes(packed(listed([*members[:1], *zeros, *members[1:]])))
+    most = (64 << 20) + 100 * exported.stat().st_size >> 20
+    assert most < 80
+    with pytest.raises(bundle.BundleError) as caught:
+        bundle.import_variants(exported, cache.Store(tmp_path / "to"))
+    assert str(caught.value) == f"{exported} unpacks to more than {most} MiB, more than kernels do"
+    assert tree(tmp_path / "to") == ["staging"]
+
+
+LYING: dict[str, Any] = {
+    "a list for a label": {"label": [1]},
+    "an arch with a command": {"arch": "x86-64; touch PWNED"},
+    "a key with a newline": {"key": "0" * 64 + "\n"},
+    "flags as a text": {"flags": "-O2"},
+    "a time as a text": {"seconds": "1"},
+    "a dependency upwards": {"dependencies": [{"root": "system", "path": "../x", "digest": None}]},
+    "a field more": {"more": 1},
+}
+
+
+@pytest.mark.parametrize("name", LYING)
+def test_a_bundle_whose_record_lies_is_refused(name: str, exported: Path, tmp_path: Path) -> None:
+    exported.write_bytes(packed(other_record(**LYING[name])(members_of(exported))))
+    with pytest.raises(bundle.BundleError, match=r"variant\.json does not describe the files beside it"):
+        bundle.import_variants(exported, cache.Store(tmp_path / "to"))
+    assert tree(tmp_path / "to") == ["staging"]
+
+
 @pytest.mark.filterwarnings("ignore:the kernel cache")
 def test_a_link_in_the_way_is_not_followed(exported: Path, tmp_path: Path) -> None:
     """Somebody's link where a variant belongs leads nowhere."""

@@ -127,7 +127,7 @@ def _unpack(file: Path, work: Path) -> dict[str, dict[str, Any]]:
 
 
 def _next(file: Path, archive: IO[bytes]) -> tarfile.TarInfo | None:
-    """The header of the next member, None at the end. A long name or size may come before it; nothing else is read of others."""
+    """The header of the next member, None at the end. A long name or size may come before it, and nothing else."""
     longer: dict[str, str] = {}
     while True:
         block = archive.read(_BLOCK)
@@ -139,10 +139,7 @@ def _next(file: Path, archive: IO[bytes]) -> tarfile.TarInfo | None:
             member.size = int(longer.get("size", member.size))
             return member
         text = _read(file, archive, member, _LARGEST_NAME)
-        if member.type == tarfile.XHDTYPE:
-            longer = _pax(file, text)
-        else:
-            longer = {"path": text.rstrip(b"\0").decode()}
+        longer = _pax(file, text) if member.type == tarfile.XHDTYPE else {"path": text.rstrip(b"\0").decode()}
 
 
 def _pax(file: Path, text: bytes) -> dict[str, str]:
@@ -151,7 +148,7 @@ def _pax(file: Path, text: bytes) -> dict[str, str]:
     while text:
         form = re.match(rb"(\d{1,4}) (path|size)=", text)
         record = text[: int(form[1])] if form else b""
-        if form is None or len(record) <= form.end() or not record.endswith(b"\n"):
+        if form is None or len(record) != int(form[1]) or len(record) <= form.end() or not record.endswith(b"\n"):
             raise BundleError(f"{file} is damaged or no bundle of kernels: a header holds more than a name and a size")
         found[form[2].decode()] = record[form.end() : -1].decode()
         text = text[len(record) :]

@@ -46,8 +46,8 @@ LIBRARY = r"\w[\w.-]*\.so"
 SHA256 = forms.text("[0-9a-f]{64}")
 LARGEST_RECORD = 4 << 20
 LARGEST_FILE = 512 << 20  # a kernel's library has 0.1 to 3 MB, a source less (November 2026)
-_FORMAT = forms.fields(True, format=forms.whole())
-_TIMES = forms.fields(True, name=forms.text(NAME), backend=forms.one_of("cuda", "cpu"), seconds=forms.seconds)
+_FORMAT = forms.fields(others=True, format=forms.whole())
+_TIMES = forms.fields(others=True, name=forms.text(NAME), backend=forms.one_of("cuda", "cpu"), seconds=forms.seconds)
 _RECORD = forms.fields(
     format=forms.one_of(FORMAT),
     key=SHA256,
@@ -69,7 +69,8 @@ _RECORD = forms.fields(
     abi=forms.whole(),
     torch=forms.optional(forms.text(r".+")),
     seconds=forms.seconds,
-    imported=forms.optional(forms.one_of(True)),
+    imported=forms.one_of(True),
+    missing=("imported",),
 )
 
 
@@ -204,8 +205,10 @@ class Store:
             UntrustedCache: others could write it.
         """
         trust.check_above(self.root)
+        trust.make_private(self.root)
+        trust.check_inside(self.root, root=self.root)
         trust.make_private(self.root / name)
-        trust.check(self.root, self.root / name)
+        trust.check_inside(self.root / name, root=self.root)
         return self.root / name
 
     def new_staging(self) -> Path:
@@ -294,13 +297,17 @@ class Store:
         try:
             trust.replace_file(staging / RECORD, json.dumps(record, indent=1).encode())
             trust.make_files_private(staging)
-            if place.parent.is_symlink() or place.parent.is_file():
+            if os.path.lexists(place.parent) and not stat.S_ISDIR(os.lstat(place.parent).st_mode):
                 self.remove(place.parent)
             trust.make_private(place.parent)
             try:
                 os.rename(staging, place)
             except OSError:
-                first, _ = self._intact(place)
+                there, _ = self._read(place)
+                same = there is not None and all(
+                    there[name] == record[name] for name in ("key", "dependencies", "compiler") if name in record
+                )
+                first, _ = self._intact(place, there) if same else (None, None)
                 if first is not None:
                     shutil.rmtree(staging, ignore_errors=True)
                     return first

@@ -60,11 +60,12 @@ def plain_folders(staging: Path, folders: Iterable[Path]) -> list[Path]:
     ]
 
 
-def without_links(log: str, staging: Path) -> str:
-    """What the compilers wrote, with the folders' own names."""
-    for made in (staging / LINKS).glob("include*"):
-        log = log.replace(f"{made}/", f"{made.readlink()}/")
-    return log
+def named(staging: Path, folders: Iterable[Path]) -> dict[str, Path]:
+    """The folders by all names that compilers may call them by."""
+    names: dict[str, Path] = {}
+    for index, folder in enumerate(folders):
+        names |= {str(folder): folder, str(folder.resolve()): folder, str(staging / LINKS / f"include{index}"): folder}
+    return names
 
 
 _here = threading.local()

@@ -107,9 +107,8 @@ def table(key: Form, form: Form, most: int = 100_000) -> Form:
     return check
 
 
-def fields(others: bool = False, /, **forms: Form) -> Form:
-    """A dict with these fields. One whose form takes None may be missing; ``others``: what is not named here may be there."""
-    empty = [name for name, form in forms.items() if _takes_none(form)]
+def fields(*, missing: tuple[str, ...] = (), others: bool = False, **forms: Form) -> Form:
+    """A dict with these fields, of which those in ``missing`` may be so; ``others``: what is not named here may be there."""
 
     def check(value: object) -> None:
         if not isinstance(value, dict):
@@ -117,7 +116,7 @@ def fields(others: bool = False, /, **forms: Form) -> Form:
         for name, form in forms.items():
             if name in value:
                 _within(name, form, value[name])
-            elif name not in empty:
+            elif name not in missing:
                 raise Malformed(f"{name} is missing")
         if not others and not forms.keys() >= value.keys():
             raise Malformed(f"{_shown(min(value.keys() - forms.keys()))} is no field here")
@@ -132,12 +131,12 @@ def parse(data: bytes, form: Form) -> Any:
         Malformed: it is none, or not of the form.
     """
     try:
-        value = json.loads(data.decode(), object_pairs_hook=_once, parse_constant=_no_number)
+        value = json.loads(data.decode(), object_pairs_hook=_once, parse_int=_int, parse_constant=_no_number)
     except RecursionError:
         raise Malformed("it is nested too deeply") from None
     except Malformed:
         raise
-    except ValueError as error:  # of the decoder, of JSON, or of an int with thousands of digits
+    except ValueError as error:  # of the decoder, or of JSON
         raise Malformed(f"it is no JSON: {error}") from None
     form(value)
     return value
@@ -191,19 +190,17 @@ def _shown(value: str) -> str:
     return printable(value if len(value) <= _SHOWN else f"{value[:_SHOWN]}...")
 
 
-def _takes_none(form: Form) -> bool:
-    try:
-        form(None)
-    except Malformed:
-        return False
-    return True
-
-
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         raise Malformed("it has a field twice")
     return found
+
+
+def _int(digits: str) -> int:
+    if len(digits) > 20:  # Python itself refuses some thousands, or takes long
+        raise Malformed(f"it has a number of {len(digits)} digits")
+    return int(digits)
 
 
 def _no_number(name: str) -> None:

@@ -114,7 +114,7 @@ class Loaded:
 
     def load_kernels(self, device_index: int) -> int:
         """Have CUDA load the library's kernels on the device now, not on their first launch. Returns how many there are."""
-        with contextlib.suppress(AttributeError):  # a library without exports, such as doctor's
+        with contextlib.suppress(AttributeError, UnicodeDecodeError):  # a library without exports, such as doctor's
             return int(self.library.jitk_load_kernels(device_index))
         return 0
 
@@ -360,7 +360,8 @@ def _identity(backend: str, commands: Iterable[tuple[str, ...]], memory: Path) -
 def _open(path: Path) -> ctypes.CDLL:
     with forks.held_off():
         library = ctypes.CDLL(str(path))
-    with contextlib.suppress(AttributeError):  # the runtime itself has no ABI to agree with
+    # The runtime itself has no ABI to agree with. The system says so with the path, which Python may not be able to read.
+    with contextlib.suppress(AttributeError, UnicodeDecodeError):
         if library.jitk_abi_version() != ABI_VERSION:
             raise OSError(f"{path} has ABI version {library.jitk_abi_version()}, expected {ABI_VERSION}")
     return library
@@ -469,9 +470,13 @@ def _run_cpp_extension(unit: Unit, staging: Path, source: Path, module: str) -> 
                 with_cuda=cuda,
                 is_python_module=False,
             )
-    except (RuntimeError, OSError) as error:
-        if isinstance(error, OSError) and (error.errno is not None or _NOEXEC.search(str(error))):
-            raise  # of the machine, not of the kernel
+    except (RuntimeError, OSError, UnicodeDecodeError) as error:  # the last of what a compiler wrote
+        if isinstance(error, OSError):
+            reason = str(error.__cause__ or error)  # PyTorch says of dlopen's errors no more than that there was one
+            if error.errno is not None or _NOEXEC.search(reason) or _OF_THIS_MOMENT.search(reason):
+                raise (
+                    OSError(reason) if error.errno is None else error
+                ) from error.__cause__  # of the machine, not of the kernel
         if _INTERRUPTED in str(error):
             raise BuildInterrupted(f"{unit.label}: the build was interrupted; the next call builds it again") from None
         raise _failure(unit, error, staging) from error
@@ -481,7 +486,10 @@ def _failure(unit: Unit, error: Exception, staging: Path) -> BuildError:
     """The error to raise, and its log, if it shall be kept, beside the source."""
     from torch_jit_ops import remedy  # here and above: nobody waits for it while all is well
 
-    log = driver.without_links(str(error) or repr(error), staging)
+    log = str(error.__cause__ or error) if isinstance(error, OSError) else str(error)
+    if isinstance(error, UnicodeDecodeError):
+        log = error.object.decode(errors="replace")
+    log = log if log.strip() else repr(error)
     gpu = remedy.unknown_gpu(log)
     if gpu is not None:
         nvcc = toolchain.cuda_toolkit().nvcc
@@ -534,7 +542,7 @@ def _distill(unit: Unit, log: str, staging: Path, *, loading: bool) -> str:
     """The first errors of a compiler's log, where the whole log is, and what to do about it if that is known."""
     from torch_jit_ops import remedy
 
-    errors = remedy.first_errors(log, (*unit.include, include_dir()))
+    errors = remedy.first_errors(log, driver.named(staging, (*unit.include, include_dir())))
     undefined = remedy.undefined_symbols(log)
     known = remedy.remedy_for(log)
     failed = "cannot be loaded" if loading else "did not link" if undefined else "did not compile"

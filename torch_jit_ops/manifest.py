@@ -19,10 +19,9 @@ from pathlib import Path
 
 import torch
 
-from torch_jit_ops import environment, forms, toolchain
+from torch_jit_ops import environment, forms
 from torch_jit_ops.signature import Signature
 from torch_jit_ops.variant import Placeholder, Value, VariantPattern, cpp_name
-
 
 _LOWEST = -(2**63) + 1  # the dispatcher's key has another meaning for the one below
 _LARGEST = 64 << 20
@@ -31,9 +30,9 @@ _PLACEHOLDER_VALUE = forms.either(
 )
 _LINE = forms.fields(
     op=forms.text(r"[A-Za-z_]\w*::[A-Za-z_]\w*"),
-    backend=forms.one_of("cuda", "cpu"),
+    backend=forms.text(r"\w+", 20),
     values=forms.table(forms.text(r"[\w.\[\]:-]+"), _PLACEHOLDER_VALUE, 100),
-    arch=forms.text(r"[\w.-]+", 20),
+    arch=forms.text(r"[\w.-]*", 20),
 )
 
 
@@ -111,14 +110,15 @@ def read(file: Path) -> Iterator[Entry]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        who = f"{file}:{number}: no line of a manifest: {line[:100].decode(errors='replace')!r}"
         try:
-            record = forms.parse(line, _LINE)
-            form = environment.CUDA_ARCH if record["backend"] == "cuda" else toolchain.CPU_ARCH
-            if re.fullmatch(form, record["arch"]) is None:
-                raise forms.Malformed(f"arch: unexpected {record['arch']!r}")
+            record = forms.parse(line, forms.fields(others=True))
+        except forms.Malformed:
+            raise ValueError(who) from None
+        try:
+            _LINE(record)
         except forms.Malformed as error:
-            shown = line[:100].decode(errors="replace")
-            raise ValueError(f"{file}:{number}: no line of a manifest: {shown!r}\n  {error}") from None
+            raise ValueError(f"{who}\n  {error}") from None
         entry = Entry(record["op"], record["backend"], tuple(record["values"].items()), record["arch"])
         # True and 1 are equal, and other values of a placeholder.
         if (entry, repr(entry)) not in seen:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
+
+from torch_jit_ops.forms import printable
 
 # The first pattern that the log has decides. A remedy may use groups of its pattern: {0} is the first.
 _REMEDIES = tuple(
@@ -78,14 +80,14 @@ def undefined_symbols(log: str) -> list[str]:
     return [*(f"undefined symbol: {name}" for name in [*found][:_SYMBOLS]), *more]
 
 
-def first_errors(log: str, include: Iterable[Path]) -> list[str]:
+def first_errors(log: str, include: Mapping[str, Path]) -> list[str]:
     """The first errors, as ``csrc/norm.cu:23: what is wrong``; without any, what else speaks of errors, or the last lines.
 
     Args:
         log: what ninja and the compilers wrote.
-        include: folders whose files are named with the folder's own name alone.
+        include: folders, by what compilers call them, whose files are named with the folder's own name alone.
     """
-    roots = sorted(((str(folder.resolve()) + os.sep, folder.name) for folder in include), key=lambda pair: -len(pair[0]))
+    roots = sorted(((name + os.sep, folder.name) for name, folder in include.items()), key=lambda pair: -len(pair[0]))
     errors: list[str] = []
     for line in log.splitlines():
         found = _ERROR_LINE.match(line.strip())
@@ -94,7 +96,8 @@ def first_errors(log: str, include: Iterable[Path]) -> list[str]:
         file = found["file"]
         for prefix, short in roots:
             if file.startswith(prefix):
-                file = f"{short}/{file.removeprefix(prefix)}"
+                file = f"{printable(short)}/{file.removeprefix(prefix)}"
+                break
         text = f"{Path(file).name if file.startswith('/') else file}:{found['nv'] or found['gcc']}: {found['text']}"
         if text not in errors:
             errors.append(text)

@@ -157,7 +157,7 @@ def _torch_cuda() -> int | None:
 
 
 def host_words() -> tuple[str, ...]:
-    """How the C++ compiler is started: CXX, else ``c++``. There may be programs before it, and flags behind: ``ccache g++ -m64``.
+    """How the C++ compiler is started: CXX, else ``c++``. Programs may stand before it, and flags behind: ``ccache g++ -m64``.
 
     Raises:
         MissingCompiler: CXX cannot be parted into words.
@@ -224,7 +224,7 @@ _LARGEST_SCRIPT = 1 << 16
 
 
 def compiler_identity(command: Path | Sequence[str], memory: Path) -> str:
-    """What ``command --version`` says. The folder ``memory`` keeps it for the sizes and time stamps of the programs behind it."""
+    """What ``command --version`` says. The folder ``memory`` keeps it for as long as the programs behind it are the same."""
     words = [str(command)] if isinstance(command, Path) else list(command)
     state = hashlib.sha256("\0".join((*words, *_states(words))).encode(errors="surrogatepass")).hexdigest()
     note = memory / f"{Path(_compiler_word(words)).name}.json"
@@ -264,7 +264,8 @@ def _states(command: Sequence[str]) -> Iterator[str]:
     for program, text in _programs_behind(command):
         with contextlib.suppress(OSError):
             state = os.stat(program)
-            yield f"{program} {os.path.realpath(program)} {state.st_size} {state.st_mtime_ns} {text and environment.named_in(text)}"
+            variables = environment.named_in(text) if text else None
+            yield f"{program} {os.path.realpath(program)} {state.st_size} {state.st_mtime_ns} {variables}"
 
 
 def _programs_behind(command: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -17,7 +17,6 @@ from pathlib import Path
 
 from torch_jit_ops import environment
 
-
 _MOST_LINKS = 40  # as many as Linux follows
 
 

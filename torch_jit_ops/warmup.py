@@ -81,7 +81,7 @@ def build(
 
     Raises:
         BuildError: some kernels do not compile, or have no compiler; the others are built all the same.
-        ValueError: an op, dtype, placeholder or architecture is unknown, or ``cuda`` has no architecture.
+        ValueError: an op, dtype, placeholder or architecture is unknown; or ``cuda`` has no architecture, or PyTorch no CUDA.
     """
     if manifest is not None:
         if dtypes is not None or arguments is not None:
@@ -102,6 +102,11 @@ def load_all(units: Iterable[loader.Unit], jobs: int | None = None) -> Report:
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
     wanted = list(dict.fromkeys([runtime.unit(), runtime.autograd_unit(), *units]))
+    if torch.version.cuda is None and any(unit.backend == "cuda" for unit in wanted):
+        raise ValueError(
+            f"PyTorch {torch.__version__} is built without CUDA, so no CUDA kernel can be built with it: "
+            "install a PyTorch for CUDA, or choose the backend cpu"
+        )
     start = time.monotonic()
     failures = []
     compiled = 0
@@ -137,9 +142,11 @@ def _bar(total: int) -> Iterator[Callable[[str], contextlib.AbstractContextManag
         yield lambda what: contextlib.nullcontext()
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.markup import escape
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    left = (TimeRemainingColumn(elapsed_when_finished=True), TextColumn("left"))
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), *left, TextColumn("{task.description}"))
     with Progress(*columns, console=Console(stderr=True)) as shown, progress.silenced():
         task = shown.add_task("", total=total)
         running: dict[str, None] = {}
@@ -147,12 +154,12 @@ def _bar(total: int) -> Iterator[Callable[[str], contextlib.AbstractContextManag
         @contextlib.contextmanager
         def working(what: str) -> Iterator[None]:
             running[what] = None
-            shown.update(task, description=", ".join(running))
+            shown.update(task, description=escape(", ".join(running)))
             try:
                 yield
             finally:
                 del running[what]
-                shown.update(task, advance=1, description=", ".join(list(running)))
+                shown.update(task, advance=1, description=escape(", ".join(list(running))))
 
         yield working
 
@@ -200,6 +207,7 @@ def replayed(
         op = chosen[entry.op]
         if entry.backend not in op.kernels:
             raise ValueError(f"{file}: {entry.op} has no {entry.backend} kernel")
+        (toolchain.gencode if entry.backend == "cuda" else toolchain.march)(entry.arch)
         values = manifest.values_of(entry, op.kernels[entry.backend].pattern)
         targets = archs if entry.backend == "cuda" and archs else [entry.arch]
         wanted += [Wanted(op, entry.backend, values, target) for target in targets]

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from torch_jit_ops import bundle, cache, environment, inventory, prune, runtime, warmup
+from torch_jit_ops import bundle, cache, environment, forms, inventory, prune, runtime, warmup
 from torch_jit_ops.cli import build, screen
 
 _OPS = {"nargs": "*", "metavar": "op", "help": "names, as silu_and_mul or jitk::silu_and_mul (default: all)"}
@@ -77,7 +77,9 @@ def _list(options: argparse.Namespace) -> int:
     for each in found:
         record = each.record
         took, used = f"{record['seconds']:.1f} s", time.strftime("%Y-%m-%d %H:%M", time.localtime(each.used))
-        table.add_row(record["label"], _target(record["backend"], record["arch"]), screen.size(each.bytes), took, used)
+        table.add_row(
+            forms.printable(record["label"]), _target(record["backend"], record["arch"]), screen.size(each.bytes), took, used
+        )
     screen.show(table)
     print(f"{len(found)} variants, {screen.size(sum(each.bytes for each in found))} in {cache.default_store().root}")
     return 0
@@ -109,11 +111,16 @@ def _why(options: argparse.Namespace) -> int:
 
 
 def _line(difference: inventory.Difference) -> str:
+    """A line of text, of which a terminal obeys nothing."""
+    return "  " + forms.printable(_text(difference))
+
+
+def _text(difference: inventory.Difference) -> str:
     if "\n" in f"{difference.was}{difference.now}":
-        return f"  {difference.what}: another text"
+        return f"{difference.what}: another text"
     if difference.now is None:
-        return f"  {difference.what}: {difference.was} is gone"
-    return f"  {difference.what}: {difference.now}" + (f", was {difference.was}" if difference.was is not None else " is new")
+        return f"{difference.what}: {difference.was} is gone"
+    return f"{difference.what}: {difference.now}" + (f", was {difference.was}" if difference.was is not None else " is new")
 
 
 def _plain(finding: inventory.Finding) -> dict[str, object]:
@@ -129,11 +136,12 @@ def _plain(finding: inventory.Finding) -> dict[str, object]:
 
 def _prune(options: argparse.Namespace) -> int:
     """Remove variants that nobody used for --max-age days, then those unused for longest until the rest fits into --max-size.
-    Builds do the same in passing."""
+    Builds do the same in passing. What failed builds left goes too, with their logs."""
     store = cache.default_store()
     max_bytes = environment.cache_bytes() if options.max_size is None else options.max_size
     max_age_s = prune.AGE_S if options.max_age is None else options.max_age * prune.DAY_S
     pruned = store.prune(max_bytes, max_age_s)
+    store.sweep(failed=0)
     print(
         f"removed {len(pruned.removed)} variants, {screen.size(pruned.freed)}, from {store.root}; {len(pruned.kept)} are left"
     )
@@ -148,17 +156,19 @@ def _bytes(text: str) -> int:
 
 
 def _clear(options: argparse.Namespace) -> int:
-    """Remove all variants from the store, or those of the named ops. Processes that have loaded one keep it."""
+    """Remove all variants from the store, or those of the named ops, and what failed builds left. Processes that have loaded
+    one keep it."""
     store = cache.default_store()
     # Without names also what is damaged and has no name that could be read.
     folders = [each.folder for each in inventory.variants(store, options.ops)] if options.ops else list(store.variants())
     kept = [folder for folder in folders if not store.remove(folder)]
+    store.sweep(failed=0)
     for folder in {folder.parent for folder in folders}:
         with contextlib.suppress(OSError):  # other variants are in it
             folder.rmdir()
     print(f"removed {len(folders) - len(kept)} variants from {store.root}")
     for folder in kept:
-        print(f"{folder} cannot be removed", file=sys.stderr)
+        print(f"{forms.printable(folder)} cannot be removed", file=sys.stderr)
     return 1 if kept else 0
 
 

@@ -125,9 +125,10 @@ def _settings() -> Iterator[Check]:
 
 
 def _cpp_compiler() -> Iterator[Check]:
-    program = toolchain.host_compiler()
-    identity = toolchain.compiler_identity(program, Path(os.devnull))
-    check = Check("C++ compiler", "ok", f"{identity}, {program}")
+    command = toolchain.host_command()
+    identity = toolchain.compiler_identity(command, Path(os.devnull))
+    started = f", started as {' '.join(command)}" if len(command) > 1 else ""
+    check = Check("C++ compiler", "ok", f"{identity}, {toolchain.host_compiler()}{started}")
     version = re.search(r"(\d+)\.\d+\.\d+\s*$", identity)
     if version is not None and "clang" not in identity and int(version[1]) < _OLDEST_GCC:
         check = replace(check, state="problem", remedy="install g++ 11 or newer, and set CXX to it")
@@ -199,22 +200,34 @@ def _cache() -> Iterator[Check]:
     *shared, store = cache.stores()
     for each in shared:
         if each.root.is_dir():
-            trust.check(each.root)
-            yield Check("cache", "ok", f"{each.root}, searched first and never written")
+            yield from _shared(each)
         else:
             yield Check("cache", "note", f"{each.root} of JITK_CACHE_PATH is not there")
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         shutil.rmtree(store.staging(), ignore_errors=True)
     if said:
-        remedy = "set JITK_CACHE_DIR to a folder with space that can be written"
-        yield Check("cache", "problem", str(said[0].message).partition(". Set JITK")[0], remedy)
+        text, _, remedy = str(said[0].message).partition(". Set JITK")
+        yield Check("cache", "problem", text, f"set JITK{remedy}")
         return
     free = shutil.disk_usage(store.root).free
     check = Check("cache", "ok", f"{store.root}, {screen.size(free)} free")
     if free < _LITTLE_SPACE:
         remedy = "python -m torch_jit_ops cache prune --max-size 100M, or set JITK_CACHE_DIR to a larger disk"
         check = replace(check, state="problem", remedy=remedy)
+    yield check
+
+
+def _shared(store: cache.Store) -> Iterator[Check]:
+    try:
+        trust.check(store.root)
+    except (OSError, trust.UntrustedCache) as error:
+        yield _of_error("cache", error)
+        return
+    check = Check("cache", "ok", f"{store.root}, searched first and never written")
+    if not store.runs_programs():
+        found = f"{check.found}, from which no program can be run (noexec): kernels are copied in every process"
+        check = replace(check, state="note", found=found)
     yield check
 
 
