@@ -7,7 +7,7 @@ import fnmatch
 import hashlib
 from abc import abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,6 +21,7 @@ from torch_jit_ops.inductor.report import Entry, Report, module_of
 from torch_jit_ops.op import Op, libraries
 
 _SETTING = "pre_grad_custom_pass"
+_KINDS = ("done", "missed", "untouched")
 
 
 class Rewrite(CustomGraphPass):
@@ -33,8 +34,8 @@ class Rewrite(CustomGraphPass):
     """
 
     def __init__(self) -> None:
-        self._done: defaultdict[int | None, Counter[Entry]] = defaultdict(Counter)  # by the frame that Dynamo compiled
-        self._missed: defaultdict[int | None, Counter[Entry]] = defaultdict(Counter)
+        # Done, missed and untouched, by the frame that Dynamo compiled.
+        self._entries: defaultdict[int | None, list[Counter[Entry]]] = defaultdict(lambda: [Counter(), Counter(), Counter()])
         self._contexts: list[contextlib.AbstractContextManager[Any]] = []
 
     @abstractmethod
@@ -57,7 +58,7 @@ class Rewrite(CustomGraphPass):
 
     def report(self) -> Report:
         """What was done so far. A graph that comes out of Inductor's cache was not looked at again."""
-        return Report(_all(self._done), _all(self._missed))
+        return Report(*(tuple(entry for frame in self._entries.values() for entry in frame[i].elements()) for i in range(3)))
 
     def __add__(self, other: Rewrite) -> Rewrite:
         return Sequence((self, other))
@@ -83,17 +84,13 @@ class Rewrite(CustomGraphPass):
             raise TypeError(f"{self!r} holds a pass without a uuid")
         return _cannot_be_loaded, (key,)
 
-    def _enter(self, done: Iterable[Entry], missed: Iterable[Entry] = ()) -> None:
+    def _enter(self, done: Iterable[Entry], missed: Iterable[Entry] = (), untouched: Iterable[Entry] = ()) -> None:
         """Add the entries of one graph. Dynamo traces a frame again for other sizes: places that were there already are the
         same ones. What is behind a graph break is a frame of its own, and so are its places."""
         compiled = CompileContext.current_compile_id()
-        frame = compiled.frame_id if compiled is not None else None
-        self._done[frame] |= Counter(done)
-        self._missed[frame] |= Counter(missed)
-
-
-def _all(frames: Mapping[int | None, Counter[Entry]]) -> tuple[Entry, ...]:
-    return tuple(entry for counter in frames.values() for entry in counter.elements())
+        frame = self._entries[compiled.frame_id if compiled is not None else None]
+        for known, entries in zip(frame, (done, missed, untouched), strict=True):
+            known |= Counter(entries)
 
 
 def _cannot_be_loaded(key: Any) -> Rewrite:
@@ -120,7 +117,7 @@ class Sequence(Rewrite):
 
     def report(self) -> Report:
         reports = [part.report() for part in self._parts]
-        return Report(*(tuple(entry for report in reports for entry in getattr(report, kind)) for kind in ("done", "missed")))
+        return Report(*(tuple(entry for report in reports for entry in getattr(report, kind)) for kind in _KINDS))
 
 
 class _Plain(Rewrite):
