@@ -899,7 +899,6 @@ _REGIONS = (
     "torch.autograd.set_grad_enabled(True)",
     "torch.amp.autocast('cpu', torch.bfloat16)",
     "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)",
-    "torch.autograd.forward_ad.dual_level()",
     "torch.profiler.record_function('part')",
 )
 
