@@ -1,7 +1,7 @@
 """Makes random programs around everything that ``fuse`` looks for, and compares them fused, unfused and in float64.
 
-    python test/fuse_fuzz.py --programs 20000 --seed 0      a long run, with a line of figures at its end
-    python test/fuse_fuzz.py --only 1234                    one program, its fused form and the comparison
+python test/fuse_fuzz.py --programs 20000 --seed 0      a long run, with a line of figures at its end
+python test/fuse_fuzz.py --only 1234                    one program, its fused form and the comparison
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from fuse_judge import backend_of, difference, run_compiled, run_exact, run_plai
 from fuse_mutations import MUTATIONS, Skip
 from fuse_program import Program
 from fuse_spellings import SPELLINGS
-
 from torch._dynamo.backends.debugging import aot_eager
 
 from torch_jit_ops.inductor import Rewrite, fuse

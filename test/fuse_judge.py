@@ -86,7 +86,12 @@ class _Exact(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = self._run(func, args, dict(kwargs or {}))
-        if self._noise and type(result) is Tensor and result.dtype == torch.float64 and not torch._C._functorch.is_functorch_wrapped_tensor(result):
+        if (
+            self._noise
+            and type(result) is Tensor
+            and result.dtype == torch.float64
+            and not torch._C._functorch.is_functorch_wrapped_tensor(result)
+        ):
             memory = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
             if result.untyped_storage()._cdata not in memory:
                 off = torch.rand(result.shape, generator=self._generator, dtype=torch.float64) * 2 - 1
@@ -158,7 +163,9 @@ def _call(program: Program, function: Callable[..., Any], given: list[Tensor]) -
             duals = [torch.autograd.forward_ad.make_dual(x, _wave(x, 0.7)) for x in given]
             results = tree_leaves(function(*duals))
             pairs = [torch.autograd.forward_ad.unpack_dual(r) if isinstance(r, Tensor) else r for r in results]
-            return [part for pair in pairs if isinstance(pair, tuple) for part in (pair[0].clone(), pair[1]) if part is not None]
+            return [
+                part for pair in pairs if isinstance(pair, tuple) for part in (pair[0].clone(), pair[1]) if part is not None
+            ]
     if program.outside == "grad":
         total = lambda *xs: sum(r.double().sum() for r in tree_leaves(function(*xs)) if r.is_floating_point())  # noqa: E731
         return torch.func.grad(total, argnums=tuple(range(len(given))))(*given)
@@ -315,9 +322,7 @@ def difference(program: Program, plain: Outcome, events: list[tuple[str, Any]], 
     return _difference(program, plain, exact, fused, spread)
 
 
-def _difference(
-    program: Program, plain: Outcome, exact: Outcome | None, fused: Outcome, spread: dict[str, Tensor]
-) -> str:
+def _difference(program: Program, plain: Outcome, exact: Outcome | None, fused: Outcome, spread: dict[str, Tensor]) -> str:
     if plain.error:
         return ""
     if fused.error:

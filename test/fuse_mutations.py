@@ -452,7 +452,10 @@ _FORKS = (
     ("torch.special.polygamma(1, v)", "torch.special.polygamma(2, v)"),
     ("torch.logit(v.sigmoid(), 0.1)", "torch.logit(v.sigmoid(), 0.2)"),
     ("v.clone(memory_format=torch.contiguous_format)", "v.clone() + 1"),
-    ("torch.cond(v.sum() > 0, lambda a: a * 2, lambda a: a * 3, (v,))", "torch.cond(v.sum() > 0, lambda a: a * 3, lambda a: a * 2, (v,))"),
+    (
+        "torch.cond(v.sum() > 0, lambda a: a * 2, lambda a: a * 3, (v,))",
+        "torch.cond(v.sum() > 0, lambda a: a * 3, lambda a: a * 2, (v,))",
+    ),
     ("torch.func.vmap(lambda a: a * 2)(v)", "torch.func.vmap(lambda a: a * 3)(v)"),
     ("torch.func.vmap(lambda a: a.sum() * a)(v)", "torch.func.vmap(lambda a: a.sum() * a, 1, 1)(v)"),
     ("torch.func.grad(lambda a: (a * a).sum())(v)", "torch.func.grad(lambda a: (a * a * a).sum())(v)"),
@@ -495,7 +498,11 @@ def fork(program: Program, rng: Rng) -> str:
 
 
 def _of(template: str, name: str) -> str:
-    return rename(template, "v", name) if "v =" not in template and "=" not in template.split("(")[0] else _assigned(template, name)
+    return (
+        rename(template, "v", name)
+        if "v =" not in template and "=" not in template.split("(")[0]
+        else _assigned(template, name)
+    )
 
 
 def _assigned(template: str, name: str) -> str:
@@ -676,7 +683,9 @@ def write_later(program: Program, rng: Rng) -> str:
     place = _point(program, rng)
     name = _pick(rng, sorted(_floats(program, place)))
     alias = program.fresh("alias")
-    form = rng.choice(["v.view(v.shape)", "v.detach()", "v[..., :]", "v.view(-1)", "v.T", "v.unbind(0)[0]", "v.chunk(2, -1)[0]"])
+    form = rng.choice(
+        ["v.view(v.shape)", "v.detach()", "v[..., :]", "v.view(-1)", "v.T", "v.unbind(0)[0]", "v.chunk(2, -1)[0]"]
+    )
     later = rng.randint(place, len(program.lines))
     template = rng.choice(_WRITES)
     program.lines.insert(later, _of(template, alias))

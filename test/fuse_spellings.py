@@ -77,7 +77,9 @@ def _gate(rng: Rng, kind: str, gate: str, up: str) -> str:
             f"y = {_like(rng, _mul(rng, 'act', _wide(rng, up)), gate)}"
         )
     if form == 2:
-        return f"wide = {_wide(rng, gate)}\nact = {_like(rng, _activation(rng, kind, 'wide'), gate)}\ny = {_mul(rng, 'act', up)}"
+        return (
+            f"wide = {_wide(rng, gate)}\nact = {_like(rng, _activation(rng, kind, 'wide'), gate)}\ny = {_mul(rng, 'act', up)}"
+        )
     return f"act = {_activation(rng, kind, gate)}\ny = {_mul(rng, 'act', up)}"
 
 
@@ -109,7 +111,10 @@ def _of_two(kind: str) -> Make:
     def make(rng: Rng) -> Program:
         shape, dtype = _shape(rng, 8), rng.choice(_DTYPES)
         return Program(
-            f"jitk::{kind}_mul", [Input("g", shape, dtype), Input("u", shape, dtype)], flatten(_gate(rng, kind, "g", "u")), ["y"]
+            f"jitk::{kind}_mul",
+            [Input("g", shape, dtype), Input("u", shape, dtype)],
+            flatten(_gate(rng, kind, "g", "u")),
+            ["y"],
         )
 
     return make
