@@ -2,38 +2,55 @@
 
 A call of PyTorch becomes an ``Expression`` whichever way it was written: ``x.pow(2)``, ``x * x`` and ``torch.square(x)`` are
 ``square(x)``; a slice, a chunk and a split that give the first half of each row are ``half(x, 0)``; a cast to the dtype that a
-tensor has is the tensor; a promotion by a mixed product is a cast. Sizes are left out, dimensions count from the last, so that
-one pattern serves every rank and symbolic sizes.
+tensor has is the tensor; a promotion by a mixed product is a cast. Dimensions count from the last, so that one pattern serves
+every rank.
+
+Two calls are one value only if their function and every argument are the same, each under its name. What is not understood to
+the last argument is opaque: an ``argument``, equal to nothing but itself.
 """
 
 from __future__ import annotations
 
-import re
+import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from torch_jit_ops.inductor.calls import Bound, Function, bind
 
 COMMUTATIVE = ("add", "mul")
 
-_NAMES = {
-    "multiply": "mul",
-    "rmul": "mul",
-    "radd": "add",
-    "truediv": "div",
-    "true_divide": "div",
-    "divide": "div",
-    "subtract": "sub",
-    "square_root": "sqrt",
-    "_to_copy": "to",
-}
-_CASTS = ("to", "float", "half", "bfloat16", "type", "type_as")
+_CASTS = ("to", "float", "half", "bfloat16", "double", "type", "type_as")
 _SLICES = ("getitem", "chunk", "split", "narrow", "slice", "split_with_sizes", "tensor_split", "unsafe_chunk", "unsafe_split")
-_SAME = ("contiguous", "alias", "dropout")
-_DUNDER = re.compile(r"__(\w+)__$")
+_SAME = ("contiguous", "alias", "F.dropout")
+# Each value of the first is one of the second.
+_WIDER = {
+    torch.float16: (torch.float32, torch.float64),
+    torch.bfloat16: (torch.float32, torch.float64),
+    torch.float32: (torch.float64,),
+}
+# Their dimensions are those of the result, which has others than the argument.
+_MAKES_DIMENSIONS = ("unsqueeze", "stack")
+
+
+class Opaque(Exception):
+    """An argument that is not understood."""
+
+
+@dataclass(frozen=True)
+class AnyFloat:
+    """In a pattern, where a float argument of the op stands."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,30 +86,35 @@ class Expression:
 
 @dataclass(frozen=True)
 class Call:
-    """A call as a graph or a recorder saw it, tensors among the arguments replaced by their expressions."""
+    """A call as a graph or a recorder saw it, tensors among the arguments replaced by their expressions.
 
-    name: str
+    Attributes:
+        index: which of several results ``result`` is.
+    """
+
+    function: Function
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     result: Tensor
     source: Any
+    index: int | None = None
 
-    def value(self, position: int, name: str, default: Any = None) -> Any:
-        """The argument at ``position`` or of ``name``."""
-        return self.args[position] if position < len(self.args) else self.kwargs.get(name, default)
+    @property
+    def name(self) -> str:
+        return self.function.name
+
+    def first(self) -> Any:
+        """The argument that the call is a method of."""
+        given = [self.kwargs[name] for name in ("self", "input", "tensor") if name in self.kwargs]
+        return self.args[0] if self.args else given[0] if given else None
+
+    def bound(self) -> Bound | None:
+        """The arguments by name; None if the function does not take them."""
+        return bind(self.function, self.args, self.kwargs, _is_expression)
 
 
-def name_of(function: Any) -> str:
-    """The name of a function, a method or an operator, however it is spelled."""
-    if isinstance(function, str):
-        name = function
-    elif isinstance(function, torch._ops.OpOverload):
-        name = function._schema.name.rpartition("::")[2]
-    else:
-        name = getattr(function, "__name__", type(function).__name__)
-    dunder = _DUNDER.match(name)
-    name = dunder[1] if dunder else name
-    return _NAMES.get(name, name)
+def _is_expression(value: Any) -> bool:
+    return isinstance(value, Expression)
 
 
 class Reader:
@@ -109,10 +131,15 @@ class Reader:
         return Expression("argument", (), (), tensor.dtype, tensor, source)
 
     def read(self, call: Call) -> Expression:
-        """The expression of a call."""
-        rule = _RULES.get(call.name)
-        found = rule(self, call) if rule is not None else None
-        return found if found is not None else self._generic(call)
+        """The expression of a call that does nothing but make its result."""
+        if call.name in _OF_MEMORY:
+            return _OF_MEMORY[call.name](self, call)
+        bound = call.bound()
+        if bound is None or bound.values.get("inplace"):
+            return self.argument(call.result, call.source)
+        rule = _RULES.get(bound.name) if call.index is None else None
+        found = rule(self, bound.values, call) if rule is not None else None
+        return found if found is not None else self._generic(bound, call)
 
     def make(
         self,
@@ -125,9 +152,10 @@ class Reader:
     ) -> Expression:
         made = Expression(name, tuple(inputs), tuple(constants), dtype or tensor.dtype, tensor, source)
         try:
-            return self._known.setdefault((name, made.inputs, made.constants, made.dtype), made)
-        except TypeError:  # a constant that cannot be hashed, such as a slice
+            key = name, made.inputs, _key(made.constants), made.dtype
+        except Opaque:
             return self.argument(tensor, source)
+        return self._known.setdefault(key, made)
 
     def cast(self, value: Expression, dtype: torch.dtype, tensor: Tensor, source: Any = None) -> Expression:
         """``value.to(dtype)``. There and back again through a wider dtype is no cast."""
@@ -135,92 +163,217 @@ class Reader:
             return value
         if value.name == "to":
             inner = value.inputs[0]
-            if inner is not None and inner.dtype == dtype and torch.promote_types(dtype, value.dtype) == value.dtype:
+            if inner is not None and inner.dtype == dtype and value.dtype in _WIDER.get(dtype, ()):
                 return inner
         return self.make("to", (value,), (), tensor, source, dtype)
 
-    def _generic(self, call: Call) -> Expression:
-        inputs: list[Expression | None] = []
+    def _generic(self, bound: Bound, call: Call) -> Expression:
+        inputs: list[Expression] = []
         constants: list[Any] = []
-        for name, value in [*((None, value) for value in call.args), *sorted(call.kwargs.items())]:
-            if isinstance(value, Expression):
-                inputs.append(value)
-            elif _holds_tensors(value):
-                return self.argument(call.result, call.source)
-            elif value is not None:
-                constants.append(value if name is None else (name, value))
-        return self.make(call.name, inputs, constants, call.result, call.source)
+        for name, value in bound.values.items():
+            constants.append((name, _without_tensors(value, inputs)))
+        if not inputs:  # torch.zeros(3) is new memory each time
+            return self.argument(call.result, call.source)
+        rank = inputs[0].tensor.dim()
+        if bound.name not in _MAKES_DIMENSIONS and rank > 0:
+            constants = [(name, _from_the_last(value, rank) if name in _DIMENSIONS else value) for name, value in constants]
+        if not _is_pointwise(bound.name) and any(_counts(value) for _, value in constants):
+            constants.append(("rank", rank))  # what it does to dimension 1 of 2 says nothing of dimension 1 of 3
+        if call.index is not None:
+            constants.append(("result", call.index))
+        return self.make(bound.name, inputs, constants, call.result, call.source)
 
 
-def _holds_tensors(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and any(isinstance(part, Expression) for part in value)
+_DIMENSIONS = ("dim", "dims", "dim0", "dim1", "dim2")
+
+
+def _from_the_last(value: Any, rank: int) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_from_the_last(part, rank) for part in value)
+    return value - rank if type(value) is int and value >= 0 else value
+
+
+def _counts(value: Any) -> bool:
+    """Whether there is a whole number in it that may count dimensions, from the first one."""
+    if isinstance(value, tuple):
+        return any(map(_counts, value))
+    return type(value) is int and value >= 0
+
+
+@functools.cache
+def _is_pointwise(name: str) -> bool:
+    packet = getattr(torch.ops.aten, name, None)
+    return packet is not None and any(torch.Tag.pointwise in getattr(packet, each).tags for each in packet.overloads())
+
+
+class _Tensor:
+    """In constants, where a tensor stands."""
+
+    def __repr__(self) -> str:
+        return "_"
+
+
+_TENSOR = _Tensor()
+
+
+def _without_tensors(value: Any, tensors: list[Expression]) -> Any:
+    if isinstance(value, Expression):
+        tensors.append(value)
+        return _TENSOR
+    return tuple(_without_tensors(part, tensors) for part in value) if type(value) in (list, tuple, torch.Size) else value
+
+
+def _key(value: Any) -> Any:
+    """Equal for constants that are the same: 1, 1.0 and True are three, and so are 0.0 and -0.0."""
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_key, value))
+    if isinstance(value, float):
+        return float, value.hex()
+    if isinstance(value, (bool, int, str, torch.dtype, torch.device, torch.layout, torch.memory_format, type(None), type(...))):
+        return type(value), value
+    if isinstance(value, (Node, _Tensor, AnyFloat)):
+        return value
+    raise Opaque(value)
+
+
+def same_number(one: Any, other: Any) -> bool:
+    """Whether two constants do the same to a tensor of floats: 2 is 2.0, but 1 is not True, and 0.0 not -0.0."""
+    if isinstance(one, bool) or isinstance(other, bool) or not isinstance(one, (int, float)):
+        return type(one) is type(other) and bool(one == other)
+    if not isinstance(other, (int, float)) or one != other:
+        return False
+    return one != 0 or math.copysign(1, one) == math.copysign(1, other)
 
 
 # --- rules ----------------------------------------------------------------------------------------
 
 
-def _binary(reader: Reader, call: Call) -> Expression | None:
-    if len(call.args) != 2 or call.kwargs.get("alpha", 1) != 1 or set(call.kwargs) - {"alpha"}:
+def _binary(name: str) -> Any:
+    def rule(reader: Reader, values: Mapping[str, Any], call: Call) -> Expression | None:
+        if set(values) - {"self", "other", "alpha"} or not same_number(values.get("alpha", 1), 1):
+            return None
+        dtype = call.result.dtype
+        left, right = (
+            reader.cast(part, dtype, part.tensor) if isinstance(part, Expression) and part.tensor.dim() > 0 else part
+            for part in (values["self"], values["other"])
+        )
+        if name == "mul" and left is right:
+            return reader.make("square", (left,), (), call.result, call.source)
+        if name == "mul":
+            for gate, sigmoid in ((left, right), (right, left)):
+                if isinstance(sigmoid, Expression) and sigmoid.name == "sigmoid" and sigmoid.inputs[0] is gate:
+                    return reader.make("silu", (gate,), (), call.result, call.source)
+        if name == "div" and isinstance(right, Expression) and right.name == "sqrt":
+            if not isinstance(left, Expression):
+                return reader.make("rsqrt", right.inputs, (), call.result, call.source) if same_number(left, 1) else None
+            inverse = reader.make("rsqrt", right.inputs, (), right.tensor, None)
+            return reader.make("mul", (left, inverse), (), call.result, call.source)
+        tensors = [part for part in (left, right) if isinstance(part, Expression)]
+        numbers = [part for part in (left, right) if not isinstance(part, Expression)]
+        if name not in COMMUTATIVE and numbers:
+            numbers.append("first" if isinstance(right, Expression) else "second")
+        return reader.make(name, tensors, numbers, call.result, call.source)
+
+    return rule
+
+
+def _unary(name: str) -> Any:
+    """A function of one tensor and of nothing else."""
+
+    def rule(reader: Reader, values: Mapping[str, Any], call: Call) -> Expression | None:
+        return reader.make(name, (values["self"],), (), call.result, call.source) if len(values) == 1 else None
+
+    return rule
+
+
+def _power(reader: Reader, values: Mapping[str, Any], call: Call) -> Expression | None:
+    base, exponent = values["self"], values["exponent"]
+    if not isinstance(base, Expression) or isinstance(exponent, bool) or not isinstance(exponent, (int, float)):
         return None
-    dtype = call.result.dtype
-    left, right = (
-        reader.cast(part, dtype, part.tensor) if isinstance(part, Expression) and part.tensor.dim() > 0 else part
-        for part in call.args
-    )
-    if call.name == "mul" and left is right:
-        return reader.make("square", (left,), (), call.result, call.source)
-    if call.name == "mul":
-        for gate, sigmoid in ((left, right), (right, left)):
-            if isinstance(sigmoid, Expression) and sigmoid.name == "sigmoid" and sigmoid.inputs[0] is gate:
-                return reader.make("silu", (gate,), (), call.result, call.source)
-    if call.name == "div" and isinstance(right, Expression) and right.name == "sqrt":
-        inverse = reader.make("rsqrt", right.inputs, (), right.tensor, None if isinstance(left, Expression) else call.source)
-        if not isinstance(left, Expression):
-            return inverse if left == 1 else None
-        return reader.make("mul", (left, inverse), (), call.result, call.source)
-    tensors = [part for part in (left, right) if isinstance(part, Expression)]
-    numbers = [part for part in (left, right) if not isinstance(part, Expression)]
-    if call.name not in COMMUTATIVE and numbers:
-        numbers.append("first" if isinstance(right, Expression) else "second")
-    return reader.make(call.name, tensors, numbers, call.result, call.source)
+    name = {2: "square", 0.5: "sqrt", -0.5: "rsqrt"}.get(exponent)
+    if name is None:
+        return reader.make("pow", (base,), (exponent,), call.result, call.source)
+    return reader.make(name, (base,), (), call.result, call.source)
 
 
-def _power(reader: Reader, call: Call) -> Expression | None:
-    exponent = call.value(1, "exponent")
-    name = {2: "square", 0.5: "sqrt", -0.5: "rsqrt"}.get(exponent) if isinstance(exponent, (int, float)) else None
-    return reader.make(name, (call.args[0],), (), call.result, call.source) if name and not call.kwargs else None
-
-
-def _reciprocal(reader: Reader, call: Call) -> Expression | None:
-    value = call.args[0]
+def _reciprocal(reader: Reader, values: Mapping[str, Any], call: Call) -> Expression | None:
+    value = values["self"]
     return reader.make("rsqrt", value.inputs, (), call.result, call.source) if value.name == "sqrt" else None
 
 
-def _cast(reader: Reader, call: Call) -> Expression | None:
-    value = call.args[0] if call.args else None
-    if not isinstance(value, Expression) or value.tensor.device != call.result.device:
+def _mean(reader: Reader, values: Mapping[str, Any], call: Call) -> Expression | None:
+    value, dims = values["self"], values.get("dim")
+    if not isinstance(dims, tuple) or values["dtype"] not in (None, value.dtype) or not all(type(dim) is int for dim in dims):
+        return None
+    last = tuple(sorted(_from_the_last(dims, value.tensor.dim())))
+    return reader.make("mean", (value,), (last, bool(values["keepdim"])), call.result, call.source)
+
+
+def _gelu(reader: Reader, values: Mapping[str, Any], call: Call) -> Expression | None:
+    return reader.make("gelu", (values["self"],), (values["approximate"],), call.result, call.source)
+
+
+def _rms_norm(reader: Reader, values: Mapping[str, Any], call: Call) -> Expression | None:
+    value, eps = values["input"], values["eps"]
+    if not isinstance(values["normalized_shape"], tuple) or value.dtype not in (*_WIDER, torch.float64):
+        return None
+    if eps is None:  # that of the type in which PyTorch computes
+        eps = torch.finfo(torch.promote_types(value.dtype, torch.float32)).eps
+    constants = (len(values["normalized_shape"]), eps)
+    return reader.make("rms_norm", (value, values["weight"]), constants, call.result, call.source)
+
+
+def _layer_norm(reader: Reader, values: Mapping[str, Any], call: Call) -> Expression | None:
+    if not isinstance(values["normalized_shape"], tuple):
+        return None
+    inputs = (values["input"], values["weight"], values["bias"])
+    constants = (len(values["normalized_shape"]), values["eps"])
+    return reader.make("layer_norm", inputs, constants, call.result, call.source)
+
+
+_RULES = {
+    **{name: _binary(name) for name in ("add", "mul", "sub", "div")},
+    **{name: _unary(name) for name in ("square", "sqrt", "rsqrt", "sigmoid", "tanh", "silu", "relu")},
+    "pow": _power,
+    "reciprocal": _reciprocal,
+    "mean": _mean,
+    "gelu": _gelu,
+    "rms_norm": _rms_norm,
+    "layer_norm": _layer_norm,
+}
+
+
+# --- rules that look at the result alone, whatever the arguments ------------------------------------
+
+
+def _cast(reader: Reader, call: Call) -> Expression:
+    value = call.first()
+    plain = isinstance(value, Expression) and value.tensor.shape == call.result.shape
+    if not plain or value.tensor.device != call.result.device or value.tensor.layout != call.result.layout:
         return reader.argument(call.result, call.source)
     return reader.cast(value, call.result.dtype, call.result, call.source)
 
 
-def _same(reader: Reader, call: Call) -> Expression | None:
-    """A call that gives back its first argument: the same values in the same places."""
-    value = call.args[0] if call.args else None
-    if not isinstance(value, Expression) or (call.name == "dropout" and call.value(2, "training", True) is not False):
-        return reader.argument(call.result, call.source)
-    if len(call.args) > 1 and call.name == "contiguous":
-        return reader.argument(call.result, call.source)
-    same = value.tensor.shape == call.result.shape and _all(
-        mine == theirs for mine, theirs in zip(value.tensor.stride(), call.result.stride(), strict=True)
+def _same(reader: Reader, call: Call) -> Expression:
+    """A call that gives back its first argument: the same values in the same places of the same memory."""
+    value = call.first()
+    same = isinstance(value, Expression) and value.tensor.dim() == call.result.dim() and is_view(value.tensor, call.result)
+    same = same and _all(
+        mine == theirs
+        for mine, theirs in zip(
+            (*value.tensor.shape, *value.tensor.stride(), value.tensor.storage_offset()),
+            (*call.result.shape, *call.result.stride(), call.result.storage_offset()),
+            strict=True,
+        )
     )
     return value if same else reader.argument(call.result, call.source)
 
 
-def _slice(reader: Reader, call: Call) -> Expression | None:
+def _slice(reader: Reader, call: Call) -> Expression:
     """The first or the second half of each row, by where it lies in memory; any other slice is not looked into."""
-    whole = call.args[0] if call.args else None
+    whole = call.first()
     part = call.result
-    if isinstance(whole, Expression) and 0 < whole.tensor.dim() == part.dim():
+    if isinstance(whole, Expression) and 0 < whole.tensor.dim() == part.dim() and is_view(whole.tensor, part):
         tensor = whole.tensor
         width = part.shape[-1]
         aligned = [tensor.shape[-1] == 2 * width, width > 0]
@@ -234,53 +387,21 @@ def _slice(reader: Reader, call: Call) -> Expression | None:
     return reader.argument(part, call.source)
 
 
+def is_view(whole: Tensor, part: Tensor) -> bool:
+    """Whether two tensors of one dtype lie in the same memory."""
+    if whole.dtype != part.dtype or whole.layout is not torch.strided or part.layout is not torch.strided:
+        return False
+    return whole.untyped_storage()._cdata == part.untyped_storage()._cdata
+
+
 def _all(facts: Any) -> bool:
     return all(statically_known_true(fact) for fact in facts)
 
 
-def _mean(reader: Reader, call: Call) -> Expression | None:
-    value, dims = call.args[0], call.value(1, "dim")
-    if dims is None or call.value(3, "dtype") not in (None, value.dtype):
-        return None
-    dims = [dims] if isinstance(dims, int) else dims
-    rank = value.tensor.dim()
-    last = tuple(sorted(dim if dim < 0 else dim - rank for dim in dims))
-    return reader.make("mean", (value,), (last, bool(call.value(2, "keepdim", False))), call.result, call.source)
-
-
-def _gelu(reader: Reader, call: Call) -> Expression | None:
-    return reader.make("gelu", (call.args[0],), (call.value(1, "approximate", "none"),), call.result, call.source)
-
-
-def _silu(reader: Reader, call: Call) -> Expression | None:
-    inplace = call.value(1, "inplace", False)
-    return None if inplace else reader.make("silu", (call.args[0],), (), call.result, call.source)
-
-
-def _rms_norm(reader: Reader, call: Call) -> Expression | None:
-    value, eps = call.args[0], call.value(3, "eps")
-    if eps is None:  # that of the type in which PyTorch computes
-        eps = torch.finfo(torch.promote_types(value.dtype, torch.float32)).eps
-    constants = (len(call.value(1, "normalized_shape")), eps)
-    return reader.make("rms_norm", (value, call.value(2, "weight")), constants, call.result, call.source)
-
-
-def _layer_norm(reader: Reader, call: Call) -> Expression | None:
-    inputs = (call.args[0], call.value(2, "weight"), call.value(3, "bias"))
-    constants = (len(call.value(1, "normalized_shape")), call.value(4, "eps", 1e-5))
-    return reader.make("layer_norm", inputs, constants, call.result, call.source)
-
-
-_RULES = {
-    **dict.fromkeys(("add", "mul", "sub", "div"), _binary),
+# Functions whose value is that of their first argument, or a part of it.
+OF_THE_FIRST = (*_CASTS, *_SLICES, *_SAME)
+_OF_MEMORY = {
     **dict.fromkeys(_CASTS, _cast),
     **dict.fromkeys(_SLICES, _slice),
     **dict.fromkeys(_SAME, _same),
-    "pow": _power,
-    "reciprocal": _reciprocal,
-    "mean": _mean,
-    "gelu": _gelu,
-    "silu": _silu,
-    "rms_norm": _rms_norm,
-    "layer_norm": _layer_norm,
 }

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
 from torch.fx import Graph, Node
 
-from torch_jit_ops.inductor.match import Attempt, GraphReader, Match, match, tensor_of
+from torch_jit_ops.inductor.effects import is_transform, is_transformed
+from torch_jit_ops.inductor.match import Attempt, GraphReader, Match, label_of, match, tensor_of
 from torch_jit_ops.inductor.objections import leading_order, objection
 from torch_jit_ops.inductor.pattern import Pattern, patterns_of
-from torch_jit_ops.inductor.report import Entry, entry_at
+from torch_jit_ops.inductor.report import Entry, entry_at, line_of, module_of
 from torch_jit_ops.inductor.rewrite import Rewrite, find_ops, in_module
 from torch_jit_ops.op import Op, libraries
 
@@ -41,24 +45,46 @@ class Fusion(Rewrite):
         return "\n".join(("fuse", *self._where, *kernels, *patterns))
 
     def __call__(self, graph: Graph) -> None:
-        reader = GraphReader(graph)
-        covered: set[Node] = set()
+        reader = GraphReader()
         done: list[Entry] = []
         missed: list[Entry] = []
+        try:
+            switch = next(filter(is_transform, graph.nodes), None)
+            if switch is not None or is_transformed():
+                # The derivative, or the batch, is taken of the model's own functions. The tensors within a transform cannot be
+                # looked at once it was left.
+                at = switch or next(iter(graph.nodes))
+                self._enter((), (), [_untouched(at, "torch.func or forward mode is at work in it")])
+                return
+            reader.read(graph)
+            places = list(self._places(graph, reader, done, missed))
+        except Exception as error:  # the model compiles without the ops, whatever this pass did not expect of it
+            at = reader.at or next(iter(graph.nodes))
+            entry = _untouched(at, f"{type(error).__name__}: {error}")
+            if entry not in self._untouched:
+                warnings.warn(f"fuse left a graph as it was. {entry}", RuntimeWarning, stacklevel=2)
+            self._enter((), (), [entry])
+            return
+        _put(graph, places)
+        self._enter(reversed(done), reversed(missed))
+
+    def _places(self, graph: Graph, reader: GraphReader, done: list[Entry], missed: list[Entry]) -> Iterator[_Place]:
+        """What to put where, from the last to the first. Nothing is changed yet."""
+        covered: set[Node] = set()
         for node in reversed(list(graph.nodes)):  # a large pattern before those that are a part of it
+            reader.at = node
             expression = reader[node]
             if node in covered or expression is None or expression.source is not node or not in_module(node, self._where):
                 continue
-            found, miss = self._best(node, reader)
+            found, miss = self._best(node, reader, covered)
             if miss is not None:
                 missed.append(miss)
             if found is not None:
-                _replace(graph, found)
+                yield _place(found, frozenset(filter(reader.is_pure, found.interior)))
                 covered |= found.interior
                 done.append(entry_at(found.pattern.op, node))
-        self._enter(reversed(done), reversed(missed))
 
-    def _best(self, node: Node, reader: GraphReader) -> tuple[Match | None, Entry | None]:
+    def _best(self, node: Node, reader: GraphReader, covered: set[Node]) -> tuple[Match | None, Entry | None]:
         """The largest pattern that fits at ``node``, and what to say of one that fits better and may not stand there."""
         expression = reader[node]
         nearest, miss = _NEAR, None
@@ -66,6 +92,8 @@ class Fusion(Rewrite):
             attempt = Attempt()
             found = match(pattern, node, reader, attempt)
             against = objection(found, reader) if found is not None else None
+            if found is not None and not covered.isdisjoint(found.outputs):
+                against = "another op makes one of its results already"
             if found is not None and against is None:
                 return found, miss if nearest >= 1 else None
             share = 1.0 if found is not None else attempt.fitted / pattern.size
@@ -74,53 +102,89 @@ class Fusion(Rewrite):
         return None, miss
 
 
-def _replace(graph: Graph, found: Match) -> None:
-    op = found.pattern.op
-    with graph.inserting_before(found.place):
-        order = leading_order(found)
-        arguments = [_permuted(graph, argument, order) for argument in found.arguments]
-        made: list[Node] = []
-        for index, argument in enumerate(op.signature.arguments):
-            if argument.written:
-                # What is written is a copy to whoever reads the graph. Inductor leaves it out where nothing reads the original
-                # afterwards, and only there objections.py lets the op stand.
-                arguments[index] = graph.call_method("clone", (arguments[index],))
-                arguments[index].meta = dict(found.arguments[index].meta)
-                made.append(arguments[index])
-        keywords = {
-            argument.name: value
-            for argument, value in zip(op.signature.arguments, arguments, strict=True)
-            if argument.keyword_only
-        }
-        positional = [
-            value for argument, value in zip(op.signature.arguments, arguments, strict=True) if not argument.keyword_only
-        ]
-        call = graph.call_function(op.default, tuple(positional), keywords)
-        call.meta = {key: value for key, value in found.root.meta.items() if key in ("nn_module_stack", "stack_trace")}
-        if not made:
-            made = [call]
-            tensor = tensor_of(found.root)
-            call.meta["example_value"] = tensor.new_empty([tensor.shape[dim] for dim in order or ()])
-            if order and order != tuple(sorted(order)):
-                made = [graph.call_method("permute", (call, tuple(order.index(dim) for dim in range(len(order)))))]
-        if op.signature.results > 1:
-            call.meta["example_value"] = tuple(tensor_of(node) for node in found.outputs)
-            made = [graph.call_function(operator.getitem, (call, index)) for index in range(op.signature.results)]
-    for old, new in zip(found.outputs, made, strict=True):
-        new.meta = dict(old.meta)
-        old.replace_all_uses_with(new)
-    for node in sorted(found.interior, reverse=True):
+def _untouched(node: Node, reason: str) -> Entry:
+    label = label_of(node) if node.op in ("call_function", "call_method") else node.name
+    return Entry(label, module_of(node), line_of(node), reason)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """An op, where it goes, and what has to be made for it: all that could fail is done.
+
+    Attributes:
+        order: of the dimensions, where it is not their own.
+        permuted: by the arguments that are given in that order, their fake tensors.
+        example: the op's own result.
+        spent: the nodes that go unless something else uses them.
+    """
+
+    found: Match
+    order: tuple[int, ...] | None
+    permuted: dict[Node, Tensor]
+    example: Any
+    spent: frozenset[Node]
+
+
+def _place(found: Match, spent: frozenset[Node]) -> _Place:
+    order = leading_order(found)
+    if order == tuple(sorted(order or ())):
+        order = None
+    wide = {node: tensor_of(node) for node in found.nodes() if order and tensor_of(node).dim() != 1}
+    tensor = tensor_of(found.root)
+    example: Any = None
+    if found.pattern.op.signature.results > 1:
+        example = tuple(tensor_of(node) for node in found.outputs)
+    elif found.pattern.op.signature.results == 1:
+        example = tensor.new_empty([tensor.shape[dim] for dim in order or range(tensor.dim())])
+    return _Place(found, order, {node: value.permute(order) for node, value in wide.items()}, example, spent)
+
+
+def _put(graph: Graph, places: Sequence[_Place]) -> None:
+    replaced: dict[Node, Node] = {}  # a result of one may be an argument of the next
+    for place in places:
+        made = _insert(graph, place, replaced)
+        for old, new in zip(place.found.outputs, made, strict=True):
+            new.meta = dict(old.meta)
+            old.replace_all_uses_with(new)
+            replaced[old] = new
+    for node in sorted(set().union(*(place.spent for place in places)), reverse=True):
         if not node.users:
             graph.erase_node(node)
 
 
-def _permuted(graph: Graph, argument: Any, order: tuple[int, ...] | None) -> Any:
-    """``argument`` with its dimensions in that order; weights, which have but one, as they are."""
-    if not isinstance(argument, Node) or order is None or order == tuple(sorted(order)) or tensor_of(argument).dim() == 1:
-        return argument
-    node = graph.call_method("permute", (argument, order))
-    node.meta = {**argument.meta, "example_value": tensor_of(argument).permute(order)}
-    return node
+def _insert(graph: Graph, place: _Place, replaced: dict[Node, Node]) -> list[Node]:
+    """The nodes that stand for the outputs of what was found."""
+    found, order = place.found, place.order
+    op = found.pattern.op
+    with graph.inserting_before(found.place):
+        arguments = []
+        written: list[Node] = []
+        for parameter, given in zip(op.signature.arguments, found.arguments, strict=True):
+            argument = replaced.get(given, given) if isinstance(given, Node) else given
+            if isinstance(given, Node) and given in place.permuted:
+                argument = graph.call_method("permute", (argument, order))
+                argument.meta = {**given.meta, "example_value": place.permuted[given]}
+            if parameter.written:
+                # What is written is a copy to whoever reads the graph. Inductor leaves it out where nothing reads the original
+                # afterwards, and only there objections.py lets the op stand.
+                argument = graph.call_method("clone", (argument,))
+                argument.meta = dict(given.meta)
+                written.append(argument)
+            arguments.append(argument)
+        pairs = list(zip(op.signature.arguments, arguments, strict=True))
+        positional = tuple(value for parameter, value in pairs if not parameter.keyword_only)
+        call = graph.call_function(
+            op.default, positional, {parameter.name: value for parameter, value in pairs if parameter.keyword_only}
+        )
+        call.meta = {key: value for key, value in found.root.meta.items() if key in ("nn_module_stack", "stack_trace")}
+        if written:
+            return written
+        call.meta["example_value"] = place.example
+        if op.signature.results > 1:
+            return [graph.call_function(operator.getitem, (call, index)) for index in range(op.signature.results)]
+        if order:
+            return [graph.call_method("permute", (call, tuple(order.index(dim) for dim in range(len(order)))))]
+        return [call]
 
 
 def fuse(ops: Iterable[str | Op] | None = None, *, where: str | tuple[str, ...] = "*") -> Fusion:

@@ -2,87 +2,121 @@
 
 from __future__ import annotations
 
-import inspect
-import types
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 
-from torch_jit_ops.inductor.expression import COMMUTATIVE, Call, Expression, Reader, name_of
-from torch_jit_ops.inductor.pattern import AnyFloat, Pattern
-
-# What changes how the calls behind it compute.
-_MODES = ("_set_grad_enabled", "_enter_autocast", "_exit_autocast", "_enter_inference_mode", "_exit_inference_mode")
-_WRITES_IN_PLACE = ("setitem", "iadd", "imul", "isub", "itruediv", "ifloordiv", "ipow", "iand", "ior", "ixor", "copy_")
+from torch_jit_ops.inductor.calls import function_of
+from torch_jit_ops.inductor.effects import Effect, effect_of
+from torch_jit_ops.inductor.expression import COMMUTATIVE, OF_THE_FIRST, AnyFloat, Call, Expression, Reader, same_number
+from torch_jit_ops.inductor.pattern import Pattern
 
 Bindings = dict[Any, Any]
 
 
 def tensor_of(node: Node) -> Any:
-    """The fake tensor that Dynamo, or an export, saw as the value of ``node``; None if it saw something else."""
+    """The fake tensor that Dynamo, or an export, saw as the value of ``node``; None if it saw something else, such as a tensor
+    of another kind, which computes as it likes."""
     value = node.meta.get("example_value", node.meta.get("val"))
-    return value if isinstance(value, Tensor) else None
+    plain = type(value) in (FakeTensor, Tensor, torch.nn.Parameter) and value.layout is torch.strided
+    return value if plain else None
 
 
-def is_barrier(node: Node) -> bool:
-    """Whether moving a read of memory across ``node`` could change what is read or computed."""
-    if node.op == "call_module":
-        return True
-    if node.op not in ("call_function", "call_method"):
-        return False
-    if isinstance(node.target, torch._ops.OpOverload):
-        return bool(node.target._schema.is_mutable)
-    if isinstance(node.target, torch._ops.OpOverloadPacket):
-        return any(getattr(node.target, name)._schema.is_mutable for name in node.target.overloads() if name != "out")
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
-        return True
-    name = name_of(node.target)
-    return _is_told_to_write(node) or name in _MODES or name in _WRITES_IN_PLACE or name.endswith("_")
-
-
-def _is_told_to_write(node: Node) -> bool:
-    if node.kwargs.get("inplace") is True or node.kwargs.get("out") is not None:
-        return True
-    if not isinstance(node.target, types.FunctionType):
-        return False
-    parameters = list(inspect.signature(node.target).parameters)
-    return "inplace" in parameters and True in node.args[parameters.index("inplace") :]
+def label_of(node: Node) -> str:
+    """What is called, for a message."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target._schema.name.rpartition("::")[2])
+    return target if isinstance(target, str) else getattr(target, "__name__", type(target).__name__)
 
 
 class GraphReader:
-    """The expressions of a graph's nodes, as they are before it is changed."""
+    """The expressions of a graph's nodes, as they are before it is changed.
 
-    def __init__(self, graph: Graph) -> None:
+    A node that writes memory, or changes how those behind it compute, begins a new epoch. What two nodes of different epochs
+    compute is never one value: in a later epoch, a node whose value stood for another's is opaque.
+
+    Attributes:
+        barriers: the nodes that begin an epoch.
+        at: the node that is looked at.
+    """
+
+    def __init__(self) -> None:
         self._reader = Reader()
         self._expressions: dict[Node, Expression] = {}
+        self._epochs: dict[Node, int] = {}
+        self._effects: dict[Node, Effect] = {}
+        self._sharing: dict[int, list[Node]] = defaultdict(list)
         self.barriers: list[Node] = []
+        self.at: Node | None = None
+
+    def read(self, graph: Graph) -> None:
+        """Make the expressions of all nodes."""
         for node in graph.nodes:
-            if is_barrier(node):
+            self.at = node
+            effect = self._effects[node] = effect_of(node)
+            if effect is Effect.WRITES:
                 self.barriers.append(node)
                 self._reader.forget()
+            self._epochs[node] = len(self.barriers)
             tensor = tensor_of(node)
             if tensor is not None:
-                self._expressions[node] = self._read(node, tensor)
+                self._sharing[tensor.untyped_storage()._cdata].append(node)
+                self._expressions[node] = self._read(node, tensor, effect)
 
     def __getitem__(self, node: Node) -> Expression | None:
         return self._expressions.get(node)
 
-    def _read(self, node: Node, tensor: Tensor) -> Expression:
-        if node.op not in ("call_function", "call_method") or is_barrier(node):
+    def is_alias(self, node: Node) -> bool:
+        """Whether its value is that of another node, so that nothing is lost with it."""
+        expression = self._expressions.get(node)
+        return expression is not None and isinstance(expression.source, Node) and expression.source is not node
+
+    def is_pure(self, node: Node) -> bool:
+        """Whether it does nothing but make its value."""
+        return self._effects[node] is Effect.NONE
+
+    def inputs(self, node: Node) -> Sequence[Node]:
+        """The nodes that its value is computed from: of ``x.type_as(y)`` it is ``x`` alone."""
+        function = function_of(node.target)
+        if function is not None and function.name in OF_THE_FIRST:
+            return [value for value in node.args[:1] if isinstance(value, Node)] or node.all_input_nodes
+        return [self._expressions[node].source] if self.is_alias(node) else node.all_input_nodes
+
+    def sharing(self, node: Node) -> Sequence[Node]:
+        """The nodes whose tensors lie in the same memory, or overlap it."""
+        return self._sharing[tensor_of(node).untyped_storage()._cdata]
+
+    def _read(self, node: Node, tensor: Tensor, effect: Effect) -> Expression:
+        if node.op not in ("call_function", "call_method") or effect is not Effect.NONE:
             return self._reader.argument(tensor, node)
-        name, args = name_of(node.target), node.args
-        if name == "getitem" and isinstance(args[0], Node) and tensor_of(args[0]) is None:
-            name, args = name_of(args[0].target), args[0].args  # a part of a chunk or a split
-        kwargs = {key: self._known(value) for key, value in node.kwargs.items()}
-        return self._reader.read(Call(name, tuple(map(self._known, args)), kwargs, tensor, node))
+        call, index = node, None
+        if label_of(node) == "getitem" and isinstance(node.args[0], Node) and tensor_of(node.args[0]) is None:
+            call, index = node.args  # a part of a chunk or a split
+            known = call.op in ("call_function", "call_method") and type(index) is int
+            if not known or self._epochs[call] != self._epochs[node] or self._effects[call] is not Effect.NONE:
+                return self._reader.argument(tensor, node)
+        function = function_of(call.target)
+        if function is None:
+            return self._reader.argument(tensor, node)
+        kwargs = {key: self._known(value) for key, value in call.kwargs.items()}
+        return self._reader.read(Call(function, tuple(map(self._known, call.args)), kwargs, tensor, node, index))
 
     def _known(self, value: Any) -> Any:
         if isinstance(value, Node):
-            return self._expressions.get(value, value)
+            expression = self._expressions.get(value)
+            if expression is None:
+                return value
+            if expression.source is not value and self._epochs[value] != len(self.barriers):
+                # Its memory may have been written since, or that of the node whose value it was.
+                expression = self._expressions[value] = self._reader.argument(expression.tensor, value)
+            return expression
         return type(value)(map(self._known, value)) if type(value) in (list, tuple) else value
 
 
@@ -144,8 +178,9 @@ def match(pattern: Pattern, node: Node, reader: GraphReader, attempt: Attempt) -
         outputs = tuple(bound[output].source for output in pattern.outputs)
         wanted = zip((*pattern.arguments, *pattern.outputs), (*arguments, *outputs), strict=True)
         if all(isinstance(value, Node) for part, value in wanted if isinstance(part, Expression)):
-            interior = frozenset(_between(node, [value for value in arguments if isinstance(value, Node)]))
-            return Match(pattern, arguments, outputs, interior)
+            interior = frozenset(_between(node, [value for value in arguments if isinstance(value, Node)], reader))
+            if interior.issuperset(outputs):
+                return Match(pattern, arguments, outputs, interior)
         attempt.fail(bound, "an argument has no place in the graph")
     return None
 
@@ -172,18 +207,26 @@ def _unify(pattern: Expression, target: Expression, bound: Bindings, attempt: At
         return
     bound = {**bound, pattern: target}
     for wanted, found in zip(pattern.constants, target.constants, strict=True):
-        if isinstance(wanted, AnyFloat):
-            if not isinstance(found, (int, float)) or bound.setdefault(wanted, found) != found:
-                attempt.fail(bound, f"{wanted.name} is no constant of the model")
-                return
-        elif wanted != found:
-            attempt.fail(bound, f"{pattern.name} with {wanted}: the model has {found}")
+        wrong = _unlike(wanted, found, bound)
+        if wrong is not None:
+            attempt.fail(bound, wrong or f"{pattern.name} with {wanted}: the model has {found}")
             return
     orders = [target.inputs]
     if pattern.name in COMMUTATIVE and len(target.inputs) == 2:
         orders.append(target.inputs[::-1])
     for order in orders:
         yield from _unify_all(pattern.inputs, order, bound, attempt)
+
+
+def _unlike(wanted: Any, found: Any, bound: Bindings) -> str | None:
+    """Why a constant is not what the pattern has there; empty if all is said by the two."""
+    if isinstance(wanted, AnyFloat):
+        number = isinstance(found, (int, float)) and not isinstance(found, bool)
+        same = number and same_number(bound.setdefault(wanted, found), found)
+        return None if same else f"{wanted.name} is no constant of the model"
+    if isinstance(wanted, tuple) and isinstance(found, tuple) and len(wanted) == len(found):
+        return next((wrong for each in zip(wanted, found, strict=True) if (wrong := _unlike(*each, bound)) is not None), None)
+    return None if same_number(wanted, found) else ""
 
 
 def _unify_all(
@@ -200,7 +243,7 @@ def _unify_all(
         yield from _unify_all(patterns[1:], targets[1:], found, attempt)
 
 
-def _between(root: Node, arguments: Sequence[Node]) -> Iterator[Node]:
+def _between(root: Node, arguments: Sequence[Node], reader: GraphReader) -> Iterator[Node]:
     """The nodes from which ``root`` is computed, back to the arguments."""
     seen: set[Node] = set(arguments)
     rest = [root]
@@ -213,7 +256,7 @@ def _between(root: Node, arguments: Sequence[Node]) -> Iterator[Node]:
             continue  # a size
         seen.add(node)
         yield node
-        rest += node.all_input_nodes
+        rest += reader.inputs(node)
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from torch_jit_ops.inductor.expression import Expression, name_of
-from torch_jit_ops.inductor.match import GraphReader, Match, tensor_of
+from torch_jit_ops.inductor.expression import Expression
+from torch_jit_ops.inductor.match import GraphReader, Match, label_of, tensor_of
 from torch_jit_ops.op import Op
 
 Objection = Callable[[Match, GraphReader], str | None]
@@ -51,6 +51,22 @@ def _shapes(found: Match, reader: GraphReader) -> str | None:
             in_sample = -dim > sample.dim() or sample.shape[dim] == main_sample.shape[dim]
             if in_sample and not statically_known_true(tensor.shape[dim] == main.shape[dim]):
                 return f"{name} is broadcast, {list(tensor.shape)} to {list(main.shape)}"
+    return _sizes(pairs)
+
+
+def _sizes(pairs: Sequence[tuple[Tensor, Tensor, str]]) -> str | None:
+    """A size of the sample is one size of the model, wherever it stands."""
+    main_sample, main = pairs[0][:2]
+    known: dict[int, int | torch.SymInt] = {}
+    for sample, tensor, name in pairs:
+        for dim in range(-1, -sample.dim() - 1, -1):
+            if -dim > tensor.dim():
+                continue
+            if dim < -1 and sample.dim() != main_sample.dim() and main.dim() != main_sample.dim():
+                return f"{name} has {tensor.dim()} dimensions"  # which of the model's leading dimensions are meant is not said
+            size = known.setdefault(sample.shape[dim], tensor.shape[dim])
+            if not statically_known_true(size == tensor.shape[dim]):
+                return f"{name} has {tensor.shape[dim]} where {size} is expected, {list(tensor.shape)}"
     return None
 
 
@@ -117,19 +133,20 @@ def _is_one(size: int | torch.SymInt) -> bool:
 def _order(found: Match, reader: GraphReader) -> str | None:
     first = min(found.interior)
     for barrier in reader.barriers:
-        if first < barrier < found.root:
-            return f"{name_of(barrier.target)} is called meanwhile, which may change what it reads or how it computes"
+        if barrier in found.interior or first < barrier < found.root:
+            return f"{label_of(barrier)} is called meanwhile, which may change what it reads or how it computes"
     late = [node for node in found.nodes() if not node < found.place]
     return f"{late[0].name} is computed after {found.place.name}" if late else None
 
 
 def _uses(found: Match, reader: GraphReader) -> str | None:
-    """A value that is needed elsewhere is computed anyway: the op would compute it again. Casts and halves cost nothing."""
-    for node in found.interior - set(found.outputs):
+    """A value that is needed elsewhere is computed anyway: the op would compute it again. Casts, halves and other names of a
+    value cost nothing; but a hook that is set on one waits for a gradient that would not come."""
+    hooks = set(reader.barriers)
+    for node in sorted(found.interior - set(found.outputs)):
         expression = reader[node]
-        if expression is None or expression.name in ("to", "half", "argument"):
-            continue
-        outside = [user for user in node.users if user not in found.interior]
+        free = expression is None or expression.name in ("to", "half", "argument") or reader.is_alias(node)
+        outside = [user for user in node.users if user not in found.interior and (not free or user in hooks)]
         if outside:
             return f"{node.name} is used elsewhere too, by {outside[0].name}"
     return None
@@ -144,14 +161,27 @@ def _writes(found: Match, reader: GraphReader) -> str | None:
     if any(tensor_of(node).requires_grad for node in found.outputs):
         return "it needs a derivative, which an op that writes its arguments has not"
     for node in written:
-        if node.op not in ("call_function", "call_method"):
-            return f"{node.name} is an input of the graph"
-        later = [user for user in node.users if user not in found.interior and user > found.place]
-        if later:
-            return f"{node.name} is read afterwards, by {later[0].name}"
-    if len({id(node) for node in written}) < len(written):
+        for other in reader.sharing(node):
+            if other.op not in ("call_function", "call_method"):
+                return f"{other.name} is an input of the graph"
+            later = [user for user in other.users if user not in found.interior and user > found.place]
+            if later:
+                return f"{other.name} is read afterwards, by {later[0].name}"
+    if len({reader.sharing(node)[0] for node in written}) < len(written):
         return "it would write one tensor for two arguments"
     return None
 
 
-_CHECKS: tuple[Objection, ...] = (_device, _shapes, _layout, _order, _uses, _writes)
+def _saved(found: Match, reader: GraphReader) -> str | None:
+    """What the op keeps for its derivative may not be written behind it. The model's own calls may have kept something else."""
+    if not any(tensor_of(node).requires_grad for node in found.outputs):
+        return None
+    for node in found.nodes():
+        users = {user for other in reader.sharing(node) for user in other.users}
+        writers = [user for user in reader.barriers if user in users and user > found.place]
+        if writers:
+            return f"{node.name} is written afterwards, by {writers[0].name}, and needed for the derivative"
+    return None
+
+
+_CHECKS: tuple[Objection, ...] = (_device, _shapes, _layout, _order, _uses, _writes, _saved)

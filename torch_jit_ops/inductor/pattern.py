@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from torch_jit_ops.inductor.expression import Call, Expression, Reader, name_of
+from torch_jit_ops.inductor.calls import Function, function_of
+from torch_jit_ops.inductor.effects import Effect, watch
+from torch_jit_ops.inductor.expression import AnyFloat, Call, Expression, Reader
 from torch_jit_ops.op import Op
 from torch_jit_ops.samples import SampleMaker
 
@@ -28,16 +31,6 @@ _OVER_LAST = {"mean": ((-1,), True), "rms_norm": (1,), "layer_norm": (1,)}
 
 class Unreadable(Exception):
     """A spelling that cannot be made a pattern, and why."""
-
-
-@dataclass(frozen=True)
-class AnyFloat:
-    """In a pattern, where a float argument of the op stands."""
-
-    name: str
-
-    def __str__(self) -> str:
-        return self.name
 
 
 @dataclass(frozen=True)
@@ -150,7 +143,7 @@ def _trace(op: Op, spelling: Callable[..., Any], sample: list[Any]) -> Pattern:
     positional = [value for name, value in zip(names, values, strict=True) if not _is_keyword(op, name)]
     keywords = {name: value for name, value in zip(names, values, strict=True) if _is_keyword(op, name)}
     try:
-        with recorder, warnings.catch_warnings():
+        with torch.inference_mode(False), recorder, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a dtype that is slow: nothing is computed
             results = spelling(*positional, **keywords)
     except Unreadable:
@@ -184,7 +177,11 @@ def _contains(whole: Expression, part: Expression) -> bool:
 
 
 def _holds(whole: Expression, number: AnyFloat) -> bool:
-    return any(number in part.constants for part in whole.parts())
+    return any(_is_among(number, part.constants) for part in whole.parts())
+
+
+def _is_among(number: AnyFloat, constants: tuple[Any, ...]) -> bool:
+    return any(_is_among(number, part) if isinstance(part, tuple) else part == number for part in constants)
 
 
 class _Recorder(TorchFunctionMode):
@@ -208,21 +205,29 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        name = name_of(func)
-        written = name.endswith("_") or name in ("setitem", "iadd", "imul", "isub", "itruediv") or "out" in kwargs
-        if written:
-            self._write(name, args, kwargs)
-        else:
-            parts = result if isinstance(result, (tuple, list)) else [result]
-            for part in parts:
-                if isinstance(part, Tensor) and id(part) not in self._expressions:
-                    self._expressions[id(part)] = self._reader.read(self._call(name, args, kwargs, part)), part
+        function = function_of(func)
+        result, effect = watch(func, args, kwargs)
+        if effect is Effect.DRAWS:
+            raise Unreadable("draws random numbers")
+        if result is None and effect is Effect.WRITES:
+            result = func(*args, **kwargs)
+            self._write(function, args, kwargs)
+            return result
+        several = isinstance(result, (tuple, list))
+        for index, part in enumerate(result if several else [result]):
+            if isinstance(part, Tensor) and id(part) not in self._expressions:
+                call = self._call(function, args, kwargs, part, index if several else None)
+                read = self._reader.read(call) if call is not None else self._reader.argument(part, None)
+                self._expressions[id(part)] = read, part
         return result
 
-    def _call(self, name: str, args: Sequence[Any], kwargs: dict[str, Any], result: Tensor) -> Call:
+    def _call(
+        self, function: Function | None, args: Sequence[Any], kwargs: dict[str, Any], result: Tensor, index: int | None = None
+    ) -> Call | None:
+        if function is None:
+            return None
         known = {key: self._known(value) for key, value in kwargs.items()}
-        return Call(name, tuple(self._known(value) for value in args), known, result, None)
+        return Call(function, tuple(self._known(value) for value in args), known, result, None, index)
 
     def _known(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -231,10 +236,11 @@ class _Recorder(TorchFunctionMode):
             return self.floats.get(value, value)
         return type(value)(map(self._known, value)) if type(value) in (list, tuple) else value
 
-    def _write(self, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        target = args[0]
+    def _write(self, function: Function | None, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        name = function.name if function is not None else ""
+        target = args[0] if args else None
         shared = [tensor for _, tensor in self._expressions.values() if tensor is not target and _share(tensor, target)]
-        if shared or name == "setitem" or "out" in kwargs:
+        if shared or not _IN_PLACE.fullmatch(name) or "out" in kwargs:
             raise Unreadable("writes a part of a tensor")
         if name == "copy_":
             value = self._known(args[1])
@@ -242,8 +248,12 @@ class _Recorder(TorchFunctionMode):
                 raise Unreadable("copies what is spread over the tensor")
             made = self._reader.cast(value, target.dtype, target)
         else:
-            made = self._reader.read(self._call(name.removesuffix("_").removeprefix("i"), args, kwargs, target))
+            call = self._call(function_of(name.removesuffix("_")), args, kwargs, target)
+            made = self._reader.read(call) if call is not None else self._reader.argument(target, None)
         self._expressions[id(target)] = made, target
+
+
+_IN_PLACE = re.compile(r"[a-z]\w*_")
 
 
 def _share(one: Tensor, other: Tensor) -> bool:

@@ -18,7 +18,7 @@ class Entry:
     """One place in a model.
 
     Attributes:
-        op: such as ``jitk::rmsnorm``.
+        op: such as ``jitk::rmsnorm``; the node, where a graph was left untouched.
         module: its path in the model, such as ``layers.0.input_layernorm``; empty outside of modules.
         line: of the source, as ``file:line``; empty where PyTorch did not keep it.
         reason: why nothing was changed there; empty where the op was put, or taken away.
@@ -42,10 +42,12 @@ class Report:
     Attributes:
         done: where an op was put, or was decomposed.
         missed: where an op nearly fits, and why it does not.
+        untouched: where a graph was left as it was, with all its places, and why.
     """
 
     done: tuple[Entry, ...]
     missed: tuple[Entry, ...] = ()
+    untouched: tuple[Entry, ...] = ()
 
     def counts(self) -> dict[str, int]:
         """How many places each op has got."""
@@ -58,6 +60,9 @@ class Report:
         if self.missed:
             lines += [f"{len(self.missed)} nearly"]
             lines += [f"  {entry}" for entry in self.missed]
+        if self.untouched:
+            lines += [f"{len(self.untouched)} graphs untouched"]
+            lines += [f"  {entry}" for entry in self.untouched]
         return "\n".join(lines)
 
 

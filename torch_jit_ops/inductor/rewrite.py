@@ -20,6 +20,7 @@ from torch_jit_ops.inductor.report import Entry, Report, module_of
 from torch_jit_ops.op import Op, libraries
 
 _SETTING = "pre_grad_custom_pass"
+_KINDS = ("done", "missed", "untouched")
 
 
 class Rewrite(CustomGraphPass):
@@ -34,6 +35,7 @@ class Rewrite(CustomGraphPass):
     def __init__(self) -> None:
         self._done: Counter[Entry] = Counter()
         self._missed: Counter[Entry] = Counter()
+        self._untouched: Counter[Entry] = Counter()
         self._contexts: list[contextlib.AbstractContextManager[Any]] = []
 
     @abstractmethod
@@ -56,7 +58,7 @@ class Rewrite(CustomGraphPass):
 
     def report(self) -> Report:
         """What was done so far. A graph that comes out of Inductor's cache was not looked at again."""
-        return Report(tuple(self._done.elements()), tuple(self._missed.elements()))
+        return Report(*(tuple(entries.elements()) for entries in (self._done, self._missed, self._untouched)))
 
     def __add__(self, other: Rewrite) -> Rewrite:
         return Sequence((self, other))
@@ -82,11 +84,12 @@ class Rewrite(CustomGraphPass):
             raise TypeError(f"{self!r} holds a pass without a uuid")
         return _cannot_be_loaded, (key,)
 
-    def _enter(self, done: Iterable[Entry], missed: Iterable[Entry] = ()) -> None:
+    def _enter(self, done: Iterable[Entry], missed: Iterable[Entry] = (), untouched: Iterable[Entry] = ()) -> None:
         """Add the entries of one graph. Dynamo traces a model again for other sizes, and where it starts over: places that
         were there already are the same ones."""
         self._done |= Counter(done)
         self._missed |= Counter(missed)
+        self._untouched |= Counter(untouched)
 
 
 def _cannot_be_loaded(key: Any) -> Rewrite:
@@ -113,7 +116,7 @@ class Sequence(Rewrite):
 
     def report(self) -> Report:
         reports = [part.report() for part in self._parts]
-        return Report(*(tuple(entry for report in reports for entry in getattr(report, kind)) for kind in ("done", "missed")))
+        return Report(*(tuple(entry for report in reports for entry in getattr(report, kind)) for kind in _KINDS))
 
 
 class _Plain(Rewrite):
