@@ -17,7 +17,7 @@ from fuse_program import Program
 from torch import Tensor
 from torch.fx import GraphModule
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from torch_jit_ops.op import libraries
 
@@ -121,7 +121,15 @@ class _Exact(TorchFunctionMode):
             kwargs["dtype"] = torch.float64
         if name == "rms_norm" and kwargs.get("eps", args[3] if len(args) > 3 else None) is None:
             args, kwargs = args[:3], {**kwargs, "eps": torch.finfo(torch.promote_types(self._base, torch.float32)).eps}
-        return func(*args, **kwargs)
+        try:
+            return func(*args, **kwargs)
+        except RuntimeError:
+            if name.endswith("_") or kwargs.get("out") is not None:
+                raise
+        # Some functions have no float64, such as a quantisation.
+        narrow = tree_map(lambda x: x.float() if isinstance(x, Tensor) and x.dtype == torch.float64 else x, (args, kwargs))
+        result = func(*narrow[0], **narrow[1])
+        return tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.dtype == torch.float32 else x, result)
 
     def _narrows(self, dtype: torch.dtype) -> bool:
         mine, base = torch.finfo(dtype), torch.finfo(self._base)

@@ -297,7 +297,6 @@ _SOURCES = (
     "torch.dstack([z[0], z[1]]).unbind(-1)",
     "torch.complex(z[0].float(), z[1].float()).real, torch.complex(z[0].float(), z[1].float()).imag",
     "torch.view_as_real(torch.complex(z[0].float(), z[1].float())).unbind(-1)",
-    "torch.modf(z[0]) if hasattr(torch, 'modf') else z.unbind(0)",
     "torch.randn_like(z[0]), torch.randn_like(z[0])",
     "F.dropout(z[0], 0.5, True), F.dropout(z[0], 0.5, True)",
     "torch.normal(z[0], 1.0), torch.normal(z[0], 1.0)",
@@ -315,8 +314,7 @@ def source(program: Program, rng: Rng) -> str:
     if len(rows) < 2 or rows[0].shape != rows[1].shape or "z0" in program.names():
         raise Skip
     one, two = rng.sample(rows[:2], 2)
-    text = rng.choice(_SOURCES).replace("z", "z0")
-    text = text.replace("z0ip", "zip")
+    text = rename(rng.choice(_SOURCES), "z", "z0")
     first = program.inputs.index(rows[0])
     program.inputs = [given for given in program.inputs if given not in rows[:2]]
     program.inputs.insert(first, Input("z0", (2, *one.shape), one.dtype))
@@ -498,15 +496,7 @@ def fork(program: Program, rng: Rng) -> str:
 
 
 def _of(template: str, name: str) -> str:
-    return (
-        rename(template, "v", name)
-        if "v =" not in template and "=" not in template.split("(")[0]
-        else _assigned(template, name)
-    )
-
-
-def _assigned(template: str, name: str) -> str:
-    """A template that assigns to ``v``."""
+    """A template with ``name`` for ``v``, which it may also assign to."""
     tree = ast.parse(template)
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and node.id == "v":
@@ -655,7 +645,7 @@ _WRITES = (
     "v.view(torch.int16).bitwise_and_(32512)",
     "v.view(torch.int16).zero_()",
     "v.erfinv_()",
-    "v.dropout_(0.5, True) if hasattr(v, 'dropout_') else torch.dropout_(v, 0.5, True)",
+    "torch.dropout_(v, 0.5, True)",
     "torch.feature_dropout_(v, 0.5, True)",
     "torch.celu_(v)",
     "torch.selu_(v)",
@@ -752,7 +742,6 @@ _STEPS = (
     "torch.zeros_like(v)",
     "torch.complex(v.float(), v.float()).real",
     "torch.view_as_real(torch.complex(v.float(), v.float()))[..., 0]",
-    "torch.nn.functional.identity(v) if hasattr(F, 'identity') else v",
     "torch.nn.Identity()(v)",
     "v.to('cpu')",
     "v.to(v)",
@@ -776,8 +765,6 @@ _STEPS = (
     "v.tensor_split(2, -1)[0]",
     "v.unfold(-1, 8, 8)[..., 0, :]",
     "torch.nn.Parameter(v.detach())",
-    "v.pin_memory() if False else v",
-    "torch._assert_async(v.sum() == v.sum()) or v",
 )
 
 
@@ -865,7 +852,6 @@ _BYSTANDERS = (
     "e = torch.pow(input=v, exponent=2)",
     "e = torch.pow(exponent=v, self=2.0)",
     "e = F.dropout(input=v, p=0.5, training=False)",
-    "e = torch.Tensor.contiguous(self=v) if False else v.contiguous()",
 )
 
 
