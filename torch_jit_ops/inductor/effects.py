@@ -89,6 +89,9 @@ def _is_known_as_pure(function: Function, node: Node) -> bool:
     if function.name == "F.dropout":
         training = node.args[2] if len(node.args) > 2 else node.kwargs.get("training", True)
         return training is False and (len(node.args) < 4 or node.args[3] is False)
+    if function.name == "scaled_dot_product_attention":
+        dropout = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
+        return type(dropout) is float and dropout == 0.0
     return function.name in _WELL_KNOWN or (function.name in _PURE_PYTHON and True not in node.args)
 
 

@@ -48,7 +48,7 @@ class Pattern:
     outputs: tuple[Expression, ...]
     root: Expression
 
-    @property
+    @functools.cached_property
     def size(self) -> int:
         """The number of its parts, arguments included."""
         return len(self.root.parts())

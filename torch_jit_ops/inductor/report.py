@@ -61,7 +61,7 @@ class Report:
             lines += [f"{len(self.missed)} nearly"]
             lines += [f"  {entry}" for entry in self.missed]
         if self.untouched:
-            lines += [f"{len(self.untouched)} graphs untouched"]
+            lines += [f"{len(self.untouched)} untouched"]
             lines += [f"  {entry}" for entry in self.untouched]
         return "\n".join(lines)
 
