@@ -24,7 +24,7 @@ from cases import (
     tensors_of,
     writes,
 )
-from child import ROOT
+from child import ROOT, run_python
 from expecttest import assert_expected_inline
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -454,3 +454,71 @@ lib::double: an op that writes its arguments has no derivative, but argument 'by
     y = x.clone()
     double(y, by=torch.full((2,), 3.0))
     assert (y.tolist(), y._version > 0) == ([3, 3], True)
+
+
+# --- compiled autograd, and versions ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_compiled_autograd(backend: str) -> None:
+    from torch._dynamo import compiled_autograd
+
+    def run(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, ...]:
+        """Through a declared backward, a number that it needs, and the reference's derivative."""
+        y = torch.ops.jitk.rmsnorm(x, weight, eps).square().sum() + torch.ops.jitk.silu_and_mul(x).sum()
+        y.backward()
+        grads = x.grad, weight.grad
+        x.grad = weight.grad = None
+        return grads
+
+    x, weight = torch.randn(4, 64, requires_grad=True), torch.randn(64, requires_grad=True)
+    for eps in (1e-6, 0.5, 2.0):
+        expected = run(x, weight, eps)
+        with compiled_autograd._enable(torch.compile(backend=backend)):
+            for _ in range(2):
+                torch.testing.assert_close(run(x, weight, eps), expected)
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_what_is_written_counts_as_changed(mode: Any) -> None:
+    ready(torch_jit_ops.ops.norm.fused_add_rmsnorm)
+    ready(torch_jit_ops.ops.norm.rmsnorm)
+    weight = torch.ones(64, requires_grad=True)
+    saved, residual, out, x = (torch.randn(4, 64) for _ in range(4))
+    for write, changed in (
+        (lambda: torch.ops.jitk.fused_add_rmsnorm(saved, residual, weight.detach()), (saved, residual)),
+        (lambda: torch.ops.jitk.rmsnorm.out(x, weight.detach(), out=out), (out,)),
+        (lambda: torch.ops.jitk.rmsnorm.out(x.double(), weight.detach(), out=out.double()), ()),
+    ):
+        products = [(tensor * weight).sum() for tensor in changed]
+        versions = [tensor._version for tensor in changed]
+        with mode():
+            write()
+        for tensor, version, product in zip(changed, versions, products, strict=True):
+            assert tensor._version > version
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                product.backward()
+
+
+def test_tensors_of_inference_mode_are_written_anywhere() -> None:
+    with torch.inference_mode():
+        x, residual, out = (torch.randn(4, 64) for _ in range(3))
+    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        with mode():
+            torch.ops.jitk.fused_add_rmsnorm(x, residual, torch.ones(64))
+            torch.ops.jitk.rmsnorm.out(x, torch.ones(64), out=out)
+
+
+def test_versions_before_the_library_is_there() -> None:
+    """And in the first call of a process, which is in Python."""
+    code = """
+import torch, torch_jit_ops
+x, residual, out, weight = torch.randn(4, 64), torch.randn(4, 64), torch.empty(4, 64), torch.ones(64)
+with torch.inference_mode():
+    for _ in range(3):
+        versions = x._version, residual._version, out._version
+        torch.ops.jitk.fused_add_rmsnorm(x, residual, weight)
+        torch.ops.jitk.rmsnorm.out(x, weight, out=out)
+        assert all(a < b for a, b in zip(versions, (x._version, residual._version, out._version)))
+"""
+    run_python(code, JITK_BACKGROUND="0")

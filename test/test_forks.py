@@ -110,14 +110,15 @@ said = []
 
 def called(*_):
     said.append(thrice(x).tolist())
-    said.append(torch.ops.jitk.relu2(x).tolist())
+    if len(said) < 50:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
 
 signal.signal(signal.SIGALRM, called)
 for x in (torch.arange(4.0), torch.arange(4.0, dtype=torch.float64)):
-    signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
     said.append(thrice(x).tolist())
     signal.setitimer(signal.ITIMER_REAL, 0)
-    assert len(said) > 5 and all(one in ([0, 3, 6, 9], [0, 1, 4, 9]) for one in said), said
+    assert len(said) > 2 and all(one == [0, 3, 6, 9] for one in said), said
     said.clear()
 assert statistics.stats().ops["forkedlib::thrice"].builds == 2
 print("all right")

@@ -95,7 +95,11 @@ def functional_kernel(
     function: Any = type(
         f"{overload._opname}_derivative",
         (torch.autograd.function._SingleLevelFunction,),
-        {"forward": staticmethod(run_forward), "backward": staticmethod(run_backward)},
+        {
+            "forward": staticmethod(run_forward),
+            "backward": staticmethod(run_backward),
+            "_compiled_autograd_key": staticmethod(torch.autograd.Function._compiled_autograd_key),
+        },
     )
 
     def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:

@@ -629,6 +629,9 @@ class Op:
         except toolchain.MissingCompiler as missing:
             runtime.fall_back(self.qualified_name, missing)
             loaded = None
+        except forks.Reentered:
+            self._define_references()
+            raise
         if loaded is None:
             self._define_references()
             return runtime.REFERENCE
