@@ -500,7 +500,7 @@ def own(tmp_path: Path) -> Iterator[OpLibrary]:
     def sampleless(x: Tensor) -> Tensor:
         return x.sin()
 
-    @library.op(variant="looks<{x.dtype}>", samples=samples)
+    @library.op(samples=samples)
     def looks(x: Tensor, cap: float) -> Tensor:
         return x * cap if x.sum() > 0 else x
 
