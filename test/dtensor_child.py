@@ -29,18 +29,18 @@ ops = torch.ops.jitk
 library = OpLibrary("sharded", csrc=Path(__file__).parent)
 
 
-@library.op(variant="scaled", outputs=("out", "largest", "total"), rows=("x",), sums=("total",))
+@library.op(outputs=("out", "largest", "total"), rows=("x",), sums=("total",))
 def scaled(x: Tensor, *, by: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """One that has it all: a weight by keyword, a result without the last dimension, a sum."""
     return x.clone(), x.abs().amax(-1), (x * by).sum_to_size(x.shape[-1])
 
 
-@library.op(variant="widened", rows=("x",))
+@library.op(rows=("x",))
 def widened(x: Tensor, *, twice: bool = False) -> Tensor:
     return torch.cat([x, x], -1) if twice else x.clone()
 
 
-@library.op(variant="negated", rows=("x",))
+@library.op(rows=("x",))
 def negated(x: Tensor) -> Tensor:
     return -x
 

@@ -418,8 +418,8 @@ def op_without_derivative(request: pytest.FixtureRequest, tmp_path: Path) -> Ite
         x.mul_(2 if by is None else by)
 
     ops = [
-        library.op(variant="twice")(twice),
-        library.op(variant="double", mutates=("x",))(double),
+        library.op()(twice),
+        library.op(mutates=("x",))(double),
     ]
     if request.param:
         assert runtime.differentiate([f"{library.namespace}::{form}" for form in ("twice", "twice.out", "double")])

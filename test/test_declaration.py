@@ -33,6 +33,7 @@ def csrc(tmp_path: Path) -> Path:
     folder = tmp_path / "csrc"
     folder.mkdir()
     (folder / "kernels.cpp").write_text("")
+    (folder / "kernels.cu").write_text("")
     return folder
 
 
@@ -157,7 +158,7 @@ def test_an_op_without_a_kernel_runs_its_reference(library: OpLibrary) -> None:
     def plus_one(x: Tensor) -> Tensor:
         return x + 1
 
-    op = declare(library, plus_one, cpu=None)
+    op = declare(library, plus_one, cpu=None, variant=None)
     assert op(torch.zeros(2)).tolist() == [1, 1]
     out = torch.zeros(2)
     op.out(torch.ones(2), out=out)
@@ -178,7 +179,7 @@ def test_a_fake_and_a_derivative_of_its_own(library: OpLibrary) -> None:
         calls.append("backward")
         return 2 * grad
 
-    op = declare(library, double, cpu=None, fake=fake, backward=backward)
+    op = declare(library, double, cpu=None, variant=None, fake=fake, backward=backward)
     x = torch.ones(3, requires_grad=True)
     torch.compile(lambda x: op(x).sum(), fullgraph=True, backend="aot_eager")(x).backward()
     assert x.grad.tolist() == [2, 2, 2]
@@ -222,14 +223,121 @@ def test_a_name_that_another_library_has_taken(library: OpLibrary, csrc: Path) -
     assert_expected_inline(words(caught, csrc), """lib::op is declared twice; the first is in FILE""")
 
 
-@pytest.mark.parametrize("backend", ["cpu", "cuda"])
-def test_a_source_that_is_missing(library: OpLibrary, csrc: Path, backend: str) -> None:
+@pytest.mark.parametrize(("backend", "suffix"), [("cpu", "cpp"), ("cuda", "cu")])
+def test_a_source_that_is_missing(library: OpLibrary, csrc: Path, backend: str, suffix: str) -> None:
     def op(x: Tensor) -> Tensor:
         return x
 
     with pytest.raises(ValueError) as caught:
-        declare(library, op, **{backend: "gone.cu"})
-    assert words(caught, csrc) == f"lib::op: its {backend} source 'gone.cu' is not in CSRC"
+        declare(library, op, **{backend: f"gone.{suffix}"})
+    assert words(caught, csrc) == f"lib::op: its {backend} source 'gone.{suffix}' is not in CSRC"
+
+
+def test_options_that_cannot_work(library: OpLibrary, csrc: Path) -> None:
+    def op(x: Tensor) -> Tensor:
+        return x
+
+    texts = []
+    for options in (
+        {"cpu": None},
+        {"variant": None},
+        {"cpu": "kernels.cu"},
+        {"cuda": "kernels.cpp"},
+        {"flags": {"gpu": ["-O2"]}},
+        {"flags": ["-O2"]},
+        {"flags": {"cpu": "-O2"}},
+        {"flags": {"cpu": [2]}},
+        {"flags": {"cuda": ["-O2"]}},
+        {"flags": {"cpu": ["-O2", "-lm"]}},
+        {"flags": {"cpu": ["-Wl,--as-needed"]}},
+        {"variant": {"cpu": "kernel", "gpu": "kernel"}},
+        {"variant": 3},
+        {"mutates": "x"},
+        {"outputs": "out"},
+        {"rows": "x"},
+        {"rows": {"x"}},
+        {"rows": (0,)},
+        {"sums": "out"},
+        {"dtypes": torch.float32},
+        {"dtypes": "float32"},
+        {"dtypes": ["float32"]},
+        {"dtypes": [torch.complex64]},
+    ):
+        with pytest.raises((TypeError, ValueError)) as caught:
+            declare(library, op, **options)
+        texts.append(f"{caught.type.__name__} {words(caught, csrc)}")
+    assert_expected_inline(
+        re.sub("those that have one are .*", "those ...", "\n".join(texts)),
+        """\
+ValueError lib::op has a variant, but no kernel: name its source with cuda= or cpu=, or no variant, and the op is its function
+ValueError lib::op has a source, but no variant: name its C++ function, such as 'op<{x.dtype}>'
+ValueError lib::op: its cpu source 'kernels.cu' must be a .cpp or .cc or .cxx file
+ValueError lib::op: its cuda source 'kernels.cpp' must be a .cu file
+ValueError lib::op: flags names the backend 'gpu'; there are cuda, cpu
+TypeError lib::op: flags must be a mapping from backends, such as {'cuda': ...}, got ['-O2']
+TypeError lib::op: flags of cpu must be a list of str, got '-O2'
+TypeError lib::op: flags of cpu must be a list of str, got [2]
+ValueError lib::op: flags are for cuda, but it has no cuda source
+ValueError lib::op: the flag '-lm' is for linking; flags are for compiling alone, and kernels link nothing
+ValueError lib::op: the flag '-Wl,--as-needed' is for linking; flags are for compiling alone, and kernels link nothing
+ValueError lib::op: variant names the backend 'gpu'; there are cuda, cpu
+TypeError lib::op: variant must be a mapping from backends, such as {'cuda': ...}, got 3
+TypeError lib::op: mutates must be a list, got 'x'
+TypeError lib::op: outputs must be a list, got 'out'
+TypeError lib::op: rows must be a list, got 'x'
+TypeError lib::op: rows must be a list, got {'x'}
+TypeError lib::op: rows must hold names, got 0
+TypeError lib::op: sums must be a list, got 'out'
+TypeError lib::op: dtypes must be a list, got torch.float32
+TypeError lib::op: dtypes must be a list, got 'float32'
+TypeError lib::op: dtypes must hold dtypes of torch, got 'float32'
+ValueError lib::op: dtypes: torch.complex64 has no C++ type in kernels; those ...""",
+    )
+    assert declare(library, op, cuda="kernels.cu", flags={"cuda": ["-lineinfo"]}).kernels.keys() == {"cpu", "cuda"}
+
+
+@pytest.mark.parametrize("namespace", ["aten", "prims", "torch", "_C", "load_library", "jitk", "class", "lambda"])
+def test_a_namespace_that_is_taken(csrc: Path, namespace: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        OpLibrary(namespace, csrc=csrc)
+    taken = "is taken: choose one of your own, such as your package's name"
+    keyword = "must be an identifier"
+    assert str(caught.value) == f"the namespace {namespace!r} {keyword if namespace in ('class', 'lambda') else taken}"
+
+
+def test_include_is_a_list(csrc: Path) -> None:
+    with pytest.raises(TypeError) as caught:
+        OpLibrary("included", csrc=csrc, include=str(csrc))
+    assert_expected_inline(words(caught, csrc), """OpLibrary('included'): include must be a list of folders, got 'CSRC'""")
+
+
+def test_functions_that_are_not_in_the_source(library: OpLibrary, csrc: Path) -> None:
+    """The functions that are wanted are shown as C++, whatever the compiler says."""
+
+    def op(x: Tensor, n: int, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return x.clone(), x.clone()
+
+    one = declare(library, op, variant="mylib::op<{x.dtype}>", outputs=("out", "scale"))
+    texts = set()
+    for source in (
+        "",
+        "namespace mylib { jitk::Tensor op(jitk::TensorView x) { return jitk::host::empty_like(x); } }",
+        "namespace other { template <typename T> jitk::Tensor op(jitk::TensorView x) { return jitk::host::empty_like(x); } }",
+        "namespace mylib { template <typename T> int op(jitk::TensorView x) { return 1; } }",
+    ):
+        (csrc / "kernels.cpp").write_text(f"#include <jitk/result.h>\n{source}")
+        with pytest.raises(RuntimeError) as caught:
+            one(torch.ones(3), 1)
+        text = words(caught, csrc)
+        assert "did not compile" in text
+        texts.add(text[text.index("  the op needs") :])
+    assert_expected_inline(
+        "\n".join(texts),
+        """\
+  the op needs in kernels.cpp, as templates where a name has <...>:
+    std::tuple<Tensor, Tensor> mylib::op<fp32_t>(TensorView x, int64_t n, std::optional<TensorView> y)
+    void mylib::op_out<fp32_t>(TensorView x, int64_t n, std::optional<TensorView> y, TensorView out, TensorView scale)""",
+    )
 
 
 def test_placeholders_that_mean_nothing(library: OpLibrary, csrc: Path) -> None:
@@ -455,7 +563,7 @@ def test_tensors_of_every_form(library: OpLibrary) -> None:
         return x.clone()
 
     tensors = {"maybe": "[n]", "z": "[3, *]", "y": "[] x.dtype", "x": "[batch..., n, 2*n] float32|int8"}
-    declared = declare(library, op, cpu=None, tensors=tensors)
+    declared = declare(library, op, cpu=None, variant=None, tensors=tensors)
     x = torch.ones(5, 2, 4)
     declared(x, torch.ones(()), torch.ones(3, 9), torch.ones(7, dtype=torch.int64, device="meta"))
     declared(x, torch.ones(()), torch.ones(3, 9), x, torch.ones(2))

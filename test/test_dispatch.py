@@ -509,9 +509,8 @@ def test_text_of_a_function_that_does_not_fit_the_schema(ops: SimpleNamespace) -
         error_of(ops.misfit, _X, 1),
         """\
 dispatchlib::misfit: the C++ function misfit does not fit the schema
-  expected  Ti>0
-  got       Tf>0
-  (T Tensor, i int, f float, b bool, s str, l list of int, ? optional, > results)
+  expected  void misfit(TensorView x, int64_t n)
+  got       void misfit(TensorView, double)
   in fail.cpp""",
     )
 

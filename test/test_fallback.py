@@ -231,7 +231,7 @@ the kernel cannot run: argument 'ids' is int64, and there are kernels for float1
 
 def test_build_says_that_nothing_is_built(picking: OpLibrary) -> None:
     with pytest.warns(UserWarning) as caught:
-        assert warmup.needed(["pick"], backend="cpu") == []
+        assert warmup.needed(["pickinglib::pick"], backend="cpu") == []
     assert_expected_inline(
         "\n".join({str(warning.message): None for warning in caught}).replace(", and", ",\nand"),
         """\

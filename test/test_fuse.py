@@ -488,19 +488,19 @@ def own(tmp_path: Path) -> Iterator[OpLibrary]:
     def samples(make: SampleMaker) -> Iterator[Sample]:
         yield Sample((make.randn(7, 33), 30.0))
 
-    @library.op(variant="softcap<{x.dtype}>", samples=samples, patterns=(_softcap_of_mul, _softcap_swapped))
+    @library.op(samples=samples, patterns=(_softcap_of_mul, _softcap_swapped))
     def softcap(x: Tensor, cap: float) -> Tensor:
         return torch.tanh(x / cap).mul(cap)
 
-    @library.op(variant="double<{x.dtype}>", samples=samples)
+    @library.op(samples=samples)
     def unnamed(x: Tensor, cap: float) -> Tensor:
         return x * cap
 
-    @library.op(variant="sampleless<{x.dtype}>", patterns=())
+    @library.op(patterns=())
     def sampleless(x: Tensor) -> Tensor:
         return x.sin()
 
-    @library.op(variant="looks<{x.dtype}>", samples=samples)
+    @library.op(samples=samples)
     def looks(x: Tensor, cap: float) -> Tensor:
         return x * cap if x.sum() > 0 else x
 

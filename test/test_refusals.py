@@ -16,6 +16,7 @@ import torch
 from cases import OPS, devices
 from expecttest import assert_expected_inline
 from torch import Tensor
+from torch._dynamo import testing as dynamo_testing
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torch_jit_ops import Op
@@ -243,7 +244,7 @@ jitk::relu2.out: argument 'out' does not match
 
 def test_sizes_that_must_agree_are_guards_of_a_graph() -> None:
     """One graph serves all sizes that agree, and none is compiled for those that do not."""
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = dynamo_testing.CompileCounter()
     compiled = torch.compile(torch.ops.jitk.rmsnorm, fullgraph=True, dynamic=True, backend=counter)
     for tokens, hidden in ((3, 64), (4, 64), (7, 32)):
         compiled(torch.ones(tokens, hidden), torch.ones(hidden))

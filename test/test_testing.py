@@ -75,7 +75,7 @@ def test_a_right_op_passes(op: Op) -> None:
 
 
 def test_an_op_without_a_kernel_passes(tmp_path: Path) -> None:
-    check(twice_with(tmp_path, cpu=None))
+    check(twice_with(tmp_path, cpu=None, variant=None))
 
 
 def test_an_op_without_samples_cannot_be_checked(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ argument 'x' was changed""",
 def test_rows_that_are_none(tmp_path: Path) -> None:
     library = OpLibrary(f"checked{next(_numbers)}", csrc=tmp_path)
 
-    @library.op(variant="total", rows=("x",), samples=_samples, dtypes=(torch.float32,))
+    @library.op(rows=("x",), samples=_samples, dtypes=(torch.float32,))
     def total(x: Tensor) -> Tensor:
         return x.cumsum(0)
 
@@ -131,7 +131,7 @@ def test_rows_that_are_not_what_they_are_declared(tmp_path: Path) -> None:
         (mean, {"sums": ("out",)}),
         (last, {"elementwise": True}),
     ):
-        declare = library.op(variant="f", rows=("x",), samples=_samples, dtypes=(torch.float32,), **options)
+        declare = library.op(rows=("x",), samples=_samples, dtypes=(torch.float32,), **options)
         texts.append(complaint(declare(function)))
     assert_expected_inline(
         "\n".join(texts),

@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import keyword
 import os
+import re
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,6 +51,9 @@ from torch_jit_ops.signature import Signature, signature_of
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 Samples = Callable[[SampleMaker], Iterable[Sample]]
+_SUFFIXES = {"cuda": (".cu",), "cpu": (".cpp", ".cc", ".cxx")}
+# Namespaces of PyTorch's own ops, and those that other packages' extensions take by custom.
+_RESERVED = ("aten", "prim", "prims", "quantized", "higher_order", "inductor", "c10d", "torch", "_C")
 _DISPATCH_KEYS = {"cuda": "CUDA", "cpu": "CPU"}
 
 
@@ -73,8 +78,13 @@ class OpLibrary:
     """
 
     def __init__(self, namespace: str, *, csrc: str | os.PathLike[str], include: Sequence[str | os.PathLike[str]] = ()) -> None:
-        if not namespace.isidentifier():
+        if not namespace.isidentifier() or keyword.iskeyword(namespace):
             raise ValueError(f"the namespace {namespace!r} must be an identifier")
+        taken = any(library.namespace == namespace == "jitk" for library in _libraries)
+        if taken or namespace in _RESERVED or hasattr(type(torch.ops), namespace):
+            raise ValueError(f"the namespace {namespace!r} is taken: choose one of your own, such as your package's name")
+        if isinstance(include, (str, os.PathLike)):
+            raise TypeError(f"OpLibrary({namespace!r}): include must be a list of folders, got {include!r}")
         self.namespace = namespace
         self.csrc = Path(csrc).resolve()
         self.include = tuple(Path(folder).resolve() for folder in include)
@@ -91,7 +101,7 @@ class OpLibrary:
     def op(
         self,
         *,
-        variant: str | Mapping[str, str],
+        variant: str | Mapping[str, str] | None = None,
         cuda: str | None = None,
         cpu: str | None = None,
         dtypes: Sequence[torch.dtype] = FLOATS,
@@ -112,7 +122,8 @@ class OpLibrary:
 
         Args:
             variant: the C++ instantiation to compile; ``variant.py`` lists its placeholders. A mapping from backend where they
-                differ. The out form is the function of the same name with ``_out`` behind it; both come from one compilation.
+                differ; None for an op without kernels. The out form is the function of the same name with ``_out`` behind it;
+                both come from one compilation.
             cuda, cpu: the file with the backend's kernel, in the library's ``csrc``. A backend without one runs the function
                 itself.
             dtypes: those for which the kernel is compiled, of every tensor whose dtype ``variant`` uses. Others run the
@@ -143,8 +154,9 @@ class OpLibrary:
                 by ``inductor.fuse``. An op with patterns, if only ``()``, is looked for without being named.
 
         Raises:
-            TypeError: the signature cannot be a schema.
-            ValueError: the name is taken, a source is missing, or ``variant`` has an unknown placeholder.
+            TypeError: the signature cannot be a schema, or an option is of another type.
+            ValueError: the name is taken, a source is missing or of another backend, ``variant`` has an unknown placeholder, or
+                an option names what there is not.
         """
 
         def declare(function: Callable[..., Any]) -> Op:
@@ -153,6 +165,10 @@ class OpLibrary:
             for library in _libraries:
                 if library.namespace == self.namespace and name in library.ops:
                     raise ValueError(f"{who} is declared twice; the first is in {inspect.getfile(library.ops[name].reference)}")
+            names_of = {"mutates": mutates, "reusable": reusable, "outputs": outputs, "rows": rows, "sums": sums}
+            _check_lists(who, dtypes=dtypes, patterns=patterns, **names_of)
+            _check_backends(who, {"cuda": cuda, "cpu": cpu}, variant, flags or {})
+            _check_dtypes(who, dtypes)
             signature = signature_of(function, mutates, (rows if elementwise else ()) if reusable is None else reusable)
             kernels = {}
             for backend, source in (("cuda", cuda), ("cpu", cpu)):
@@ -160,9 +176,9 @@ class OpLibrary:
                     continue
                 if not (self.csrc / source).is_file():
                     raise ValueError(f"{who}: its {backend} source {source!r} is not in {self.csrc}")
-                text = variant if isinstance(variant, str) else variant.get(backend)
+                text = variant if isinstance(variant, str) else (variant or {}).get(backend)
                 if text is None:
-                    raise ValueError(f"{who} has a {backend} source, but variant names only {', '.join(variant)}")
+                    raise ValueError(f"{who} has a {backend} source, but variant names only {', '.join(variant or {})}")
                 kernels[backend] = Kernel(source, _variant.parse_variant(who, text, signature))
             names = _output_names(who, signature, outputs)
             _check_rows(who, signature, rows, names, sums, elementwise)
@@ -210,6 +226,60 @@ def _declared(namespace: str, name: str, module: str) -> Op:
     raise RuntimeError(
         f"{namespace}::{name} is not declared in this process\n  remedy: import {module}, which declared it, before unpickling"
     )
+
+
+def _check_lists(who: str, **options: Any) -> None:
+    for option, value in options.items():
+        if isinstance(value, (str, bytes)) or not isinstance(value, (Sequence, type(None))):
+            raise TypeError(f"{who}: {option} must be a list, got {value!r}")
+        for item in value or ():
+            if option not in ("dtypes", "patterns") and not isinstance(item, str):
+                raise TypeError(f"{who}: {option} must hold names, got {item!r}")
+
+
+def _check_dtypes(who: str, dtypes: Sequence[torch.dtype]) -> None:
+    for dtype in dtypes:
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"{who}: dtypes must hold dtypes of torch, got {dtype!r}")
+        try:
+            _variant.cpp_name(dtype)
+        except ValueError as error:
+            raise ValueError(f"{who}: dtypes: {error}") from error
+
+
+def _check_backends(
+    who: str, sources: Mapping[str, str | None], variants: str | Mapping[str, str] | None, flags: Mapping[str, Sequence[str]]
+) -> None:
+    """Raise where an option names what there is not, or what cannot work."""
+    named = {"flags": flags, **({} if variants is None or isinstance(variants, str) else {"variant": variants})}
+    for option, mapping in named.items():
+        if not isinstance(mapping, Mapping):
+            raise TypeError(f"{who}: {option} must be a mapping from backends, such as {{'cuda': ...}}, got {mapping!r}")
+        for backend in mapping:
+            if backend not in sources:
+                raise ValueError(f"{who}: {option} names the backend {backend!r}; there are {', '.join(sources)}")
+    if variants is not None and not any(sources.values()):
+        raise ValueError(
+            f"{who} has a variant, but no kernel: name its source with cuda= or cpu=, or no variant, and the op is its function"
+        )
+    if variants is None and any(sources.values()):
+        raise ValueError(
+            f"{who} has a source, but no variant: name its C++ function, such as '{who.split('::')[-1]}<{{x.dtype}}>'"
+        )
+    for backend, source in sources.items():
+        if source is not None and not str(source).endswith(_SUFFIXES[backend]):
+            expected = " or ".join(_SUFFIXES[backend])
+            raise ValueError(f"{who}: its {backend} source {str(source)!r} must be a {expected} file")
+        given = flags.get(backend, ())
+        if isinstance(given, (str, bytes)) or not all(isinstance(flag, str) for flag in given):
+            raise TypeError(f"{who}: flags of {backend} must be a list of str, got {given!r}")
+        if given and source is None:
+            raise ValueError(f"{who}: flags are for {backend}, but it has no {backend} source")
+        for flag in given:
+            if re.match(r"-l(?!ineinfo$)|-L|-Wl,|-Xlinker", flag):
+                raise ValueError(
+                    f"{who}: the flag {flag!r} is for linking; flags are for compiling alone, and kernels link nothing"
+                )
 
 
 def _output_names(who: str, signature: Signature, names: Sequence[str] | None) -> tuple[str, ...]:
@@ -604,7 +674,14 @@ class Op:
             return None
         values = kernel.pattern.values(key[1:])
         arch = toolchain.device_arch(key[0]) if backend == "cuda" else toolchain.host_isa()
-        loaded = loader.load(self.unit(backend, values, arch))
+        unit = self.unit(backend, values, arch)
+        try:
+            loaded = loader.load(unit)
+        except loader.BuildError as error:
+            # Errors there are about the function that is exported: of another name, place or type than the variant says.
+            if re.search(rf"\bjitk/export\.h:|\b{re.escape(unit.name.replace('.', '_'))}\.(cu|cpp):", str(error)):
+                raise loader.BuildError(f"{error}\n{self._wanted(kernel, values)}") from error
+            raise
         if backend == "cuda":
             loaded.load_kernels(key[0])
         if environment.record_file() is not None:
@@ -612,6 +689,14 @@ class Op:
 
             manifest.record(manifest.entry_of(self.qualified_name, backend, kernel.pattern, values, arch))
         return loaded
+
+    def _wanted(self, kernel: Kernel, values: Sequence[variant.Value]) -> str:
+        """The C++ functions that must be there, as declarations."""
+        lines = [
+            kernel.pattern.cpp_declaration(signature, kernel.pattern.instantiate(values, overload and "_out"))
+            for overload, signature in self.overloads().items()
+        ]
+        return "\n    ".join([f"  the op needs in {kernel.source}, as templates where a name has <...>:", *lines])
 
     def unserved(self, dtypes: Mapping[str, torch.dtype | None]) -> fallback.Unserved | None:
         """The first of these dtypes, of the arguments whose dtype picks the kernel, that no kernel is compiled for."""
@@ -622,7 +707,7 @@ class Op:
 
     def _answer(self, backend: str, overload: str, key: Sequence[int]) -> int:
         unserved = self.unserved(self.kernels[backend].pattern.dtypes_of_key(key[1:]))
-        if unserved is not None and not matcher.refuses(self.tensors, unserved.argument, unserved.dtype):
+        if unserved is not None and self.dtypes and not matcher.refuses(self.tensors, unserved.argument, unserved.dtype):
             fallback.note(unserved)
         try:
             loaded = self._load(backend, key)
@@ -643,14 +728,16 @@ class Op:
         Raises:
             RuntimeError: the function does not fit the schema.
         """
-        export = self._export(self.kernels[backend], overload)
-        expected = self.kernels[backend].pattern.cpp_signature(self.overloads()[overload])
-        if loaded.signature(export) != expected:
+        kernel = self.kernels[backend]
+        signature = self.overloads()[overload]
+        export = self._export(kernel, overload)
+        found = loaded.signature(export)
+        if found != kernel.pattern.cpp_signature(signature):
             raise RuntimeError(
                 f"{self.qualified_name}: the C++ function {export} does not fit the schema\n"
-                f"  expected  {expected}\n  got       {loaded.signature(export)}\n"
-                f"  (T Tensor, i int, f float, b bool, s str, l list of int, ? optional, > results)\n"
-                f"  in {self.kernels[backend].source}"
+                f"  expected  {kernel.pattern.cpp_declaration(signature, export)}\n"
+                f"  got       {variant.cpp_declaration(found, export)}\n"
+                f"  in {kernel.source}"
             )
         return export
 
@@ -697,7 +784,9 @@ class Op:
             return text
         dtypes = {name: dtype for kernel in self.kernels.values() for name, dtype in kernel.pattern.dtypes_of(given).items()}
         unserved = self.unserved(dtypes)
-        return f"{self.qualified_name}: {text}" + (f"\n  {unserved}, so the PyTorch function ran" if unserved else "")
+        return f"{self.qualified_name}: {text}" + (
+            f"\n  {unserved}, so the PyTorch function ran" if unserved and self.dtypes else ""
+        )
 
 
 def _as_tuple(results: Any) -> tuple[Any, ...]:

@@ -76,6 +76,29 @@ def cpp_name(dtype: torch.dtype) -> str:
     return _CPP_NAME[dtype]
 
 
+_CPP_ARGUMENT = {"T": "TensorView", "i": "int64_t", "f": "double", "b": "bool", "s": "Text", "l": "IntList"}
+
+
+def cpp_declaration(signature: str, function: str, names: Sequence[str] = ()) -> str:
+    """A C++ declaration from the letters of export.h: ``Tensor scale(TensorView, double)`` from ``Tf>1``.
+
+    Args:
+        signature: a letter for each argument, ``?`` behind an optional one, ``>`` and the number of results.
+        function: its name.
+        names: of the arguments, all or none.
+    """
+    letters, _, count = signature.partition(">")
+    types = [
+        f"std::optional<{_CPP_ARGUMENT[letter]}>" if optional else _CPP_ARGUMENT[letter]
+        for letter, optional in re.findall(r"(\w)(\??)", letters)
+    ]
+    if names:
+        types = [f"{kind} {name}" for kind, name in zip(types, names, strict=True)]
+    made = ["Tensor"] * int(count)
+    returned = made[0] if len(made) == 1 else f"std::tuple<{', '.join(made)}>" if made else "void"
+    return f"{returned} {function}({', '.join(types)})"
+
+
 def dtype_of_key(key: int) -> torch.dtype:
     """The dtype of the runtime's number for it.
 
@@ -124,6 +147,11 @@ class VariantPattern:
         """The signature that the C++ function of an overload must have, in the letters of export.h."""
         passed = [argument for argument in signature.arguments if argument.name not in self.template_arguments()]
         return "".join(argument.kind + ("?" if argument.optional else "") for argument in passed) + f">{signature.results}"
+
+    def cpp_declaration(self, signature: Signature, function: str) -> str:
+        """The declaration of the C++ function of an overload, such as ``Tensor scale(TensorView x, double factor)``."""
+        passed = [argument for argument in signature.arguments if argument.name not in self.template_arguments()]
+        return cpp_declaration(self.cpp_signature(signature), function, [argument.name for argument in passed])
 
     def values(self, key: Sequence[int]) -> tuple[Value, ...]:
         """The placeholders' values from the runtime's key, without its leading device.
