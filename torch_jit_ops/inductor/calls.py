@@ -236,7 +236,7 @@ def _fits(type: str, value: Any, is_tensor: Callable[[Any], bool]) -> bool:
         return value is None or _fits(type[len("Optional[") : -1], value, is_tensor)
     tensor = is_tensor(value)
     if type == _TENSOR_OR_NUMBER:
-        return tensor or not isinstance(value, (list, tuple, str, type_of_none))
+        return tensor or (value is not None and not isinstance(value, (list, tuple, str)))
     if type == "Tensor":
         return tensor
     if tensor or value is None:
@@ -247,6 +247,3 @@ def _fits(type: str, value: Any, is_tensor: Callable[[Any], bool]) -> bool:
             return all(_fits(inner, part, is_tensor) for part in value)
         return inner == "int" and not isinstance(value, (bool, float, str))
     return not isinstance(value, (list, tuple)) and (type != "str" or isinstance(value, str))
-
-
-type_of_none = type(None)
