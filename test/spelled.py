@@ -50,14 +50,32 @@ GATES: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor]]
 }
 
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], ...]] = {
-    "silu": (F.silu, torch.nn.SiLU(), lambda x: x * torch.sigmoid(x), lambda x: x.sigmoid() * x),
+    "silu": (
+        F.silu,
+        torch.nn.SiLU(),
+        lambda x: x * torch.sigmoid(x),
+        lambda x: x.sigmoid() * x,
+        lambda x: x / (1 + torch.exp(-x)),
+        lambda x: x * (1.0 / (1.0 + (-x).exp())),
+        lambda x: torch.neg(x).exp().add(1).reciprocal() * x,
+    ),
     "gelu": (F.gelu, torch.nn.GELU()),
     "gelu_tanh": (gelu_tanh, gelu_new),
 }
 
 
+# The gate's silu is nowhere by itself.
+PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sigmoid_times_up": lambda gate, up: gate * (torch.sigmoid(gate) * up),
+    "up_times_sigmoid": lambda gate, up: (up * gate.sigmoid()) * gate,
+    "gate_times_up": lambda gate, up: gate * up * torch.sigmoid(gate),
+    "up_times_gate": lambda gate, up: torch.sigmoid(gate) * (up * gate),
+    "over_exponential": lambda gate, up: up * gate / (1 + torch.exp(-gate)),
+}
+
+
 def _gated() -> list[Spelling]:
-    found = []
+    found = [Spelling("silu_mul", name, product) for name, product in PRODUCTS.items()]
     for act_name, activations in ACTIVATIONS.items():
         for number, act in enumerate(activations):
             for gate_name, gate in GATES.items():
@@ -147,7 +165,27 @@ def layer_norm_by_hand(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> T
     return (normal * weight + bias).to(x.dtype)
 
 
+def layer_norm_by_variance(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    mean, variance = x.mean(-1, keepdim=True), x.var(-1, unbiased=False, keepdim=True)
+    return (x - mean) / torch.sqrt(variance + eps) * weight + bias
+
+
+def layer_norm_by_correction(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    normal = (wide - wide.mean(-1, True)) * (torch.var(wide, dim=(-1,), correction=0, keepdim=True) + eps).rsqrt()
+    return (normal * weight.float() + bias.float()).type_as(x)
+
+
+def layer_norm_by_both(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    variance, mean = torch.var_mean(wide, -1, unbiased=False, keepdim=True)
+    return (((wide - mean) * torch.rsqrt(variance + eps)) * weight + bias).to(x.dtype)
+
+
 LAYER_NORMS = {
+    "by_variance": layer_norm_by_variance,
+    "by_correction": layer_norm_by_correction,
+    "by_both": layer_norm_by_both,
     "pytorch": lambda x, weight, bias, eps: F.layer_norm(x, (x.shape[-1],), weight, bias, eps),
     "by_hand": layer_norm_by_hand,
 }

@@ -150,7 +150,8 @@ def test_list_of_a_pattern_that_fits_nothing(call: Call) -> None:
     assert call("list", "*sillu_mul*", code=2) == "error: no op fits '*sillu_mul*'; did you mean 'silu_mul'?\n"
     assert call("list", "jitk::sillu_mul?", code=2) == "error: no op fits 'jitk::sillu_mul?'; did you mean 'jitk::silu_mul'?\n"
     text = call("list", "nothing::*", code=2)
-    assert text.startswith("error: no op fits 'nothing::*'; there are jitk::add_constant, jitk::fused_add_relu, ")
+    assert text.startswith("error: no op fits 'nothing::*'; there are ")
+    assert "jitk::add_constant, jitk::fused_add_relu, " in text
 
 
 def test_list(call: Call, store: cache.Store) -> None:

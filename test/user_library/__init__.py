@@ -72,7 +72,11 @@ def split_sign(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @library.op(
-    cpu="rows.cpp", variant="userlib::affine<{x.dtype}, userlib::{direction}>", dtypes=(torch.float32,), samples=_affine
+    cpu="rows.cpp",
+    variant="userlib::affine<{x.dtype}, userlib::{direction}>",
+    dtypes=(torch.float32,),
+    reusable=("x",),
+    samples=_affine,
 )
 def affine(
     x: Tensor,

@@ -137,7 +137,7 @@ class Reader:
         bound = call.bound()
         if bound is None or bound.values.get("inplace"):
             return self.argument(call.result, call.source)
-        rule = _RULES.get(bound.name) if call.index is None else None
+        rule = (_RULES if call.index is None else _RULES_OF_SEVERAL).get(bound.name)
         found = rule(self, bound.values, call) if rule is not None else None
         return found if found is not None else self._generic(bound, call)
 
@@ -257,17 +257,13 @@ def _binary(name: str) -> Any:
             reader.cast(part, dtype, part.tensor) if isinstance(part, Expression) and part.tensor.dim() > 0 else part
             for part in (values["self"], values["other"])
         )
-        if name == "mul" and left is right:
-            return reader.make("square", (left,), (), call.result, call.source)
-        if name == "mul":
-            for gate, sigmoid in ((left, right), (right, left)):
-                if isinstance(sigmoid, Expression) and sigmoid.name == "sigmoid" and sigmoid.inputs[0] is gate:
-                    return reader.make("silu", (gate,), (), call.result, call.source)
-        if name == "div" and isinstance(right, Expression) and right.name == "sqrt":
+        if name == "mul" and isinstance(left, Expression) and isinstance(right, Expression):
+            return _product(reader, left, right, call)
+        inverse = _inverse(right) if name == "div" and isinstance(right, Expression) else None
+        if inverse is not None:
             if not isinstance(left, Expression):
-                return reader.make("rsqrt", right.inputs, (), call.result, call.source) if same_number(left, 1) else None
-            inverse = reader.make("rsqrt", right.inputs, (), right.tensor, None)
-            return reader.make("mul", (left, inverse), (), call.result, call.source)
+                return reader.make(*inverse, (), call.result, call.source) if same_number(left, 1) else None
+            return _product(reader, left, reader.make(*inverse, (), right.tensor, None), call)
         tensors = [part for part in (left, right) if isinstance(part, Expression)]
         numbers = [part for part in (left, right) if not isinstance(part, Expression)]
         if name not in COMMUTATIVE and numbers:
@@ -275,6 +271,39 @@ def _binary(name: str) -> Any:
         return reader.make(name, tensors, numbers, call.result, call.source)
 
     return rule
+
+
+def _product(reader: Reader, left: Expression, right: Expression, call: Call) -> Expression:
+    """``x * x`` is a square, ``x * sigmoid(x)`` is silu, and so it is with a third factor, whichever two come first."""
+    if left is right:
+        return reader.make("square", (left,), (), call.result, call.source)
+    for one, other in ((left, right), (right, left)):
+        if _is_sigmoid_of(other, one):
+            return reader.make("silu", (one,), (), call.result, call.source)
+        factors = other.inputs if other.name == "mul" and len(other.inputs) == 2 else ()
+        for factor, third in zip(factors, factors[::-1], strict=True):
+            gate = one if _is_sigmoid_of(factor, one) else factor if _is_sigmoid_of(one, factor) else None
+            if gate is not None:
+                silu = reader.make("silu", (gate,), (), gate.tensor, None)
+                return reader.make("mul", (silu, third), (), call.result, call.source)
+    return reader.make("mul", (left, right), (), call.result, call.source)
+
+
+def _is_sigmoid_of(value: Expression | None, gate: Expression | None) -> bool:
+    return value is not None and value.name == "sigmoid" and value.inputs[0] is gate
+
+
+def _inverse(value: Expression) -> tuple[str, tuple[Expression | None, ...]] | None:
+    """What one over ``value`` is a function of: ``1 / sqrt(x)`` is rsqrt, ``1 / (1 + exp(-x))`` is sigmoid."""
+    if value.name == "sqrt":
+        return "rsqrt", value.inputs
+    if value.name == "add" and len(value.inputs) == 1 and same_number(value.constants[0], 1):
+        exponential = value.inputs[0]
+        if exponential is not None and exponential.name == "exp":
+            exponent = exponential.inputs[0]
+            if exponent is not None and exponent.name == "neg":
+                return "sigmoid", exponent.inputs
+    return None
 
 
 def _unary(name: str) -> Any:
@@ -297,8 +326,8 @@ def _power(reader: Reader, values: Mapping[str, Any], call: Call) -> Expression 
 
 
 def _reciprocal(reader: Reader, values: Mapping[str, Any], call: Call) -> Expression | None:
-    value = values["self"]
-    return reader.make("rsqrt", value.inputs, (), call.result, call.source) if value.name == "sqrt" else None
+    inverse = _inverse(values["self"])
+    return reader.make(*inverse, (), call.result, call.source) if inverse is not None else None
 
 
 def _mean(reader: Reader, values: Mapping[str, Any], call: Call) -> Expression | None:
@@ -307,6 +336,25 @@ def _mean(reader: Reader, values: Mapping[str, Any], call: Call) -> Expression |
         return None
     last = tuple(sorted(_from_the_last(dims, value.tensor.dim())))
     return reader.make("mean", (value,), (last, bool(values["keepdim"])), call.result, call.source)
+
+
+def _variance(reader: Reader, values: Mapping[str, Any], call: Call) -> Expression | None:
+    """The mean of the squares of what is left without the mean, if nothing is corrected."""
+    value, dims, corrected = values["self"], values.get("dim"), values.get("correction", values.get("unbiased", True))
+    if corrected is None or isinstance(corrected, Expression) or corrected != 0 or not isinstance(dims, tuple):
+        return None
+    if values["keepdim"] is not True or call.result.dtype != value.dtype or not all(type(dim) is int for dim in dims):
+        return None
+    constants = (tuple(sorted(_from_the_last(dims, value.tensor.dim()))), True)
+    mean = reader.make("mean", (value,), constants, call.result, None)
+    square = reader.make("square", (reader.make("sub", (value, mean), (), value.tensor, None),), (), value.tensor, None)
+    return reader.make("mean", (square,), constants, call.result, call.source)
+
+
+def _variance_and_mean(reader: Reader, values: Mapping[str, Any], call: Call) -> Expression | None:
+    if call.index == 0:
+        return _variance(reader, values, call)
+    return _mean(reader, {"dtype": None, **values}, call) if values.get("keepdim") is True else None
 
 
 def _gelu(reader: Reader, values: Mapping[str, Any], call: Call) -> Expression | None:
@@ -337,10 +385,15 @@ _RULES = {
     "pow": _power,
     "reciprocal": _reciprocal,
     "mean": _mean,
+    "var": _variance,
     "gelu": _gelu,
     "rms_norm": _rms_norm,
     "layer_norm": _layer_norm,
 }
+
+
+# Of functions that have several results: the rule is told by ``call.index`` which one.
+_RULES_OF_SEVERAL = {"var_mean": _variance_and_mean}
 
 
 # --- rules that look at the result alone, whatever the arguments ------------------------------------

@@ -202,6 +202,7 @@ def gelu_tanh_mul(gate: Tensor, up: Tensor) -> Tensor:
     rows=("input",),
     elementwise=True,
     samples=_unary,
+    patterns=(),
 )
 def relu2(input: Tensor) -> Tensor:
     """``relu(input) ** 2`` (Primer; So et al., arXiv:2109.08668).

@@ -191,7 +191,7 @@ def gemma_rmsnorm(input: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     reusable=("input",),
     samples=_layer_norms,
     backward=_differentiate_layernorm,
-    patterns=(_layer_norm_written_out, spelling.layer_norm_of_pytorch),
+    patterns=(_layer_norm_written_out, spelling.layer_norm_of_pytorch, spelling.layer_norm_narrow),
 )
 def layernorm(input: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """``(input - mean) / sqrt(variance + eps) * weight + bias`` over the last dimension (Ba et al., arXiv:1607.06450).

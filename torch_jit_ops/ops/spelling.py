@@ -73,6 +73,13 @@ def layer_norm_of_pytorch(input: Tensor, weight: Tensor, bias: Tensor | None, ep
     return F.layer_norm(input, input.shape[-1:], weight, bias, eps)
 
 
+def layer_norm_narrow(input: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """Written out without fp32, as with ``var(unbiased=False)``: half types are rounded at every step."""
+    centred = input - input.mean(-1, keepdim=True)
+    normal = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps) * weight
+    return normal if bias is None else normal + bias
+
+
 RMS_NORMS = (rms_norm_rounded_twice, rms_norm_narrow, rms_norm_of_pytorch)
 
 
