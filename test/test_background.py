@@ -227,10 +227,11 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """An op whose kernel is picked by a size and an int."""
     folder = tmp_path_factory.mktemp("wide")
-    (folder / "wide.cpp").write_text("")
+    for source in ("wide.cpp", "wide.cu"):
+        (folder / source).write_text("")
     library = op.OpLibrary("aheadwide", csrc=folder)
 
-    @library.op(cpu="wide.cpp", cuda="wide.cpp", variant="wide<{x.dtype}, {x.shape[-1]}, {n}>")
+    @library.op(cpu="wide.cpp", cuda="wide.cu", variant="wide<{x.dtype}, {x.shape[-1]}, {n}>")
     def wide(x: Tensor, n: int) -> Tensor:
         return x + n
 

@@ -459,7 +459,8 @@ def test_text_of_a_failed_reference(ops: SimpleNamespace) -> None:
     assert_expected_inline(
         error_of(ops.fail, _X.double(), "this"),
         """\
-dispatchlib::fail: the reference cannot do this""",
+dispatchlib::fail: the reference cannot do this
+  argument 'x' is float64, and there are kernels for float32, so the PyTorch function ran""",
     )
 
 
