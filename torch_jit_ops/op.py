@@ -770,9 +770,10 @@ class Op:
 
     def _named(self, error: Exception, given: Mapping[str, Any]) -> Exception:
         """A RuntimeError that names the op, and the dtype where a kernel for it was missing. Kinds of RuntimeError, such as
-        OutOfMemoryError, are what callers look for, and stay."""
+        OutOfMemoryError, are what callers look for, and stay what they are."""
         text = self._explained(error, given)
-        if isinstance(error, RuntimeError) and (text == str(error) or type(error) is not RuntimeError):
+        if isinstance(error, RuntimeError):
+            error.args = (text,)
             return error
         named = RuntimeError(text)
         named.__cause__ = error

@@ -61,7 +61,7 @@ class Fusion(Rewrite):
         except Exception as error:  # the model compiles without the ops, whatever this pass did not expect of it
             at = reader.at or next(iter(graph.nodes))
             entry = _untouched(at, f"{type(error).__name__}: {error}")
-            if entry not in self._untouched:
+            if entry not in self.report().untouched:
                 warnings.warn(f"fuse left a graph as it was. {entry}", RuntimeWarning, stacklevel=2)
             self._enter((), (), [entry])
             return
