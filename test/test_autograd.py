@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -35,7 +36,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 import torch_jit_ops
-from torch_jit_ops import Op, OpLibrary, Sample, loader, runtime
+from torch_jit_ops import Op, OpLibrary, Sample, autograd, loader, planning, runtime
+
+_numbers = itertools.count()  # of the namespaces of tests
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -409,7 +412,7 @@ def test_an_out_form_refuses_to_be_differentiated(case: Case) -> None:
 @pytest.fixture(params=[True, False], ids=["handed over", "in Python"])
 def op_without_derivative(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Op, Op]]:
     """An op with an out form and one in place; their autograd keys are C++'s or, as they have no kernel, still Python's."""
-    library = OpLibrary(f"autograd_refusal{request.param:d}", csrc=tmp_path)
+    library = OpLibrary(f"autograd_refusal{next(_numbers)}", csrc=tmp_path)
 
     def twice(x: Tensor) -> Tensor:
         return 2 * x
@@ -454,6 +457,153 @@ lib::double: an op that writes its arguments has no derivative, but argument 'by
     y = x.clone()
     double(y, by=torch.full((2,), 3.0))
     assert (y.tolist(), y._version > 0) == ([3, 3], True)
+
+
+# --- forward mode in compiled graphs ------------------------------------------------------------------
+
+
+def _dual(function: Callable[..., Any], x: Tensor, tangent: Tensor) -> Any:
+    with forward_ad.dual_level():
+        return tuple(forward_ad.unpack_dual(function(forward_ad.make_dual(x, tangent))))
+
+
+def _norm(function: Callable[..., Any]) -> Callable[..., Tensor]:
+    return lambda x: function(x).square().sum()
+
+
+WITHIN: dict[str, Callable[..., Any]] = {
+    "jvp": lambda f, x, t: jvp(f, (x,), (t,)),
+    "dual_level": _dual,
+    "jacfwd": lambda f, x, t: jacfwd(_norm(f))(x),
+    "hessian": lambda f, x, t: hessian(_norm(f))(x),
+    "vmap of jvp": lambda f, x, t: vmap(lambda x, t: jvp(f, (x,), (t,)))(x, t),
+    "jvp of vmap": lambda f, x, t: jvp(vmap(f), (x,), (t,)),
+    "jvp of grad": lambda f, x, t: jvp(grad(_norm(f)), (x,), (t,)),
+    "grad of jvp": lambda f, x, t: grad(lambda x: jvp(f, (x,), (t,))[1].sum())(x),
+}
+
+
+@pytest.fixture(params=["handed over", "in Python"])
+def op_in_graphs(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Op:
+    """A user's op, before and after the library is there that knows of forward mode."""
+    library = OpLibrary(f"autograd_forward{next(_numbers)}", csrc=tmp_path)
+
+    def gate(x: Tensor, up: Tensor) -> Tensor:
+        return torch.nn.functional.silu(x) * up
+
+    op = library.op()(gate)
+    if request.param == "handed over":
+        assert runtime.differentiate([op.qualified_name, f"{op.qualified_name}.out"])
+    else:
+        monkeypatch.setattr(runtime, "in_forward_mode", None)
+    return op
+
+
+def assert_same_within(op: Callable[..., Tensor], reference: Callable[..., Tensor], backend: str, *names: str) -> None:
+    x, tangent = torch.randn(3, 16), torch.randn(3, 16)
+    for name in names:
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda x, t, name=name: WITHIN[name](op, x, t), fullgraph=True, backend=backend)
+        for given in ((x, tangent), (tangent, x)):
+            expected = WITHIN[name](reference, *given)
+            torch.testing.assert_close(compiled(*given), expected, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_forward_mode_within_a_graph(op_in_graphs: Op, backend: str) -> None:
+    assert_same_within(
+        lambda x: op_in_graphs.default(x, x.sin()), lambda x: op_in_graphs.reference(x, x.sin()), backend, *WITHIN
+    )
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_forward_mode_of_an_op_with_a_declared_backward_within_a_graph(backend: str) -> None:
+    op, weight = ready(torch_jit_ops.ops.norm.rmsnorm), torch.rand(16)
+    names = ("jvp", "dual_level", "hessian") if backend != "inductor" else ("jvp",)
+    assert_same_within(lambda x: op.default(x, weight), lambda x: op.reference(x, weight), backend, *names)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("warm", [False, True], ids=["first", "later"])
+def test_forward_mode_around_a_graph(op_in_graphs: Op, backend: str, warm: bool) -> None:
+    x, tangent = torch.randn(3, 16), torch.randn(3, 16)
+    for name in ("jvp", "dual_level", "vmap of jvp"):
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda x: op_in_graphs.default(x, x.sin()), backend=backend)
+        if warm:
+            compiled(x)
+        expected = WITHIN[name](lambda x: op_in_graphs.reference(x, x.sin()), x, tangent)
+        torch.testing.assert_close(WITHIN[name](compiled, x, tangent), expected)
+
+
+def test_a_dual_level_around_a_graph_of_inductor_is_refused_where_pytorch_drops_the_tangent() -> None:
+    """The op comes first and meets the tangent; Inductor's own kernels lose it, those of a plain function too."""
+    op, weight = ready(torch_jit_ops.ops.norm.rmsnorm), torch.rand(16)
+    x, tangent = torch.randn(3, 16), torch.randn(3, 16)
+    assert _dual(torch.compile(torch.sin), x, tangent)[1] is None
+    compiled = torch.compile(lambda x: op.default(x, weight))
+    if planning.PLANNED:
+        with pytest.raises(RuntimeError) as caught:
+            _dual(compiled, x, tangent)
+        assert_expected_inline(
+            str(caught.value),
+            """\
+jitk::rmsnorm.out: functions with out=... arguments don't support automatic differentiation, but argument 'input' has a tangent
+  remedy: call the functional form""",
+        )
+    else:
+        torch.testing.assert_close(_dual(compiled, x, tangent), _dual(lambda x: op.reference(x, weight), x, tangent))
+
+
+@pytest.mark.parametrize("backend", [None, "eager", "aot_eager"])
+def test_refusals_in_forward_mode(op_without_derivative: tuple[Op, Op], backend: str | None) -> None:
+    """Also of the tangent that no argument of ``compile`` has: it comes within the graph."""
+    twice, double = op_without_derivative
+    texts = []
+
+    def write(x: Tensor) -> Tensor:
+        out = torch.empty(2)
+        twice.out(x, out=out)
+        return out
+
+    def change(x: Tensor) -> Tensor:
+        y = x * 1
+        double(y)
+        return y
+
+    for function in (write, change):
+
+        def run(x: Tensor, function: Callable[..., Tensor] = function) -> Any:
+            return _dual(function, x, x)
+
+        with pytest.raises(Exception, match=r"automatic differentiation|no derivative") as caught:
+            (run if backend is None else torch.compile(run, backend=backend))(torch.ones(2))
+        while forward_ad._current_level >= 0:  # Dynamo leaves it entered where tracing ends by an error
+            forward_ad.exit_dual_level()
+        said = str(caught.value).replace(twice.library.namespace, "lib")
+        texts.append(said[said.index("lib::") :].split("\n\n")[0])
+    if backend is None:
+        assert_expected_inline(
+            "\n".join(texts),
+            """\
+lib::twice.out: functions with out=... arguments don't support automatic differentiation, but argument 'x' has a tangent
+  remedy: call the functional form
+lib::double: an op that writes its arguments has no derivative, but argument 'x' has a tangent
+  remedy: write the same with operations that return new tensors""",
+        )
+    else:
+        assert "argument 'x' has a tangent" in texts[0] and "argument 'x' has a tangent" in texts[1]
+
+
+def test_a_sparse_argument_has_no_tangent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "in_forward_mode", None)
+    assert not autograd._has_tangent(torch.eye(3).to_sparse(), torch.eye(3).to_sparse_csr())
+
+
+def test_who_asks_for_tangents_is_not_seen(op_in_graphs: Op) -> None:
+    with Seen() as mode:
+        op_in_graphs.default(torch.randn(3), torch.randn(3))
+    assert [name for name in mode.names if "alias" in name or "fw_primal" in name] == []
 
 
 # --- compiled autograd, and versions ------------------------------------------------------------------

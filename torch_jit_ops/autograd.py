@@ -7,7 +7,7 @@ for a version of PyTorch; ``Gate`` hands an op over as soon as it is there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -115,13 +115,16 @@ def functional_kernel(
     return kernel
 
 
-def writing_kernel(overload: Any, signature: Signature, refusal: str, gate: Gate) -> Callable[..., Any]:
+def writing_kernel(
+    overload: Any, signature: Signature, refusal: str, remedies: Mapping[str, str], gate: Gate
+) -> Callable[..., Any]:
     """The autograd kernel of an op that writes arguments, and has no derivative.
 
     Args:
         overload: of PyTorch.
         signature: of the overload.
-        refusal: the error where a gradient is wanted, with ``{}`` for the argument that wants one.
+        refusal: the error where a derivative is wanted.
+        remedies: what to do instead, where an argument ``requires grad`` and where it ``has a tangent``.
         gate: of the op.
     """
     names = [argument.name for argument in signature.arguments]
@@ -131,8 +134,13 @@ def writing_kernel(overload: Any, signature: Signature, refusal: str, gate: Gate
         gate.pass_on()
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         for name, value in given.items():
-            if _has_tangent(value) or (torch.is_grad_enabled() and isinstance(value, Tensor) and value.requires_grad):
-                raise RuntimeError(refusal.format(repr(name)))
+            if torch.is_grad_enabled() and isinstance(value, Tensor) and value.requires_grad:
+                reason = "requires grad"
+            elif _has_tangent(value):
+                reason = "has a tangent"
+            else:
+                continue
+            raise RuntimeError(f"{refusal}, but argument {name!r} {reason}\n  remedy: {remedies[reason]}")
         for name in written:
             tensor = given.get(name)
             # What autograd has saved of it must not be taken for what it was.
@@ -150,9 +158,17 @@ def _call_below(overload: Any, keys: Any, args: Sequence[Any], kwargs: dict[str,
 
 def _has_tangent(*values: Any) -> bool:
     """Whether forward-mode differentiation goes through one of them."""
-    if forward_ad._current_level < 0:
+    # Not by forward_ad._current_level, which compiled graphs leave as it is.
+    if runtime.in_forward_mode is not None and not runtime.in_forward_mode():
         return False
-    return any(isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None for value in values)
+    # To ask is to make a view: other layouts have none, and modes and subclasses need not see it.
+    with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
+        return any(
+            isinstance(value, Tensor)
+            and value.layout is torch.strided
+            and torch._VF._unpack_dual(value, level=0).tangent is not None
+            for value in values
+        )
 
 
 def _differentiate(

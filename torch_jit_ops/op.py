@@ -483,8 +483,11 @@ class Op:
             return autograd.writing_kernel(
                 function,
                 signature,
-                f"{who}: functions with out=... arguments don't support automatic differentiation, but argument {{}} requires "
-                "grad\n  remedy: call the functional form, or this one under torch.no_grad()",
+                f"{who}: functions with out=... arguments don't support automatic differentiation",
+                {
+                    "requires grad": "call the functional form, or this one under torch.no_grad()",
+                    "has a tangent": "call the functional form",
+                },
                 self._gate,
             )
         if self._is_functional():
@@ -492,8 +495,11 @@ class Op:
         return autograd.writing_kernel(
             function,
             signature,
-            f"{who}: an op that writes its arguments has no derivative, but argument {{}} requires grad\n"
-            "  remedy: call it under torch.no_grad(), or write the same with operations that return new tensors",
+            f"{who}: an op that writes its arguments has no derivative",
+            {
+                "requires grad": "call it under torch.no_grad(), or write the same with operations that return new tensors",
+                "has a tangent": "write the same with operations that return new tensors",
+            },
             self._gate,
         )
 

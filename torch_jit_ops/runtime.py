@@ -128,6 +128,8 @@ def autograd_unit() -> loader.Unit:
 
 
 _autograd: Future[ctypes.CDLL] | None = None
+# Whether a tensor can have a tangent; None until the library is there that knows.
+in_forward_mode: Callable[[], bool] | None = None
 
 
 def _forget_in_child() -> None:
@@ -145,16 +147,19 @@ def differentiate(overloads: Sequence[str]) -> bool:
     Returns:
         Whether that is done. If not, the library is being compiled: ask again.
     """
-    global _autograd
+    global _autograd, in_forward_mode
     if _autograd is None:
         with _lock:
             if _autograd is None:
                 _autograd = _in_background(autograd_unit())
     if not _autograd.done() or _autograd.exception() is not None:
         return False
+    loaded = _autograd.result()
+    loaded.jitk_in_forward_mode.restype = ctypes.c_bool
     for overload in overloads:
         name, _, form = overload.partition(".")
-        _checked(_autograd.result().jitk_differentiate, name.encode(), form.encode())
+        _checked(loaded.jitk_differentiate, name.encode(), form.encode())
+    in_forward_mode = loaded.jitk_in_forward_mode
     return True
 
 

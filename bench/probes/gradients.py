@@ -88,6 +88,39 @@ def jvp() -> None:
     )
 
 
+def _dual(function: Callable[..., Tensor], x: Tensor, tangent: Tensor) -> Any:
+    with torch.autograd.forward_ad.dual_level():
+        return tuple(torch.autograd.forward_ad.unpack_dual(function(torch.autograd.forward_ad.make_dual(x, tangent))))
+
+
+@probe("Derivatives", "forward mode within a compiled graph: `jvp`, `dual_level`, `hessian`")
+def compiled_forward_mode() -> None:
+    x, tangent, weight = torch.randn(3, 8), torch.randn(3, 8), torch.rand(8)
+    transforms: tuple[Callable[..., Any], ...] = (
+        lambda function: torch.func.jvp(function, (x,), (tangent,)),
+        lambda function: _dual(function, x, tangent),
+        lambda function: torch.func.hessian(lambda y: function(y).square().sum())(x),
+    )
+    for op, *rest in ((silu_and_mul,), (rmsnorm, weight)):
+        for transform in transforms:
+            expected = transform(lambda y, op=op, rest=rest: op.reference(y, *rest))
+            for backend in ("aot_eager", "inductor"):
+                torch._dynamo.reset()
+                compiled = torch.compile(
+                    lambda transform=transform, op=op, rest=rest: transform(lambda y: op.default(y, *rest)), backend=backend
+                )
+                assert_close(compiled(), expected)
+
+
+@probe("Derivatives", "forward mode around a compiled function: `jvp`")
+def forward_mode_around() -> None:
+    x, tangent = torch.randn(5, 96), torch.randn(5, 96)
+    expected = torch.func.jvp(silu_and_mul.reference, (x,), (tangent,))
+    for backend in ("aot_eager", "inductor"):
+        compiled = torch.compile(lambda y: silu_and_mul.default(y), backend=backend)
+        assert_close(torch.func.jvp(compiled, (x,), (tangent,)), expected)
+
+
 @probe("Derivatives", "`torch.autocast`: an op computes in the dtype that it is given")
 def autocast() -> None:
     layer, x = torch.nn.Linear(8, 16), torch.randn(5, 8)

@@ -8,6 +8,7 @@
 // times as long to compile, so nobody waits for them: until the library is there, the kernel in Python answers alone.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/forward_grad.h>
 
 #include <cstring>  // the text of an error, for C
 #include <exception>
@@ -47,6 +48,11 @@ void differentiate(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torc
 }
 
 }  // namespace
+
+// Whether any tensor can have a tangent. Python cannot tell: compiled graphs enter the level without torch.autograd.forward_ad.
+extern "C" __attribute__((visibility("default"))) bool jitk_in_forward_mode() {
+  return torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr;
+}
 
 // Throws what Python has kept of this thread's failure: an exception of a kernel in Python goes through C++ as it is.
 extern "C" __attribute__((visibility("default"))) void jitk_raise() {
