@@ -44,7 +44,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def reverse(x: Tensor) -> Tensor:
         return x.flip(-1)
 
-    @made.op(variant="touch<{y.dtype}>", mutates=("y",))
+    @made.op(mutates=("y",))
     def touch_without(x: Tensor, y: Tensor) -> None:
         return None
 
