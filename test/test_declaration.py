@@ -22,8 +22,8 @@ from torch_jit_ops import Op, OpLibrary, libraries, planning
 _numbers = itertools.count()
 # The ends of several messages.
 FORM = (
-    "it must be a shape and, if it matters, a dtype, such as "
-    "'[tokens..., 2*d]', '[hidden] weight.dtype' or '[3, *] float16|bfloat16'"
+    "it must be a shape, a dtype if it matters, and a layout if it is not contiguous, such as "
+    "'[tokens..., 2*d] rows', '[hidden] weight.dtype' or '[3, *] float16|bfloat16 strides [*, 1]'"
 )
 _SUPPORTED = "Tensor, int, float, bool, str, Literal of strings, list[int], and each of them | None"
 
@@ -538,6 +538,13 @@ def test_tensors_that_mean_nothing(library: OpLibrary, csrc: Path) -> None:
         {"x": "[n] float32|y"},
         {"x": "[n] y.dtype"},
         {"y": "[n] n.dtype"},
+        {"out": "[n] z.dtype"},
+        {"x": "[n] rows float32"},
+        {"x": "[n] float32 row"},
+        {"x": "[n] strides"},
+        {"x": "[n, 2] strides [1]"},
+        {"x": "[n] int8 strides [n]"},
+        {"x": "[b..., n] strides [1, 1]"},
     ):
         with pytest.raises(ValueError) as caught:
             declare(library, op, tensors=tensors)
@@ -545,8 +552,8 @@ def test_tensors_that_mean_nothing(library: OpLibrary, csrc: Path) -> None:
     assert_expected_inline(
         "\n".join(texts).replace(FORM, "FORM"),
         """\
-lib::op: tensors names 'z'; its tensor arguments are x, y
-lib::op: tensors names 'n'; its tensor arguments are x, y
+lib::op: tensors names 'z'; its tensor arguments are x, y and its outputs out
+lib::op: tensors names 'n'; its tensor arguments are x, y and its outputs out
 lib::op: tensors says 'n' of 'x'; FORM
 lib::op: tensors says '[2*3]' of 'x'; FORM
 lib::op: tensors says '[hidden, tokens...]' of 'x'; FORM
@@ -554,7 +561,14 @@ lib::op: tensors says '[n]  float32' of 'x'; FORM
 lib::op: tensors gives 'x' the dtype 'float31'; PyTorch has no such one
 lib::op: tensors gives 'x' the dtype 'y'; PyTorch has no such one
 lib::op: tensors gives 'x' the dtype of 'y'; the tensors before it are none
-lib::op: tensors gives 'y' the dtype of 'n'; the tensors before it are x""",
+lib::op: tensors gives 'y' the dtype of 'n'; the tensors before it are x
+lib::op: tensors gives 'out' the dtype of 'z'; the tensors before it are x, y
+lib::op: tensors says '[n] rows float32' of 'x'; FORM
+lib::op: tensors says '[n] float32 row' of 'x'; FORM
+lib::op: tensors gives 'x' the dtype 'strides'; PyTorch has no such one
+lib::op: tensors gives 'x' the strides [1] for [n, 2]; an entry needs a number or '*', leading dimensions '*'
+lib::op: tensors gives 'x' the strides [n] for [n]; an entry needs a number or '*', leading dimensions '*'
+lib::op: tensors gives 'x' the strides [1, 1] for [b..., n]; an entry needs a number or '*', leading dimensions '*'""",
     )
 
 
@@ -577,6 +591,64 @@ def test_tensors_of_every_form(library: OpLibrary) -> None:
             declared(*wrong, torch.ones(3, 9), x)
     with pytest.raises(RuntimeError, match="dimension 0: expected 3"):
         declared(x, torch.ones(()), torch.ones(4, 9), x)
+
+
+def test_layouts_of_every_form(library: OpLibrary) -> None:
+    def op(rows: Tensor, dense: Tensor, fixed: Tensor, free: Tensor) -> Tensor:
+        return rows.clone()
+
+    tensors = {
+        "rows": "[tokens..., n] rows",
+        "dense": "[tokens..., n] rows.dtype",
+        "fixed": "[tokens..., n] strides [*, 4]",
+        "free": "[*, *] strides [*, *]",
+        "out": "[tokens..., n] rows.dtype rows",
+    }
+    declared = declare(library, op, cpu=None, variant=None, tensors=tensors)
+    good = {
+        "rows": torch.ones(5, 3, 8)[..., :4],
+        "dense": torch.ones(5, 3, 4),
+        "fixed": torch.ones(5, 3, 16)[..., ::4],
+        "free": torch.ones(1, 3).expand(2, 3),
+        "out": torch.ones(5, 3, 8)[..., :4],
+    }
+
+    def call(**changed: Tensor) -> None:
+        given = {**good, **changed}
+        for device in ("cpu", "meta"):
+            on = {name: torch.empty_strided(x.shape, x.stride(), device=device) for name, x in given.items()}
+            if "free" not in changed:
+                on["free"] = given["free"].to(device)
+            declared.out(**on)
+
+    call()
+    call(free=torch.ones(2, 3).t())
+    for name, x in good.items():
+        other = x.transpose(0, 1).contiguous().transpose(0, 1)
+        if name == "fixed":
+            other = torch.ones(5, 3, 4)
+        if name != "free":
+            with pytest.raises(RuntimeError, match=f"argument '{name}' does not match"):
+                call(**{name: other})
+
+
+def test_an_output_that_is_not_named_is_what_the_functional_form_returns(library: OpLibrary, csrc: Path) -> None:
+    def op(x: Tensor) -> Tensor:
+        return x[0].double()
+
+    declared = declare(library, op, cpu=None, variant=None, tensors={"x": "[n, m] float32"})
+    x = torch.ones(2, 3, device="meta")
+    declared.out(x, out=torch.ones(6, dtype=torch.float64, device="meta")[::2])
+    with pytest.raises(RuntimeError) as caught:
+        declared.out(x, out=x[1])
+    assert_expected_inline(
+        words(caught, csrc),
+        """\
+lib::op.out: argument 'out' does not match
+  expected  [3]  float64  meta
+  got       [3]  float32  meta
+  the functional form returns what is expected""",
+    )
 
 
 def test_a_copy_of_an_op_is_the_op(library: OpLibrary) -> None:

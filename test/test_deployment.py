@@ -255,9 +255,18 @@ def test_folders_that_define_nothing(folder: Path) -> None:
         "empty": (lambda copy: (copy / "ops.txt").write_text(""), ["<empty>/ops.txt begins with '', expected 'jitk 1'"]),
         "slot": (
             lambda copy: (copy / "ops.txt").write_text("jitk 1\nslot jitk relu2"),
-            ["a line of ops.txt is cut short: slot jitk relu2"],
+            ["<slot>/ops.txt is cut short: its last line does not end"],
         ),
-        "op": (lambda copy: (copy / "ops.txt").write_text("jitk 1\nop jitk\n"), ["a line of ops.txt is cut short: op jitk"]),
+        "op": (lambda copy: (copy / "ops.txt").write_text("jitk 1\nop jitk\n"), ["<op>/ops.txt:2: SCHEMA is missing"]),
+        "pipe": (
+            lambda copy: ((copy / "ops.txt").unlink(), os.mkfifo(copy / "ops.txt")),
+            ["<pipe>/ops.txt is no regular file"],
+        ),
+        "zeros": (
+            lambda copy: ((copy / "ops.txt").unlink(), (copy / "ops.txt").symlink_to("/dev/zero")),
+            ["<zeros>/ops.txt is no regular file"],
+        ),
+        "long": (lambda copy: os.truncate(copy / "ops.txt", 1 << 40), ["<long>/ops.txt has more than 16 MiB"]),
     }
     expected = []
     for name, (damage, (first, *rest)) in cases.items():
@@ -266,6 +275,154 @@ def test_folders_that_define_nothing(folder: Path) -> None:
         damage(copy)
         expected += [f"jitk: no ops are defined: {first}", *rest]
     assert stderr_of(*(folder.parent / name for name in cases)) == expected
+
+
+# Lines of a table; the fields that are changed, what to, and what is said.
+_TABLE = """jitk 1
+op lies pick(Tensor x, Tensor? y, *, str how="larger", SymInt n=3, SymInt[] sizes=[1, 2]) -> Tensor
+op lies pick.out(Tensor x, Tensor(a1!) out) -> Tensor(a1!)
+slot lies pick CPU
+arg T= x
+arg T? y
+arg s< how larger,smaller
+arg i n
+arg l sizes
+key 0 dtype 0
+key 1 size -1
+key 2 value 0
+results 1
+asked x.dtype
+asked y.shape[-1]
+asked how
+kernel lies.pick-0.so pick x86-64-v3 544,7,1 lies::pick<fp32_t, 7, smaller>
+slot lies pick.out CUDA
+arg T x
+arg T!> out
+results 0
+kernel lies.pick-0.so pick_out 9.0a - lies::pick
+"""
+_LIES: list[tuple[str, str, str]] = [
+    # the kinds of lines and their order
+    (
+        "asked how\n",
+        "asked how\nmalloc 7\n",
+        "17: the kind of line is 'malloc', expected op, slot, arg, key, results, asked or kernel",
+    ),
+    ("asked how\n", "asked how\n\n", "17: the kind of line is '', expected op, slot, arg, key, results, asked or kernel"),
+    ("slot lies pick CPU\n", "", "4: 'arg' stands before any slot"),
+    ("results 1\n", "", "13: 'asked' stands before the line 'results'"),
+    ("results 1\n", "results 1\nresults 1\n", "14: 'results' is there twice"),
+    ("results 1\n", "results 1\nkey 0 dim 0\n", "14: 'key' stands behind a line 'results'"),
+    ("asked how\n", "", "17: the slot of lies::pick has 2 lines 'asked' for 3 lines 'key'"),
+    (
+        "results 0\nkernel lies.pick-0.so pick_out 9.0a - lies::pick\n",
+        "",
+        "21: the slot of lies::pick.out is cut short: it has no line 'results'",
+    ),
+    # op and slot
+    ("op lies pick(", "op li/es pick(", "2: NAMESPACE is 'li/es', expected a name"),
+    (
+        "-> Tensor\n",
+        "-> Tensor?\n",
+        "2: SCHEMA is 'pick(Tensor x, Tensor? y, *, str how=\"larger\", SymInt n=3, S...', expected one as deploy writes it",
+    ),
+    ("op lies pick.out(", "op lies pick(", "3: lies::pick is there twice"),
+    ("slot lies pick CPU", "slot lies pick CPU ", "4: '' stands behind the last field"),
+    ("slot lies pick CPU", "slot lies pick cpu", "4: DEVICE is 'cpu', expected CPU or CUDA"),
+    ("slot lies pick CPU", "slot lies pick..out CPU", "4: OVERLOAD is 'pick..out', expected a name, or two with a dot between"),
+    ("slot lies pick CPU", "slot lies peck CPU", "4: no line 'op' defines lies::peck"),
+    ("slot lies pick.out CUDA", "slot lies pick CPU", "18: the slot of lies::pick on CPU is there twice"),
+    # the plan, which the schema knows
+    ("arg T= x", "arg i= x", "5: KIND is 'i=', expected that of the schema's 'x'"),
+    ("arg T= x", "arg T! x", "5: KIND is 'T!', expected that of the schema's 'x'"),
+    ("arg T= x", "arg T=? x", "5: KIND is 'T=?', expected that of the schema's 'x'"),
+    ("arg T!> out", "arg T! out", "20: KIND is 'T!', expected that of the schema's 'out'"),
+    ("arg T? y", "arg T y", "6: KIND is 'T', expected that of the schema's 'y'"),
+    ("arg T? y", "arg T? z", "6: NAME is 'z', expected 'y' as in the schema"),
+    ("arg T? y\n", "", "6: KIND is 's<', expected that of the schema's 'y'"),
+    ("arg i n", "arg i n 1,2", "8: CHOICES is '1,2', expected words of a str with commas between"),
+    ("larger,smaller", "larger,,smaller", "7: CHOICES is 'larger,,smaller', expected words of a str with commas between"),
+    ("arg l sizes\n", "", "12: the slot has 4 arguments, and the schema 5"),
+    ("arg l sizes\n", "arg l sizes\narg l sizes\n", "10: the schema has only 5 arguments"),
+    ("key 0 dtype 0", "key 5 dtype 0", "10: ARGUMENT is '5', expected 0 to 4"),
+    ("key 0 dtype 0", "key -1 dtype 0", "10: ARGUMENT is '-1', expected 0 to 4"),
+    ("key 0 dtype 0", "key 00 dtype 0", "10: ARGUMENT is '00', expected 0 to 4"),
+    (
+        "key 0 dtype 0",
+        "key 0 value 0",
+        "10: WHAT is 'value', expected dtype, size or dim of a tensor, or value of an int, a bool or a str with choices",
+    ),
+    ("key 1 size -1", "key 1 size -1000000", "11: DIM is '-1000000', expected -64 to 64"),
+    ("key 1 size -1", "key 1 size 1e0", "11: DIM is '1e0', expected -64 to 64"),
+    ("key 2 value 0", "key 2 value", "12: DIM is missing"),
+    ("arg s< how", "arg s how", "13: 'how' must be passed or have its value in the key, and not both"),
+    ("results 1", "results 2", "13: COUNT is '2', expected 1 as in the schema"),
+    # what is asked, and the kernels
+    ("asked how", "asked \x1b[2J", "16: PLACEHOLDER is '\\x1b[2J', expected text"),
+    (
+        "lies.pick-0.so pick x",
+        "../lies.pick-0.so pick x",
+        "17: FILE is '../lies.pick-0.so', expected the name of a .so file in this folder",
+    ),
+    (
+        "lies.pick-0.so pick x",
+        "/tmp/pick.so pick x",
+        "17: FILE is '/tmp/pick.so', expected the name of a .so file in this folder",
+    ),
+    ("lies.pick-0.so pick x", "...so pick x", "17: FILE is '...so', expected the name of a .so file in this folder"),
+    ("lies.pick-0.so pick x", "pick.so;sh pick x", "17: FILE is 'pick.so;sh', expected the name of a .so file in this folder"),
+    ("so pick x86", "so pick\x00 x86", "17: ENTRY is 'pick\\x00', expected a name"),
+    ("x86-64-v3 ", "9.0a ", "17: ARCH is '9.0a', expected x86-64 or the like of x86-64-v3"),
+    ("x86-64-v3 ", "x86-64-v ", "17: ARCH is 'x86-64-v', expected x86-64 or the like of x86-64-v3"),
+    ("9.0a", "9.0a ", "22: WORDS is '', expected -"),
+    ("9.0a", "sm_90", "22: ARCH is 'sm_90', expected the like of 8.0 or 9.0a"),
+    ("544,7,1", "544,7", "17: WORDS is '544,7', expected what the key's 3 parts can be"),
+    ("544,7,1", "544,7,2", "17: WORDS is '544,7,2', expected what the key's 3 parts can be"),
+    ("544,7,1", "65536,7,1", "17: WORDS is '65536,7,1', expected what the key's 3 parts can be"),
+    (
+        "544,7,1",
+        "544,9223372036854775808,1",
+        "17: WORDS is '544,9223372036854775808,1', expected what the key's 3 parts can be",
+    ),
+    ("544,7,1", "-9223372036854775808,7,1", "17: WORDS is '-9223372036854775808,7,1', expected what the key's 3 parts can be"),
+    ("544,7,1", "544, 7,1", "17: WORDS is '544,', expected what the key's 3 parts can be"),
+    (" lies::pick<fp32_t, 7, smaller>", "", "17: LABEL is missing"),
+    ("lies::pick<fp32_t, 7, smaller>", "a" * 70000, "17: the line has 70045 bytes"),
+]
+
+
+def test_tables_that_lie(folder: Path) -> None:
+    """Each field of each line; and none of them defines anything before."""
+    expected = []
+    for number, (field, lie, said) in enumerate(_LIES):
+        copy = folder.parent / f"lie{number:02}"
+        shutil.copytree(folder, copy)
+        assert _TABLE.count(field) >= 1
+        (copy / "ops.txt").write_text(_TABLE.replace(field, lie, 1))
+        expected.append(f"jitk: no ops are defined: <lie{number:02}>/ops.txt:{said}")
+    true = folder.parent / "true"
+    shutil.copytree(folder, true)
+    (true / "ops.txt").write_text(_TABLE)
+    folders = [folder.parent / f"lie{number:02}" for number in range(len(_LIES))]
+    assert stderr_of(*folders, true) == expected
+
+
+def test_a_kernel_that_lies(folder: Path) -> None:
+    """Another function than the slot's would read its arguments as something else."""
+    (kernel,) = folder.glob("jitk.relu2*.so")
+    table = folder / "ops.txt"
+    table.write_text(table.read_text().replace(f"{kernel.name} relu2 ", f"{kernel.name} relu2_out "))
+    code = f"""
+print(failure(torch.ops.jitk.relu2, torch.zeros(3)))
+import os
+os.remove({str(kernel)!r})
+os.mkfifo({str(kernel)!r})
+print(failure(torch.ops.jitk.relu2, torch.zeros(3)))
+"""
+    assert shown(without_package(folder / "libjitk_ops.so", code), folder) == [
+        f"jitk::relu2: <folder>/{kernel.name} has relu2_out as TT>0, expected T>1",
+        f"jitk::relu2: <folder>/{kernel.name} is no regular file",
+    ]
 
 
 def test_beside_the_package_itself(folder: Path) -> None:

@@ -31,7 +31,7 @@ HEAVY |= {"stdexcept", "tuple", "map", "unordered_map", "memory", "iomanip", "fs
 # Lower modules first; a module imports from those above it in this list alone. The root module and the CLI see all of them.
 ORDER = [
     ("forks",),
-    ("driver", "environment", "forms", "limits", "planning", "samples", "signature", "statistics"),
+    ("driver", "environment", "forms", "layout", "limits", "planning", "samples", "signature", "statistics"),
     ("batching", "fallback", "matcher", "overlap", "progress", "sharding", "trust", "variant"),
     ("lock", "toolchain"),
     ("prune", "remedy"),

@@ -32,15 +32,17 @@ DTYPES = [torch.float64, torch.int32, torch.int64, torch.bool, torch.complex64, 
 # --- arguments ------------------------------------------------------------------------------------
 
 
-def _arguments(op: Op) -> dict[str, Any]:
+def _arguments(op: Op, rng: random.Random) -> dict[str, Any]:
     """Arguments by name that fit: sizes that are as distinct as the op lets them be."""
+    leading = rng.choice([[3, 5], [3, 5], [3], [2, 3, 5]])
     sizes = {"hidden": 8, "d": 4, "head_dim": 8, "tokens": 3, "q_heads": 4, "k_heads": 2}
     given: dict[str, Any] = {}
     for argument in op.signature.arguments:
         pattern = next((pattern for pattern in op.tensors if pattern.name == argument.name), None)
         if pattern is not None:
-            leading = [3, 5] if pattern.leading else []
-            shape = leading + [size.number * sizes[size.name] for size in pattern.sizes if size.name]
+            shape = (leading if pattern.leading else []) + [
+                size.number * sizes[size.name] for size in pattern.sizes if size.name
+            ]
             given[argument.name] = torch.ones(shape, dtype=op.dtypes[-1])
         elif argument.kind == "i":
             given[argument.name] = 5
@@ -74,6 +76,44 @@ _CHANGES: dict[str, Callable[[Tensor, random.Random], Tensor]] = {
     "another device": lambda x, rng: x.to("meta"),
 }
 
+# The same sizes in other places of memory.
+_LAYOUTS: dict[str, Callable[[Tensor, random.Random], Tensor]] = {
+    "transposed": lambda x, rng: _in_order(x, rng.sample(range(x.dim()), x.dim())),
+    "channels first in memory": lambda x, rng: _in_order(x, [*range(1, x.dim()), 0]) if x.dim() else x,
+    "channels last in memory": lambda x, rng: _in_order(x, [0, x.dim() - 1, *range(1, x.dim() - 1)]) if x.dim() > 1 else x,
+    "every other one": lambda x, rng: _resized(x, i := _dimension(x, rng), 2 * x.shape[i])[_every(i, step=2)] if x.dim() else x,
+    "a slice": lambda x, rng: _resized(x, i := _dimension(x, rng), x.shape[i] + 4)[_every(i, begin=4)] if x.dim() else x,
+    "expanded": lambda x, rng: _resized(x, _dimension(x, rng), 1).expand(x.shape) if x.dim() else x,
+    "expanded from one element": lambda x, rng: torch.ones((), dtype=x.dtype).expand(x.shape),
+    "behind an offset": lambda x, rng: torch.ones(x.numel() + 3, dtype=x.dtype)[3:].view(x.shape),
+    "some strides": lambda x, rng: _strided(x.shape, [rng.choice([0, 1, 2, *x.shape, *_steps(x)]) for _ in x.shape], x),
+    "nearly its strides": lambda x, rng: _strided(x.shape, [step + rng.choice([0, 0, 1]) for step in x.stride()], x),
+    "a size of 1 with some stride": lambda x, rng: _strided([*x.shape[:-1], 1], [*x.stride()[:-1], 7], x) if x.dim() else x,
+}
+_CHANGES |= _LAYOUTS
+
+
+def _in_order(x: Tensor, order: list[int]) -> Tensor:
+    """The dimensions lie in memory in this order, the outermost first."""
+    return torch.ones([x.shape[dim] for dim in order], dtype=x.dtype).permute([order.index(dim) for dim in range(x.dim())])
+
+
+def _every(dim: int, begin: int = 0, step: int = 1) -> tuple[slice, ...]:
+    return (*(slice(None) for _ in range(dim)), slice(begin, None, step))
+
+
+def _steps(x: Tensor) -> list[int]:
+    return list(torch.ones(x.shape, device="meta").stride())
+
+
+def _strided(shape: Any, strides: Any, like: Tensor) -> Tensor:
+    if like.device.type == "meta":
+        return torch.empty_strided(shape, strides, dtype=like.dtype, device="meta")
+    storage = torch.ones(
+        torch.empty_strided(shape, strides, device="meta").untyped_storage().nbytes() // 4 + 1, dtype=like.dtype
+    )
+    return storage.as_strided(shape, strides)
+
 
 def _merged(x: Tensor) -> list[int]:
     return [x.shape[0] * x.shape[1], *x.shape[2:]] if x.dim() > 1 else list(x.shape)
@@ -82,7 +122,7 @@ def _merged(x: Tensor) -> list[int]:
 def _hostile(op: Op, seed: int) -> tuple[dict[str, Any], dict[str, Tensor], str]:
     """Arguments and outputs, and what is wrong with them; outputs are for half of the calls of ops that have any."""
     rng = random.Random(f"{op.qualified_name} {seed}")
-    given = _arguments(op)
+    given = _arguments(op, rng)
     outs: dict[str, Tensor] = {}
     if op.outputs and rng.random() < 0.5:
         results = op.default(**given)
@@ -92,7 +132,7 @@ def _hostile(op: Op, seed: int) -> tuple[dict[str, Any], dict[str, Tensor], str]
     for _ in range(rng.choice([0, 1, 1, 1, 1, 2, 2])):
         both = {**given, **outs}
         name = rng.choice([name for name, value in both.items() if isinstance(value, Tensor)])
-        how = rng.choice([*_CHANGES, "swapped"])
+        how = rng.choice([*rng.choice([_CHANGES, _LAYOUTS]), "swapped"])
         if how == "swapped":
             other = rng.choice([other for other, value in both.items() if isinstance(value, Tensor)])
             both[name], both[other] = both[other], both[name]
@@ -111,11 +151,17 @@ def _on_meta(value: Any) -> Any:
     """What was on a device is on meta, and the other way around: tensors that were apart stay apart."""
     if not isinstance(value, Tensor):
         return value
-    return value.to("meta") if value.device.type != "meta" else torch.ones(value.shape).to(value.dtype)
+    elsewhere = "meta" if value.device.type != "meta" else "cpu"
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=elsewhere)
 
 
 def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
+    """With its strides, and memory of its own."""
+    if not isinstance(value, Tensor) or value.device.type == "meta":
+        return value
+    return value.new_ones(value.untyped_storage().nbytes() // value.element_size()).as_strided(
+        value.shape, value.stride(), value.storage_offset()
+    )
 
 
 def _called(op: Op, given: dict[str, Any], outs: dict[str, Tensor]) -> Any:
@@ -123,7 +169,8 @@ def _called(op: Op, given: dict[str, Any], outs: dict[str, Tensor]) -> Any:
 
 
 def _by_function(op: Op, given: dict[str, Any], outs: dict[str, Tensor]) -> Any:
-    return op._run_out_reference(**given, **outs) if outs else op._run_reference(**given)
+    reference = op._run_out_reference if outs else op._run_reference
+    return op._call_reference("out" if outs else "", reference, (), {**given, **outs})
 
 
 def _by_fake(op: Op, given: dict[str, Any], outs: dict[str, Tensor]) -> Any:
@@ -208,38 +255,119 @@ def test_what_a_fake_says() -> None:
         "\n".join(map(refusal, calls)),
         """\
 jitk::rmsnorm: argument 'weight' does not match
-  expected  [hidden=8]  float16|bfloat16|float32|float64  meta
+  expected  [hidden=8]  float16|bfloat16|float32|float64  meta  contiguous
   got       [1]         float32                           meta
   dimension 0: hidden was bound to 8 by 'input'
 jitk::rmsnorm: argument 'weight' does not match
-  expected  [hidden=8]  float16|bfloat16|float32|float64  meta
+  expected  [hidden=8]  float16|bfloat16|float32|float64  meta  contiguous
   got       [8]         float32                           cpu
   device was bound to meta by 'input'
 jitk::layernorm: argument 'bias' does not match
-  expected  [hidden=8]  float32   meta
+  expected  [hidden=8]  float32   meta  contiguous
   got       [8]         bfloat16  meta
   dtype was bound to float32 by 'weight'
 jitk::fused_add_rmsnorm: argument 'residual' does not match
-  expected  [3, 5, hidden=8]  float32  meta
+  expected  [3, 5, hidden=8]  float32  meta  row stride free
   got       [5, 8]            float32  meta
   leading dimensions: tokens was bound to [3, 5] by 'input'
 jitk::silu_and_mul: argument 'input' does not match
-  expected  [3, 5, 2*d]  float16|bfloat16|float32|float64  meta
-  got       [3, 5, 7]    float32                           meta
+  expected  [3, 5, 2*d]  float16|bfloat16|float32|float64  meta  row stride free
+  got       [3, 5, 7]    float32                           meta  strides [40, 8, 1]
   dimension 2: 7 is not a multiple of 2
 jitk::silu_and_mul: argument 'input' does not match
-  expected  [3, 5, 2*d=8]  float16|bfloat16|float32|float64  meta
+  expected  [3, 5, 2*d=8]  float16|bfloat16|float32|float64  meta  row stride free
   got       [3, 5, 8]      int32                             meta
   dtype int32 is not among those expected; kernels take float16, bfloat16, float32
 jitk::fused_qknorm: argument 'q' does not match
-  expected  [tokens, q_heads, head_dim]  float16|bfloat16|float32|float64  meta
+  expected  [tokens, q_heads, head_dim]  float16|bfloat16|float32|float64  meta  strides [*, *, 1]
   got       [5, 8]                       float32                           meta
   it has 2 dimensions, expected 3
 jitk::relu2.out: argument 'out' does not match
-  expected  [3, 5, 8]  float32  meta
-  got       [3, 5, 4]  float32  meta
-  the functional form returns what is expected""",
+  expected  [3, 5, 8]  float32  meta  row stride free
+  got       [3, 5, 4]  float32  meta  strides [40, 8, 1]
+  leading dimensions: shape was bound to [3, 5, 8] by 'input'""",
     )
+
+
+def test_what_a_fake_says_of_strides() -> None:
+    ops = torch.ops.jitk
+    x, weight = torch.ones(3, 5, 8, device="meta"), torch.ones(8, device="meta")
+    wide = torch.ones(16, device="meta")
+    calls: list[Callable[[], object]] = [
+        lambda: ops.rmsnorm(x.transpose(0, 1), weight),
+        lambda: ops.rmsnorm(x, wide[::2]),
+        lambda: ops.fused_qknorm(x, x.transpose(1, 2), weight[:5], weight[:5]),
+        lambda: ops.fused_qknorm(x, torch.ones(3, 8, 2, device="meta").mT, weight, weight),
+        lambda: ops.relu2.out(x, out=torch.ones(8, 5, 3, device="meta").permute(2, 1, 0)),
+        lambda: ops.add_constant.out(x.int(), 5, out=torch.ones(3, 5, 9, device="meta").int()[..., :8]),
+        lambda: ops.relu2.out(x, out=x[:1].expand(3, 5, 8)),
+        lambda: ops.fused_add_rmsnorm(x[0], weight.expand(5, 8), weight),
+    ]
+    assert_expected_inline(
+        "\n".join(map(refusal, calls)),
+        """\
+jitk::rmsnorm: argument 'input' does not match
+  expected  [5, 3, hidden=8]  float16|bfloat16|float32|float64  meta  row stride free
+  got       [5, 3, 8]         float32                           meta  strides [8, 40, 1]
+  its strides do not walk over dense rows in equal steps; pass input.contiguous()
+jitk::rmsnorm: argument 'weight' does not match
+  expected  [hidden=8]  float16|bfloat16|float32|float64  meta  contiguous
+  got       [8]         float32                           meta  strides [2]
+  it is not contiguous; pass weight.contiguous()
+jitk::fused_qknorm: argument 'k' does not match
+  expected  [tokens=3, k_heads=8, head_dim=8]  float32  meta  strides [*, *, 1]
+  got       [3, 8, 5]                          float32  meta  strides [40, 1, 8]
+  dimension 2: head_dim was bound to 8 by 'q'
+jitk::fused_qknorm: argument 'k' does not match
+  expected  [tokens=3, k_heads=2, head_dim=8]  float32  meta  strides [*, *, 1]
+  got       [3, 2, 8]                          float32  meta  strides [16, 1, 2]
+  stride of dimension 2 is 2, expected 1; pass k.contiguous()
+jitk::relu2.out: argument 'out' does not match
+  expected  [3, 5, 8]  float32  meta  row stride free
+  got       [3, 5, 8]  float32  meta  strides [1, 3, 15]
+  its strides do not walk over dense rows in equal steps; pass out.contiguous()
+jitk::add_constant.out: argument 'out' does not match
+  expected  [3, 5, 8]  int32  meta  contiguous
+  got       [3, 5, 8]  int32  meta  strides [45, 9, 1]
+  it is not contiguous; pass out.contiguous()
+jitk::relu2.out: argument 'out' does not match
+  expected  [3, 5, 8]  float32  meta  row stride free
+  got       [3, 5, 8]  float32  meta  strides [0, 8, 1]
+  its strides do not walk over dense rows in equal steps; pass out.contiguous()
+jitk::fused_add_rmsnorm: argument 'residual' is written, but its elements overlap
+  dimension 0 has size 5 and stride 0""",
+    )
+
+
+def test_an_op_refuses_strides_that_a_graph_gives_it() -> None:
+    """They are those of the program as eager PyTorch runs it, whatever Inductor would choose for the values between."""
+    x, filters = torch.randn(2, 4, 6, 6), torch.randn(3, 4, 3, 3)
+
+    def dense(x: Tensor) -> Tensor:
+        return torch.ops.jitk.relu2(torch.nn.functional.conv2d(x, filters))  # channels last in memory, if Inductor may choose
+
+    def transposed(x: Tensor) -> Tensor:
+        return torch.ops.jitk.relu2(x.transpose(1, 3) + 1)
+
+    for dynamic in (False, True):
+        torch._dynamo.reset()
+        compiled = torch.compile(dense, fullgraph=True, dynamic=dynamic)
+        torch.testing.assert_close(compiled(x), dense(x))
+        with pytest.raises(torch._dynamo.exc.TorchRuntimeError, match="its strides do not walk over dense rows"):
+            torch.compile(transposed, fullgraph=True, dynamic=dynamic)(x)
+        with pytest.raises(RuntimeError, match="its strides do not walk over dense rows"):
+            transposed(x)
+
+
+def test_strides_are_compared_as_symbols() -> None:
+    """One graph serves all sizes of a slice of rows, of several steps too, and nothing becomes a constant."""
+    counter = dynamo_testing.CompileCounter()
+    compiled = torch.compile(torch.ops.jitk.silu_and_mul, fullgraph=True, dynamic=True, backend=counter)
+    for batch, tokens, wide, hidden in ((3, 5, 64, 32), (4, 6, 128, 96), (2, 7, 34, 16)):
+        compiled(torch.ones(batch, tokens, wide)[..., :hidden])
+    assert counter.frame_count == 1
+    with pytest.raises(torch._dynamo.exc.TorchRuntimeError, match="do not walk over dense rows"):
+        compiled(torch.ones(3, 5, 64)[:, :4])
 
 
 def test_sizes_that_must_agree_are_guards_of_a_graph() -> None:

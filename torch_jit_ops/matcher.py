@@ -1,9 +1,9 @@
 """What the tensors of a call must be, declared once and checked wherever no kernel does it: fakes, meta tensors, references.
 
-    tensors={"input": "[tokens..., 2*d] float16|bfloat16", "weight": "[d]", "bias": "[d] weight.dtype"}
+    tensors={"input": "[tokens..., 2*d] float16|bfloat16 rows", "weight": "[d]", "bias": "[d] weight.dtype"}
 
-It is what a kernel says in C++ with TensorMatcher (include/jitk/tensor.h), and it refuses in the same words. Sizes may be
-symbols of a traced graph: what must be equal becomes a guard of the graph, or a check when it runs.
+It is what a kernel says in C++ with TensorMatcher (include/jitk/tensor.h), and it refuses in the same words. Sizes and strides
+may be symbols of a traced graph: what must be equal becomes a guard of the graph, or a check when it runs.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_jit_ops import layout
 from torch_jit_ops.signature import Signature
 
-_TEXT = re.compile(r"\[([^\[\]]*)\](?: (\S+))?")
+_TEXT = re.compile(
+    r"\[(?P<shape>[^\[\]]*)\](?: (?!rows$|strides )(?P<dtype>\S+))?(?: (?P<layout>rows|strides \[(?P<strides>[^\[\]]*)\]))?"
+)
 _SIZE = re.compile(r"\*|(?:(\d+)\*)?([A-Za-z_]\w*)|(\d+)")
 
 
@@ -41,6 +44,7 @@ class TensorPattern:
         sizes: of the last dimensions.
         dtypes: those that are served; empty for any.
         dtype_of: the argument whose dtype it has, if it has one's.
+        layout: how it lies in memory.
     """
 
     name: str
@@ -48,6 +52,7 @@ class TensorPattern:
     sizes: tuple[Size, ...]
     dtypes: tuple[torch.dtype, ...] = ()
     dtype_of: str | None = None
+    layout: layout.Layout = layout.CONTIGUOUS
 
 
 @dataclass
@@ -60,30 +65,32 @@ class _Bound:
     device: tuple[torch.device, str] | None = None
 
 
-def parse(who: str, texts: Mapping[str, str], signature: Signature) -> tuple[TensorPattern, ...]:
-    """Parse the ``tensors`` of the op ``who``. Patterns are in the order of the arguments.
+def parse(who: str, texts: Mapping[str, str], signature: Signature, outputs: Sequence[str] = ()) -> tuple[TensorPattern, ...]:
+    """Parse the ``tensors`` of the op ``who``. Patterns are in the order of the arguments, and then of the ``outputs``.
 
     Raises:
-        ValueError: a text is malformed, or names something that is no tensor argument.
+        ValueError: a text is malformed, or names something that is no tensor argument and no output.
     """
     names = [argument.name for argument in signature.arguments if argument.kind == "T"]
     for name in texts:
-        if name not in names:
-            raise ValueError(f"{who}: tensors names {name!r}; its tensor arguments are {', '.join(names) or 'none'}")
+        if name not in (*names, *outputs):
+            made = f" and its outputs {', '.join(outputs)}" if outputs else ""
+            raise ValueError(f"{who}: tensors names {name!r}; its tensor arguments are {', '.join(names) or 'none'}{made}")
+    names += outputs
     return tuple(_parse(who, name, texts[name], names) for name in names if name in texts)
 
 
 def _parse(who: str, name: str, text: str, names: Sequence[str]) -> TensorPattern:
     form = _TEXT.fullmatch(text)
-    entries = [entry.strip() for entry in form[1].split(",")] if form and form[1].strip() else []
+    entries = [entry.strip() for entry in form["shape"].split(",")] if form and form["shape"].strip() else []
     leading = None
     if entries and re.fullmatch(r"[A-Za-z_]\w*\.\.\.", entries[0]):
         leading = entries.pop(0).removesuffix("...")
     sizes = [_SIZE.fullmatch(entry) for entry in entries]
     if form is None or None in sizes:
         raise ValueError(
-            f"{who}: tensors says {text!r} of {name!r}; it must be a shape and, if it matters, a dtype, such as "
-            "'[tokens..., 2*d]', '[hidden] weight.dtype' or '[3, *] float16|bfloat16'"
+            f"{who}: tensors says {text!r} of {name!r}; it must be a shape, a dtype if it matters, and a layout if it is not "
+            "contiguous, such as '[tokens..., 2*d] rows', '[hidden] weight.dtype' or '[3, *] float16|bfloat16 strides [*, 1]'"
         )
     parts = tuple(
         Size(any=True) if size[0] == "*" else Size(int(size[1] or 1), size[2]) if size[2] else Size(int(size[3]))
@@ -91,18 +98,34 @@ def _parse(who: str, name: str, text: str, names: Sequence[str]) -> TensorPatter
         if size is not None
     )
     dtype_of, dtypes = None, []
-    if form[2] and form[2].endswith(".dtype"):
-        dtype_of = form[2].removesuffix(".dtype")
+    if form["dtype"] and form["dtype"].endswith(".dtype"):
+        dtype_of = form["dtype"].removesuffix(".dtype")
         if dtype_of not in names or names.index(dtype_of) >= names.index(name):
             before = ", ".join(names[: names.index(name)]) or "none"
             raise ValueError(f"{who}: tensors gives {name!r} the dtype of {dtype_of!r}; the tensors before it are {before}")
-    elif form[2]:
-        for word in form[2].split("|"):
+    elif form["dtype"]:
+        for word in form["dtype"].split("|"):
             dtype = getattr(torch, word, None)
             if not isinstance(dtype, torch.dtype):
                 raise ValueError(f"{who}: tensors gives {name!r} the dtype {word!r}; PyTorch has no such one")
             dtypes.append(dtype)
-    return TensorPattern(name, leading, parts, tuple(dtypes), dtype_of)
+    return TensorPattern(
+        name, leading, parts, tuple(dtypes), dtype_of, _layout(who, name, form, leading is not None, len(sizes))
+    )
+
+
+def _layout(who: str, name: str, form: re.Match[str], has_leading: bool, fixed: int) -> layout.Layout:
+    strides = form["strides"]
+    if strides is None:
+        return layout.ROWS if form["layout"] else layout.CONTIGUOUS
+    entries = [entry.strip() for entry in strides.split(",")] if strides.strip() else []
+    right = all(re.fullmatch(r"\*|\d+", entry) for entry in entries) and len(entries) == fixed + has_leading
+    if not right or (has_leading and entries[0] != "*"):
+        raise ValueError(
+            f"{who}: tensors gives {name!r} the strides [{strides}] for [{form['shape']}]; "
+            "an entry needs a number or '*', leading dimensions '*'"
+        )
+    return layout.Layout(strides=tuple(None if entry == "*" else int(entry) for entry in entries[has_leading:]))
 
 
 def verify(who: str, patterns: Sequence[TensorPattern], given: Mapping[str, Any], kernels: Sequence[torch.dtype]) -> None:
@@ -149,6 +172,8 @@ def _verify(who: str, pattern: TensorPattern, tensor: Tensor, bound: _Bound, ker
         else:
             require(actual % size.number == 0, f"dimension {dim}: {actual} is not a multiple of {size.number}")
             bound.sizes[size.name] = actual // size.number, pattern.name
+    for dim, condition in layout.unmet(tensor, pattern.layout):
+        require(condition, _why_not_so(pattern, tensor, dim))
     if pattern.dtypes:
         served = f"; kernels take {', '.join(map(_shown, kernels))}" if set(kernels) < set(pattern.dtypes) else ""
         require(tensor.dtype in pattern.dtypes, f"dtype {_shown(tensor.dtype)} is not among those expected{served}")
@@ -158,6 +183,18 @@ def _verify(who: str, pattern: TensorPattern, tensor: Tensor, bound: _Bound, ker
     device, by = bound.device or (tensor.device, pattern.name)
     require(tensor.device == device, f"device was bound to {device} by '{by}'")
     bound.device = device, by
+
+
+def _why_not_so(pattern: TensorPattern, tensor: Tensor, dim: int) -> str:
+    strides = pattern.layout.strides
+    if strides is not None:
+        expected = strides[dim - tensor.dim() + len(strides)]
+        why = f"stride of dimension {dim} is {tensor.stride(dim)}, expected {expected}"
+    elif pattern.layout.rows:
+        why = "its strides do not walk over dense rows in equal steps"
+    else:
+        why = "it is not contiguous"
+    return f"{why}; pass {pattern.name}.contiguous()"
 
 
 def refuses(patterns: Sequence[TensorPattern], name: str, dtype: torch.dtype | None) -> bool:
@@ -192,8 +229,11 @@ def _require(condition: bool | torch.SymBool, text: Callable[[], str]) -> None:
 def _refusal(who: str, pattern: TensorPattern, tensor: Tensor, bound: _Bound, why: str) -> str:
     dtypes = [bound.dtypes[pattern.dtype_of]] if pattern.dtype_of in bound.dtypes else pattern.dtypes
     device = bound.device[0] if bound.device is not None else tensor.device
-    expected = (_expected_shape(pattern, bound), "|".join(map(_shown, dtypes)) or "any", str(device))
-    return _described(who, pattern.name, expected, (_sizes(tensor.shape), _shown(tensor.dtype), str(tensor.device)), why)
+    expected = (_expected_shape(pattern, bound), "|".join(map(_shown, dtypes)) or "any", str(device), str(pattern.layout))
+    dense = tensor.layout is not torch.strided or layout.lies_so(tensor, layout.CONTIGUOUS)
+    strides = "" if dense else f"strides {_sizes(tensor.stride())}"
+    got = (_sizes(tensor.shape), _shown(tensor.dtype), str(tensor.device), strides)
+    return _described(who, pattern.name, expected, got, why)
 
 
 def _described(who: str, name: str, expected: Sequence[str], got: Sequence[str], why: str) -> str:

@@ -130,10 +130,10 @@ class OpLibrary:
                 function itself.
             mutates: tensor arguments that are written. Such an op returns what it returns, and has no out form.
             outputs: names of the out form's arguments: by default ``("out",)`` for one result; needed for several.
-            tensors: what arguments must be, as the kernel's matcher says it: ``{"input": "[tokens..., hidden]", "weight":
-                "[hidden]", "bias": "[hidden] weight.dtype"}``. Where the function or the fake runs, other calls are refused as
-                the kernel refuses them. The dtype may also be a choice, ``float16|bfloat16``. All that are named are on one
-                device.
+            tensors: what arguments and outputs must be, as the kernel's matcher says it: ``{"input": "[tokens..., hidden]
+                rows", "weight": "[hidden]", "bias": "[hidden] weight.dtype"}``. Where the function or the fake runs, other
+                calls are refused as the kernel refuses them. The dtype may also be a choice, ``float16|bfloat16``; the layout
+                is ``rows``, ``strides [*, 1]``, or contiguous. All that are named are on one device.
             rows: tensor arguments with any number of leading dimensions, the same for all of them and for all results; what
                 the op makes of a row depends on no other row. ``torch.func.vmap`` over them is one call with one more
                 dimension; over others it is a call for each element. DTensors may be sharded over any leading dimension.
@@ -189,7 +189,7 @@ class OpLibrary:
                 kernels,
                 tuple(dtypes),
                 names,
-                matcher.parse(who, tensors or {}, signature),
+                matcher.parse(who, tensors or {}, signature, names),
                 sharding.Rows(tuple(rows), tuple(sums), elementwise),
                 samples,
                 fake,
@@ -326,7 +326,7 @@ class Op:
         kernels: by backend, ``"cuda"`` and ``"cpu"``.
         dtypes: those that the kernels are compiled for.
         outputs: names of the out form's arguments; empty if there is no out form.
-        tensors: what tensor arguments must be.
+        tensors: what tensor arguments and outputs must be.
         rows: tensor arguments with rows, results that are sums over them, and whether all is elementwise.
         samples: makes arguments for tests, or None.
         patterns: other spellings of the reference that ``inductor.fuse`` looks for, or None.
@@ -518,6 +518,16 @@ class Op:
             who = f"{self.library.namespace}::{self._dotted(overload)}"
             matcher.verify(who, self.tensors, self.by_name(args, kwargs), self.dtypes)
 
+    def _verify_fakes(self, overload: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """The same, and what the dispatcher refuses besides and strides tell: written elements that overlap."""
+        self._verify(overload, args, kwargs)
+        values = self.by_name(args, kwargs)
+        for argument in self.overloads()[overload].arguments:
+            if argument.written and isinstance(values.get(argument.name), Tensor):
+                overlap.refuse_itself(
+                    f"{self.library.namespace}::{self._dotted(overload)}", argument.name, values[argument.name]
+                )
+
     def _verify_outputs(self, outs: Sequence[Tensor], results: Any) -> None:
         for name, out, result in zip(self.outputs, outs, _as_tuple(results), strict=True):
             matcher.verify_output(f"{self.qualified_name}.out", name, out, result)
@@ -540,8 +550,8 @@ class Op:
 
     def _run_out_reference(self, *args: Any, **kwargs: Any) -> Any:
         returned = self._returned(kwargs)
-        outs = [kwargs.pop(name) for name in self.outputs]
         self._verify("out", args, kwargs)
+        outs = [kwargs.pop(name) for name in self.outputs]
         results = self.reference(*args, **kwargs)
         self._verify_outputs(outs, results)
         for out, result in zip(outs, _as_tuple(results), strict=True):
@@ -555,7 +565,7 @@ class Op:
 
     def _run_out_fake(self, *args: Any, **kwargs: Any) -> Any:
         given = {name: value for name, value in kwargs.items() if name not in self.outputs}
-        self._verify("out", args, given)
+        self._verify_fakes("out", args, kwargs)
         self._verify_outputs([kwargs[name] for name in self.outputs], self._fake_results(args, given))
         self._build_ahead(args, given)
         if planning.PLANNED:  # before, DTensor fails on an out form that returns nothing
@@ -563,7 +573,7 @@ class Op:
         return self._returned(kwargs)
 
     def _run_fake(self, *args: Any, **kwargs: Any) -> Any:
-        self._verify("", args, kwargs)
+        self._verify_fakes("", args, kwargs)
         self._build_ahead(args, kwargs)
         if self.outputs:
             planning.lower(self.default, self.out, self.outputs)

@@ -32,10 +32,7 @@ def refuse(who: str, signature: Signature, values: Mapping[str, object]) -> None
     for i, (out, written) in enumerate(given):
         if not out.written:
             continue
-        if _overlaps_itself(written):
-            raise RuntimeError(
-                f"{who}: argument '{out.name}' is written, but its elements overlap\n  {_why(out.name, written)}"
-            )
+        refuse_itself(who, out.name, written)
         for j, (argument, other) in enumerate(given):
             if j == i or (j < i and argument.written) or not _shares_memory(written, other):
                 continue
@@ -50,6 +47,27 @@ def refuse(who: str, signature: Signature, values: Mapping[str, object]) -> None
                 "  remedy: memory of its own for one of them"
                 + (f", or '{out.name}' exactly in the place of '{argument.name}'" if argument.reusable else "")
             )
+
+
+def refuse_itself(who: str, name: str, written: Tensor) -> None:
+    """Refuse to write a tensor two elements of which are in one place, with memory or without.
+
+    Of strides that are symbols of a traced graph only 0 is looked at, as ``expand`` makes it: the rest shows when it runs.
+
+    Raises:
+        RuntimeError: its elements overlap.
+    """
+    if written.layout != torch.strided:
+        return
+    if all(isinstance(number, int) for number in (*written.shape, *written.stride())):
+        overlaps = written.numel() > 0 and _overlaps_itself(written)
+    else:
+        overlaps = any(
+            isinstance(stride, int) and stride == 0 and size > 1
+            for size, stride in zip(written.shape, written.stride(), strict=True)
+        )
+    if overlaps:
+        raise RuntimeError(f"{who}: argument '{name}' is written, but its elements overlap\n  {_why(name, written)}")
 
 
 def _has_memory(value: object) -> bool:

@@ -2,35 +2,30 @@
 // kernels in the folder beside it. `python -m torch_jit_ops deploy` writes such a folder:
 //
 //   libjitk_ops.so   this
-//   ops.txt          schemas, plans and keys; see read_table
+//   ops.txt          schemas, plans and keys; see table.h
 //   *.so             a library for each variant, opened when a call first needs it
 //
 // A key that is not in the table is an error that names what is there: nothing is compiled here.
 #include <jitk/message.h>  // how a dtype is called
 
 #include "dispatch.cpp"
+#include "table.h"
 
+#include <fcntl.h>     // O_NONBLOCK
 #include <sys/stat.h>  // who may write what is loaded
 #include <unistd.h>
 
+#include <cerrno>
 #include <cstdio>
 #include <cstdlib>
-#include <fstream>
 
 namespace {
 
-struct Kernel {
-  std::string file;  // in the folder
-  std::string entry;
-  std::string arch;  // x86-64-v3, 9.0a
-  std::string label;
-  std::vector<int64_t> words;  // of the key, without its leading device
-};
+using table::Kernel;
 
 struct Deployment {
   std::string folder;
-  std::map<int32_t, std::vector<Kernel>> kernels;     // by slot
-  std::map<int32_t, std::vector<std::string>> asked;  // what the words of a slot's key are, as people read it
+  std::vector<table::Slot> slots;  // by number
 };
 
 // Never destroyed: another library's destructor may still call an op.
@@ -39,12 +34,11 @@ Deployment& deployment() {
   return *one;
 }
 
-// Whoever can write a kernel can run code as the user who loads it: the rules of torch_jit_ops/trust.py.
-void check_trust(const std::string& path, const std::string& who = "") {
+// Whoever can write a kernel can run code as the user who loads it: the rules of torch_jit_ops/trust.py, but for the folders
+// above, in which this library lies too.
+void check_trust(const std::string& path, const struct stat& state, const std::string& who) {
   const char* trusted = getenv("JITK_CACHE_TRUST");
   if (trusted != nullptr && strcmp(trusted, "1") == 0) return;
-  struct stat state = {};
-  if (stat(path.c_str(), &state) != 0) throw std::runtime_error(who + path + " is not there");
   if (state.st_uid != getuid() && state.st_uid != 0) {
     throw std::runtime_error(who + path + " belongs to another user (uid " + std::to_string(state.st_uid) +
                              "), so it could be anybody's code\n  remedy: a copy of your own, or JITK_CACHE_TRUST=1");
@@ -54,6 +48,43 @@ void check_trust(const std::string& path, const std::string& who = "") {
                              deployment().folder + ", or JITK_CACHE_TRUST=1");
   }
 }
+
+// Opens what must be a folder or a file, and nothing that a read could wait for.
+class Opened {
+ public:
+  Opened(const std::string& path, mode_t kind, const std::string& who = "")
+      : file_(open(path.c_str(), (kind == S_IFDIR ? O_PATH : O_RDONLY | O_NONBLOCK) | O_CLOEXEC)) {
+    try {
+      if (file_ < 0 && (errno == ENOENT || errno == ENOTDIR)) throw std::runtime_error(who + path + " is not there");
+      if (file_ < 0 || fstat(file_, &state_) != 0) throw std::runtime_error(who + path + ": " + strerror(errno));
+      if ((state_.st_mode & S_IFMT) != kind)
+        throw std::runtime_error(who + path + " is no " + (kind == S_IFDIR ? "folder" : "regular file"));
+      check_trust(path, state_, who);
+    } catch (...) {
+      if (file_ >= 0) close(file_);
+      throw;
+    }
+  }
+  Opened(const Opened&) = delete;
+  ~Opened() { close(file_); }
+
+  // All of it, or more than `most` bytes of it.
+  std::string text(size_t most) const {
+    std::string text;
+    char part[4096];
+    while (text.size() <= most) {
+      const ssize_t got = read(file_, part, sizeof part);
+      if (got == 0) break;
+      if (got < 0 && errno != EINTR) throw std::runtime_error(std::string("reading ops.txt: ") + strerror(errno));
+      text.append(part, got < 0 ? 0 : static_cast<size_t>(got));
+    }
+    return text;
+  }
+
+ private:
+  int file_;
+  struct stat state_ = {};
+};
 
 // --- which machine code runs here ----------------------------------------------------------------
 
@@ -121,23 +152,24 @@ std::string value_of(const Slot& slot, const KeyPart& part, int64_t word) {
 [[noreturn]] void refuse(const Slot& slot, const int64_t* key) {
   const Deployment& all = deployment();
   std::string text = slot.name + ": there is no kernel for ";
-  const std::vector<std::string>& names = all.asked.at(slot.number);
-  for (size_t i = 0; i < slot.key.size(); ++i) text += names[i] + "=" + value_of(slot, slot.key[i], key[i + 1]) + " ";
+  const table::Slot& known = all.slots.at(static_cast<size_t>(slot.number));
+  for (size_t i = 0; i < slot.key.size(); ++i) text += known.asked[i] + "=" + value_of(slot, slot.key[i], key[i + 1]) + " ";
   text += "on " + described(key[0]) + " in " + all.folder + "/ops.txt";
-  for (const Kernel& kernel : all.kernels.at(slot.number)) text += "\n  there is  " + kernel.label + " for " + kernel.arch;
+  for (const Kernel& kernel : known.kernels) text += "\n  there is  " + kernel.label + " for " + kernel.arch;
   throw std::runtime_error(text + "\n  remedy: python -m torch_jit_ops deploy, with this kernel too");
 }
 
 const Variant* find_deployed(Slot& slot, const int64_t* key) {
   const std::vector<int64_t> words(key + 1, key + slot.key_size());
   const Kernel* best = nullptr;
-  for (const Kernel& kernel : deployment().kernels.at(slot.number)) {
+  const table::Slot& known = deployment().slots.at(static_cast<size_t>(slot.number));
+  for (const Kernel& kernel : known.kernels) {
     const int32_t fits = kernel.words == words ? fitness(kernel.arch, key[0]) : 0;
     if (fits > (best == nullptr ? 0 : fitness(best->arch, key[0]))) best = &kernel;
   }
   if (best == nullptr) refuse(slot, key);
   const std::string path = deployment().folder + "/" + best->file;
-  check_trust(path, slot.name + ": ");
+  Opened(path, S_IFREG, slot.name + ": ");
   void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) throw std::runtime_error(slot.name + ": " + dlerror());
   const auto version = reinterpret_cast<uint32_t (*)()>(dlsym(library, "jitk_abi_version"));
@@ -145,6 +177,11 @@ const Variant* find_deployed(Slot& slot, const int64_t* key) {
     throw std::runtime_error(slot.name + ": " + path + " is of another version than libjitk_ops.so");
   const auto entry = reinterpret_cast<jitk::Entry>(dlsym(library, ("jitk_entry_" + best->entry).c_str()));
   if (entry == nullptr) throw std::runtime_error(slot.name + ": " + dlerror());
+  const auto signature = reinterpret_cast<const char* (*)()>(dlsym(library, ("jitk_signature_" + best->entry).c_str()));
+  if (signature == nullptr || signature() != known.signature) {
+    throw std::runtime_error(slot.name + ": " + path + " has " + best->entry + " as " +
+                             (signature == nullptr ? "nothing" : signature()) + ", expected " + known.signature);
+  }
   const auto load_kernels = reinterpret_cast<int32_t (*)(int32_t)>(dlsym(library, "jitk_load_kernels"));
   if (load_kernels != nullptr && key[0] >= 0) load_kernels(static_cast<int32_t>(key[0]));
   return slot.add(key, entry);
@@ -164,64 +201,23 @@ void define(const std::string& ns, const std::string& schema) {
   }
 }
 
-// The first `count` words of a line, and its rest as the last one.
-std::vector<std::string> words_of(const std::string& line, size_t count) {
-  std::vector<std::string> words;
-  size_t begin = 0;
-  while (words.size() < count) {
-    const size_t end = line.find(' ', begin);
-    if (end == std::string::npos) throw std::runtime_error("a line of ops.txt is cut short: " + line);
-    words.push_back(line.substr(begin, end - begin));
-    begin = end + 1;
+void read_table(const std::string& path) {
+  const Opened file(path, S_IFREG);
+  const std::string text = file.text(table::kMaxBytes);
+  if (text.size() > table::kMaxBytes)
+    throw std::runtime_error(path + " has more than " + std::to_string(table::kMaxBytes >> 20) + " MiB");
+  table::Contents contents = table::Reader(path).read(text);
+  if (contents.slots.size() > static_cast<size_t>(kMaxSlots)) {
+    throw std::runtime_error(path + " has " + std::to_string(contents.slots.size()) + " slots; a process has at most " +
+                             std::to_string(kMaxSlots));
   }
-  words.push_back(line.substr(begin));
-  return words;
-}
-
-// Lines, in this order for each op; made by deployment.py:
-//   op NAMESPACE SCHEMA
-//   slot NAMESPACE OVERLOAD CPU|CUDA
-//   the lines of the plan (read_plan)
-//   asked PLACEHOLDER                     what a word of the key is
-//   kernel FILE ENTRY ARCH WORD,... LABEL
-void read_table(std::istream& table) {
-  std::string line, plan;
-  std::vector<std::string> slot;
-  int32_t number = -1;
-  const auto finish = [&] {
-    if (!slot.empty()) {
-      register_slot(number, (slot[1] + "::" + slot[2]).c_str(), slot[1].c_str(), slot[2].c_str(), slot[3].c_str(), "",
-                    plan.c_str());
-    }
-    slot.clear();
-    plan.clear();
-  };
-  while (std::getline(table, line)) {
-    const std::string what = line.substr(0, line.find(' '));
-    if (what == "op") {
-      finish();
-      const std::vector<std::string> words = words_of(line, 2);
-      define(words[1], words[2]);
-    } else if (what == "slot") {
-      finish();
-      slot = words_of(line, 3);
-      ++number;
-      deployment().kernels[number];
-      deployment().asked[number];
-    } else if (what == "asked") {
-      deployment().asked[number].push_back(words_of(line, 1)[1]);
-    } else if (what == "kernel") {
-      const std::vector<std::string> words = words_of(line, 5);
-      Kernel kernel{words[1], words[2], words[3], words[5], {}};
-      for (const std::string& word : split(words[4], ',')) {
-        if (word != "-") kernel.words.push_back(std::stoll(word));
-      }
-      deployment().kernels[number].push_back(kernel);
-    } else {
-      plan += (plan.empty() ? "" : "\n") + line;
-    }
+  deployment().slots = std::move(contents.slots);
+  for (const table::Op& op : contents.ops) define(op.ns, op.schema);
+  int32_t number = 0;
+  for (const table::Slot& slot : deployment().slots) {
+    register_slot(number++, (slot.ns + "::" + slot.overload).c_str(), slot.ns.c_str(), slot.overload.c_str(),
+                  slot.dispatch_key.c_str(), "", slot.plan.c_str());
   }
-  finish();
 }
 
 // Runs when the library is loaded. An exception would end the program here, so a reason that it defines no ops is a line.
@@ -239,14 +235,9 @@ const bool registered = [] {
     const std::string table_path = deployment().folder + "/ops.txt";
     // Under another name and alone it is where it was built, and opened to see whether it can be.
     if (path.substr(slash + 1) != "libjitk_ops.so" && access(table_path.c_str(), F_OK) != 0) return false;
-    check_trust(deployment().folder);
-    check_trust(table_path);
-    std::ifstream table(table_path);
-    std::string version;
-    std::getline(table, version);
-    if (version != "jitk 1") throw std::runtime_error(table_path + " begins with '" + version + "', expected 'jitk 1'");
+    Opened(deployment().folder, S_IFDIR);
     on_miss = find_deployed;
-    read_table(table);
+    read_table(table_path);
     return true;
   } catch (const std::exception& error) {
     fprintf(stderr, "jitk: no ops are defined: %s\n", error.what());

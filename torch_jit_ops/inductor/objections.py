@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from torch_jit_ops import layout
 from torch_jit_ops.inductor.expression import Expression
 from torch_jit_ops.inductor.match import GraphReader, Match, label_of, tensor_of
 from torch_jit_ops.op import Op
@@ -103,17 +104,7 @@ def leading_order(found: Match) -> tuple[int, ...] | None:
 
 def is_rows(tensor: Tensor) -> bool:
     """Whether the last dimension is dense and the leading ones walk in equal steps, as kernels want it."""
-    if tensor.layout is not torch.strided:
-        return False
-    dims = [(size, step) for size, step in zip(tensor.shape, tensor.stride(), strict=True) if not _is_one(size)]
-    if tensor.dim() == 0 or not dims:
-        return True
-    if not _is_one(tensor.shape[-1]):
-        if not statically_known_true(dims[-1][1] == 1):
-            return False
-        dims = dims[:-1]
-    steps = itertools.pairwise(dims)
-    return all(statically_known_true(step == inner_size * inner_step) for (_, step), (inner_size, inner_step) in steps)
+    return layout.lies_so(tensor, layout.ROWS)
 
 
 def _is_dense(tensor: Tensor) -> bool:

@@ -15,6 +15,11 @@ from torch_jit_ops.samples import Sample, SampleMaker
 _SILU = spelling.gates(F.silu)
 _GELU = spelling.gates(F.gelu)
 _GELU_TANH = spelling.gates(spelling.gelu_tanh, spelling.gelu_tanh_written_out)
+_GATE_AND_UP = {
+    "gate": f"[shape...] {FLOATS} rows",
+    "up": "[shape...] gate.dtype rows",
+    "out": "[shape...] gate.dtype rows",
+}
 
 
 def _gated(make: SampleMaker) -> Iterator[Sample]:
@@ -60,7 +65,7 @@ def _constants(make: SampleMaker) -> Iterator[Sample]:
     cuda="activation.cu",
     cpu="activation.cpp",
     variant="silu_and_mul<{input.dtype}>",
-    tensors={"input": f"[tokens..., 2*d] {FLOATS}"},
+    tensors={"input": f"[tokens..., 2*d] {FLOATS} rows", "out": "[tokens..., d] input.dtype rows"},
     rows=("input",),
     reusable=("input",),
     samples=_gated,
@@ -83,7 +88,7 @@ def silu_and_mul(input: Tensor) -> Tensor:
     cuda="activation.cu",
     cpu="activation.cpp",
     variant="gelu_and_mul<{input.dtype}>",
-    tensors={"input": f"[tokens..., 2*d] {FLOATS}"},
+    tensors={"input": f"[tokens..., 2*d] {FLOATS} rows", "out": "[tokens..., d] input.dtype rows"},
     rows=("input",),
     reusable=("input",),
     samples=_gated,
@@ -106,7 +111,7 @@ def gelu_and_mul(input: Tensor) -> Tensor:
     cuda="activation.cu",
     cpu="activation.cpp",
     variant="gelu_tanh_and_mul<{input.dtype}>",
-    tensors={"input": f"[tokens..., 2*d] {FLOATS}"},
+    tensors={"input": f"[tokens..., 2*d] {FLOATS} rows", "out": "[tokens..., d] input.dtype rows"},
     rows=("input",),
     reusable=("input",),
     samples=_gated,
@@ -129,7 +134,7 @@ def gelu_tanh_and_mul(input: Tensor) -> Tensor:
     cuda="activation.cu",
     cpu="activation.cpp",
     variant="silu_mul<{gate.dtype}>",
-    tensors={"gate": f"[shape...] {FLOATS}", "up": "[shape...] gate.dtype"},
+    tensors=_GATE_AND_UP,
     rows=("gate", "up"),
     elementwise=True,
     samples=_gate_and_up,
@@ -152,7 +157,7 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     cuda="activation.cu",
     cpu="activation.cpp",
     variant="gelu_mul<{gate.dtype}>",
-    tensors={"gate": f"[shape...] {FLOATS}", "up": "[shape...] gate.dtype"},
+    tensors=_GATE_AND_UP,
     rows=("gate", "up"),
     elementwise=True,
     samples=_gate_and_up,
@@ -175,7 +180,7 @@ def gelu_mul(gate: Tensor, up: Tensor) -> Tensor:
     cuda="activation.cu",
     cpu="activation.cpp",
     variant="gelu_tanh_mul<{gate.dtype}>",
-    tensors={"gate": f"[shape...] {FLOATS}", "up": "[shape...] gate.dtype"},
+    tensors=_GATE_AND_UP,
     rows=("gate", "up"),
     elementwise=True,
     samples=_gate_and_up,
@@ -198,7 +203,7 @@ def gelu_tanh_mul(gate: Tensor, up: Tensor) -> Tensor:
     cuda="activation.cu",
     cpu="activation.cpp",
     variant="relu2<{input.dtype}>",
-    tensors={"input": f"[shape...] {FLOATS}"},
+    tensors={"input": f"[shape...] {FLOATS} rows", "out": "[shape...] input.dtype rows"},
     rows=("input",),
     elementwise=True,
     samples=_unary,
@@ -220,7 +225,7 @@ def relu2(input: Tensor) -> Tensor:
     cuda="activation.cu",
     cpu="activation.cpp",
     variant="fused_add_relu<{x.dtype}>",
-    tensors={"x": f"[shape...] {FLOATS}", "y": "[shape...] x.dtype"},
+    tensors={"x": f"[shape...] {FLOATS} rows", "y": "[shape...] x.dtype rows", "out": "[shape...] x.dtype rows"},
     rows=("x", "y"),
     elementwise=True,
     samples=_binary,
@@ -242,7 +247,7 @@ def fused_add_relu(x: Tensor, y: Tensor) -> Tensor:
     cuda="add_constant.cu",
     cpu="add_constant.cpp",
     variant="add_constant<{constant}>",
-    tensors={"src": "[shape...] int32"},
+    tensors={"src": "[shape...] int32", "out": "[shape...] int32"},
     dtypes=(torch.int32,),
     reusable=("src",),
     samples=_constants,

@@ -47,9 +47,16 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 # --- what tensors must be -------------------------------------------------------------------------
 
 # A weight's dtype is its own: it is not rounded to the input's.
-_NORM = {"input": f"[tokens..., hidden] {FLOATS}", "weight": f"[hidden] {FLOATS}"}
-_ADDED = {**_NORM, "residual": "[tokens..., hidden] input.dtype"}
-_GRADIENT = {**_NORM, "grad": f"[tokens..., hidden] {FLOATS}", "input": "[tokens..., hidden] grad.dtype"}
+_INPUT = {"input": f"[tokens..., hidden] {FLOATS} rows", "weight": f"[hidden] {FLOATS}"}
+_NORM = {**_INPUT, "out": "[tokens..., hidden] input.dtype rows"}
+_ADDED = {**_INPUT, "residual": "[tokens..., hidden] input.dtype rows"}
+_GRADIENT = {
+    **_INPUT,
+    "grad": f"[tokens..., hidden] {FLOATS} rows",
+    "input": "[tokens..., hidden] grad.dtype rows",
+    "grad_input": "[tokens..., hidden] grad.dtype rows",
+    "grad_weight": "[hidden] weight.dtype",
+}
 
 
 # --- samples --------------------------------------------------------------------------------------
@@ -268,8 +275,8 @@ def gemma_fused_add_rmsnorm(input: Tensor, residual: Tensor, weight: Tensor, eps
     variant="fused_qknorm<{q.dtype}, {q_weight.dtype}>",
     mutates=("q", "k"),
     tensors={
-        "q": f"[tokens, q_heads, head_dim] {FLOATS}",
-        "k": "[tokens, k_heads, head_dim] q.dtype",
+        "q": f"[tokens, q_heads, head_dim] {FLOATS} strides [*, *, 1]",
+        "k": "[tokens, k_heads, head_dim] q.dtype strides [*, *, 1]",
         "q_weight": f"[head_dim] {FLOATS}",
         "k_weight": "[head_dim] q_weight.dtype",
     },
@@ -327,7 +334,7 @@ def rmsnorm_backward(grad: Tensor, input: Tensor, weight: Tensor, eps: float = 1
     cpu="norm.cpp",
     variant="layernorm_backward<{input.dtype}, {weight.dtype}>",
     outputs=("grad_input", "grad_weight", "grad_bias"),
-    tensors=_GRADIENT,
+    tensors={**_GRADIENT, "grad_bias": "[hidden] weight.dtype"},
     rows=("grad", "input"),
     reusable=("grad", "input"),
     sums=("grad_weight", "grad_bias"),
