@@ -94,6 +94,7 @@ def run(tmp_path: Path) -> Callable[..., str]:
     return start
 
 
+@pytest.mark.serial  # the second process starts the thread first, but nothing holds the call back
 def test_the_build_starts_before_the_call_which_waits_for_it(run: Callable[..., str]) -> None:
     then = "print(model(x).tolist(), *events, sep='\\n')"
     assert run(then, meanwhile="called.wait(60)").splitlines() == [

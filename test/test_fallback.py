@@ -182,7 +182,7 @@ argument 'input' is float64, and there are kernels for float16, bfloat16, float3
 {'jitk::relu2': 1, 'jitk::rmsnorm': 1}
 2
 jitk::silu_and_mul: argument 'input' does not match
-  expected  [tokens=3, 2*d=8]  float16|bfloat16|float32|float64  cpu
+  expected  [tokens=3, 2*d=8]  float16|bfloat16|float32|float64  cpu  row stride free
   got       [3, 8]             int32                             cpu
   dtype int32 is not among those expected; kernels take float16, bfloat16, float32
 userlib::split_sign runs its PyTorch function, which is slower:

@@ -465,6 +465,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("whole") / "cache"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JITK_CACHE_DIR", str(root))
+        patch.delenv("CXX", raising=False)  # as for the tests
         loader._results.clear()
         loader.load(store_child.unit(1))
     return root

@@ -75,7 +75,7 @@ _here = threading.local()
 def started_by(command: Sequence[str], staging: Path) -> Iterator[None]:
     """Have ``cpp_extension`` start the C++ compiler by this command, and take no lock, in this thread while the block runs."""
     _install()
-    if len(command) > 1:
+    if len(command) > 1 or not is_plain(command[0]):
         program = staging / LINKS / "c++"
         program.parent.mkdir(exist_ok=True)
         program.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')

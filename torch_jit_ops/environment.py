@@ -139,8 +139,9 @@ def compiler_choice(backend: str) -> tuple[object, ...]:
 
 
 def named_in(text: str) -> dict[str, str]:
-    """The variables that are set and that a script names, but for those that tell where it was started."""
-    names = set(re.findall(r"[A-Za-z_]\w*", text)) - {"_", "OLDPWD", "PWD", "SHLVL"}
+    """The variables that are set and that a script names, but for those that tell where it was started, and ``PATH``: what
+    counts is which programs it leads to."""
+    names = set(re.findall(r"[A-Za-z_]\w*", text)) - {"_", "OLDPWD", "PATH", "PWD", "SHLVL"}
     return {name: os.environ[name] for name in sorted(names & os.environ.keys())}
 
 
@@ -167,7 +168,16 @@ def put_on_path(program: Path) -> None:
     A Python that is started by its path, its environment not activated, does not have the programs beside it on ``PATH``.
     """
     if shutil.which(program.name) is None:
+        _put_on_path.add(str(program.parent))
         os.environ["PATH"] = os.pathsep.join([*filter(None, [os.environ.get("PATH")]), str(program.parent)])
+
+
+_put_on_path: set[str] = set()
+
+
+def given_path() -> list[str]:
+    """The folders of ``PATH`` without those of ``put_on_path``, so that a compiler is the same before a build and after."""
+    return [folder for folder in os.get_exec_path() if folder not in _put_on_path]
 
 
 def _one_of(name: str, values: tuple[str, ...]) -> str:

@@ -193,7 +193,8 @@ def _in_background(unit: loader.Unit) -> Future[ctypes.CDLL]:
 
 def _prototyped(loaded: ctypes.CDLL) -> ctypes.CDLL:
     loaded.jitk_register.argtypes = [ctypes.c_int32, *[ctypes.c_char_p] * 7, ctypes.c_size_t]
-    loaded.jitk_set_several_devices(torch.cuda.device_count() > 1)
+    with forks.held_off():  # the driver has locks of its own
+        loaded.jitk_set_several_devices(torch.cuda.device_count() > 1)
     return loaded
 
 

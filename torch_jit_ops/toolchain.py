@@ -274,7 +274,7 @@ def _programs_behind(command: Sequence[str]) -> Iterator[tuple[str, str]]:
     Of each name all that PATH has: a program that is a link to ccache starts the next one of that name.
     """
     left = [*command, *map(os.path.basename, command)]
-    folders = os.get_exec_path()
+    folders = environment.given_path()
     seen: set[str] = set()
     while left and len(seen) < 200:
         word = left.pop(0)
