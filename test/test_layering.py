@@ -151,7 +151,7 @@ events = []
 starts = ("subprocess.", "os.fork", "os.exec", "os.posix_spawn", "os.system")
 sys.addaudithook(lambda name, args: events.append(name) if name.startswith(starts) else None)
 import torch_jit_ops
-heavy = {"torch.utils.cpp_extension", "rich", "filelock", "setuptools"}
+heavy = {"torch.utils.cpp_extension", "rich", "setuptools"}
 heavy |= {"torch._inductor", "torch._dynamo", "torch.distributed.tensor"}
 print(sorted(heavy & (set(sys.modules) - before)), events)
 """

@@ -17,12 +17,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from torch_jit_ops import forks, forms, progress, trust
+import filelock  # here: on import it registers what waits for forks, which would wait for this thread if they were held off
 
-if TYPE_CHECKING:
-    import filelock
+from torch_jit_ops import forms, progress, trust
 
 PATIENCE_S = 3.0  # a process that waits longer says for whom
 _POLL_S = 0.05
@@ -133,9 +131,6 @@ def owner(path: Path) -> Owner | None:
 
 def _acquire(path: Path) -> tuple[filelock.BaseFileLock | None, Owner | None]:
     """The lock, None where locks do not work, and who held it when this process came."""
-    with forks.held_off():
-        import filelock
-
     try:
         trust.make_private(path.parent)
         lock = filelock.FileLock(path)
