@@ -213,9 +213,10 @@ def table(rows: Sequence[Row], results: Sequence[Result]) -> tuple[list[str], li
 def _prepare() -> None:
     """What is compiled in the background, and then serves every later process, is there before anything is timed."""
     try:
-        from torch_jit_ops import loader, runtime
+        from torch_jit_ops import dispatcher
+        from torch_jit_ops.builder import loader
 
-        loader.load(runtime.autograd_unit())
+        loader.load(dispatcher.autograd_unit())
     except Exception as error:  # the rows of the op will say what is wrong with the package
         print(reason(error), file=sys.stderr)
 

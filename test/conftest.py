@@ -40,7 +40,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 import user_library  # noqa: E402, F401  (its ops join the registry, so every generic test covers them)
 
-from torch_jit_ops import fallback, limits, loader, runtime  # noqa: E402
+from torch_jit_ops import dispatcher, fallback  # noqa: E402
+from torch_jit_ops.builder import limits, loader  # noqa: E402
 
 pytest_plugins = ["alone", "minimum"]
 
@@ -63,8 +64,8 @@ def _dispatcher() -> None:
     """In a process of pytest-xdist: the dispatcher is loaded from the shared store, whatever test comes first."""
     if _WORKERS:
         with contextlib.suppress(RuntimeError):  # tests that need a compiler say so themselves
-            runtime.library()
-            loader.load(runtime.autograd_unit())
+            dispatcher.library()
+            loader.load(dispatcher.autograd_unit())
 
 
 @pytest.fixture(autouse=True)

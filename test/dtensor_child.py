@@ -23,7 +23,8 @@ from torch.distributed.tensor.experimental import register_sharding
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 
 import torch_jit_ops
-from torch_jit_ops import Op, OpLibrary, Sample, fallback, planning
+from torch_jit_ops import Op, OpLibrary, Sample, fallback
+from torch_jit_ops.features import planned_out
 
 ops = torch.ops.jitk
 library = OpLibrary("sharded", csrc=Path(__file__).parent)
@@ -238,7 +239,7 @@ def test_out_forms() -> None:
         ops.rmsnorm.out(x, weight, out=given)
         return given
 
-    if not planning.PLANNED:
+    if not planned_out.PLANNED:
         said = message(lambda: call(Shard(0)))
         assert said == "NotImplementedError: Operator jitk.rmsnorm.out does not have a sharding strategy registered."
         return

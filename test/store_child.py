@@ -14,7 +14,9 @@ from typing import Any
 
 from torch.utils import cpp_extension  # noqa: F401  (imported once, by the process that forks the others)
 
-from torch_jit_ops import cache, loader, progress, trust
+from torch_jit_ops import progress
+from torch_jit_ops.builder import loader
+from torch_jit_ops.store import cache, trust
 
 DEATHS = {
     "compiling": (loader, "_run_cpp_extension"),

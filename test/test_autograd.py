@@ -36,7 +36,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 import torch_jit_ops
-from torch_jit_ops import Op, OpLibrary, Sample, autograd, loader, planning, runtime
+from torch_jit_ops import Op, OpLibrary, Sample, dispatcher
+from torch_jit_ops.builder import loader
+from torch_jit_ops.features import autograd, planned_out
 
 _numbers = itertools.count()  # of the namespaces of tests
 
@@ -44,7 +46,7 @@ _numbers = itertools.count()  # of the namespaces of tests
 @pytest.fixture(autouse=True, scope="module")
 def _library_for_autograd() -> None:
     """Compiled here, as it would be in the background, so that it is there for all that follows."""
-    loader.load(runtime.autograd_unit())
+    loader.load(dispatcher.autograd_unit())
 
 
 def ready(op: Op) -> Op:
@@ -425,7 +427,7 @@ def op_without_derivative(request: pytest.FixtureRequest, tmp_path: Path) -> Ite
         library.op(mutates=("x",))(double),
     ]
     if request.param:
-        assert runtime.differentiate([f"{library.namespace}::{form}" for form in ("twice", "twice.out", "double")])
+        assert dispatcher.differentiate([f"{library.namespace}::{form}" for form in ("twice", "twice.out", "double")])
     yield ops[0], ops[1]
 
 
@@ -493,9 +495,9 @@ def op_in_graphs(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: py
 
     op = library.op()(gate)
     if request.param == "handed over":
-        assert runtime.differentiate([op.qualified_name, f"{op.qualified_name}.out"])
+        assert dispatcher.differentiate([op.qualified_name, f"{op.qualified_name}.out"])
     else:
-        monkeypatch.setattr(runtime, "in_forward_mode", None)
+        monkeypatch.setattr(dispatcher, "in_forward_mode", None)
     return op
 
 
@@ -542,7 +544,7 @@ def test_a_dual_level_around_a_graph_of_inductor_is_refused_where_pytorch_drops_
     x, tangent = torch.randn(3, 16), torch.randn(3, 16)
     assert _dual(torch.compile(torch.sin), x, tangent)[1] is None
     compiled = torch.compile(lambda x: op.default(x, weight))
-    if planning.PLANNED:
+    if planned_out.PLANNED:
         with pytest.raises(RuntimeError) as caught:
             _dual(compiled, x, tangent)
         assert_expected_inline(
@@ -596,7 +598,7 @@ lib::double: an op that writes its arguments has no derivative, but argument 'x'
 
 
 def test_a_sparse_argument_has_no_tangent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "in_forward_mode", None)
+    monkeypatch.setattr(dispatcher, "in_forward_mode", None)
     assert not autograd._has_tangent(torch.eye(3).to_sparse(), torch.eye(3).to_sparse_csr())
 
 

@@ -16,14 +16,18 @@ from child import ROOT, run_python
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from torch_jit_ops import background, op, runtime, toolchain
+from torch_jit_ops import dispatcher, op
+from torch_jit_ops.backends import toolchain
+from torch_jit_ops.features import build_while_tracing
 
 # An op whose kernel no store has, and a record of who asked for it and who built it.
 _PROGRAM = """
 import os, sys, threading
 from pathlib import Path
 import torch
-from torch_jit_ops import OpLibrary, loader, toolchain
+from torch_jit_ops import OpLibrary
+from torch_jit_ops.backends import toolchain
+from torch_jit_ops.builder import loader
 
 folder = Path({folder!r})
 (folder / "twice.cpp").write_text('''
@@ -81,7 +85,7 @@ def run(tmp_path: Path) -> Callable[..., str]:
     folders = [tmp_path / "csrc", tmp_path / "store"]
     for folder in folders:
         folder.mkdir(mode=0o700)
-    runtime.library()
+    dispatcher.library()
 
     def start(then: str, environment: dict[str, str] | None = None, **parts: str) -> str:
         return run_python(
@@ -197,7 +201,7 @@ print(twice.default(x).tolist(), *events, sep="\\n")
     folders = [tmp_path / "csrc", tmp_path / "store"]
     for folder in folders:
         folder.mkdir(mode=0o700)
-    runtime.library()
+    dispatcher.library()
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "JITK_CACHE_PATH": os.environ["JITK_CACHE_DIR"]}
     variables |= {"JITK_CACHE_DIR": str(folders[1]), "CXX": str(compiler)}
     done = subprocess.run(
@@ -222,7 +226,7 @@ print(twice.default(x).tolist(), *events, sep="\\n")
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """What builds are asked for, none of which is done."""
     found: list[object] = []
-    monkeypatch.setattr(background._workers, "submit", lambda what, job: found.append(what))
+    monkeypatch.setattr(build_while_tracing._workers, "submit", lambda what, job: found.append(what))
     return found
 
 
@@ -298,8 +302,8 @@ def test_the_out_form_starts_one_too(asked: list[object]) -> None:
 
 
 def test_no_more_threads_than_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch_jit_ops.limits.compiler_jobs", lambda: 2)
-    workers = background._Workers()
+    monkeypatch.setattr("torch_jit_ops.builder.limits.compiler_jobs", lambda: 2)
+    workers = build_while_tracing._Workers()
     names: list[str] = []
     gate, done = threading.Event(), threading.Semaphore(0)
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from torch_jit_ops import bundle, cache, inventory, loader
+from torch_jit_ops.builder import loader
+from torch_jit_ops.store import bundle, cache, listing
 
 UNIT = loader.Unit(
     "bundled.answer",
@@ -37,7 +38,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> cache.Store:
 @pytest.fixture
 def exported(built: cache.Store, tmp_path: Path) -> Path:
     file = tmp_path / "kernels.tar.gz"
-    assert bundle.export_variants(file, inventory.variants(built)) == 1
+    assert bundle.export_variants(file, listing.variants(built)) == 1
     return file
 
 
@@ -55,13 +56,13 @@ def test_a_variant_travels(exported: Path, tmp_path: Path, monkeypatch: pytest.M
     assert list((store.root / "staging").iterdir()) == []
     monkeypatch.setenv("JITK_CACHE_DIR", str(store.root))
     assert not loader.load(UNIT).compiled
-    assert [variant.record for variant in inventory.variants(store)] == [
+    assert [variant.record for variant in listing.variants(store)] == [
         json.loads((library.parent / "variant.json").read_text())
     ]
 
 
 def test_the_same_kernels_give_the_same_bytes(exported: Path, built: cache.Store, tmp_path: Path) -> None:
-    bundle.export_variants(tmp_path / "again", inventory.variants(built))
+    bundle.export_variants(tmp_path / "again", listing.variants(built))
     assert (tmp_path / "again").read_bytes() == exported.read_bytes()
 
 
@@ -74,9 +75,9 @@ def test_a_damaged_variant_is_replaced(exported: Path, tmp_path: Path) -> None:
 
 
 def test_export_takes_the_ops_that_are_named(built: cache.Store) -> None:
-    assert [variant.op for variant in inventory.variants(built, ["answer"])] == ["bundled::answer"]
-    assert [variant.op for variant in inventory.variants(built, ["bundled::answer"])] == ["bundled::answer"]
-    assert list(inventory.variants(built, ["bundled"])) == []
+    assert [variant.op for variant in listing.variants(built, ["answer"])] == ["bundled::answer"]
+    assert [variant.op for variant in listing.variants(built, ["bundled::answer"])] == ["bundled::answer"]
+    assert list(listing.variants(built, ["bundled"])) == []
 
 
 def test_a_failed_export_leaves_what_was_there(built: cache.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +85,7 @@ def test_a_failed_export_leaves_what_was_there(built: cache.Store, tmp_path: Pat
     file.write_bytes(b"before")
     monkeypatch.setattr(tarfile.TarFile, "addfile", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space left"):
-        bundle.export_variants(file, inventory.variants(built))
+        bundle.export_variants(file, listing.variants(built))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"kernels.tar.gz": b"before"}
 
 

@@ -17,7 +17,10 @@ import torch
 from child import ROOT, run_python
 from expecttest import assert_expected_inline
 
-from torch_jit_ops import cache, environment, loader, toolchain
+from torch_jit_ops import environment
+from torch_jit_ops.backends import toolchain
+from torch_jit_ops.builder import loader
+from torch_jit_ops.store import cache
 
 _TEXT = """#include <answer.h>
 extern "C" __attribute__((visibility("default"))) int answer() { return ANSWER; }

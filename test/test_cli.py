@@ -17,8 +17,11 @@ from expecttest import assert_expected_inline
 from test_docs import compile_for_gpu
 
 import torch_jit_ops
-from torch_jit_ops import cache, inventory, loader, toolchain, warmup
+from torch_jit_ops.ahead import build_ahead
+from torch_jit_ops.backends import toolchain
+from torch_jit_ops.builder import loader
 from torch_jit_ops.cli import doctor, main
+from torch_jit_ops.store import cache, listing
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -98,7 +101,7 @@ def test_an_interrupt(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(inventory, "variants", interrupt)
+    monkeypatch.setattr(listing, "variants", interrupt)
     assert call("list", "relu2", code=130) == "interrupted\n"
 
 
@@ -116,7 +119,7 @@ SILU_AND_MUL = (
 
 def test_list_has_a_line_for_each_op(call: Call) -> None:
     lines = call("list").splitlines()
-    assert [line.split()[0] for line in lines] == [op.qualified_name for op in warmup.find_ops()]
+    assert [line.split()[0] for line in lines] == [op.qualified_name for op in build_ahead.find_ops()]
     assert f"jitk::silu_and_mul{' ' * 13}{SILU_AND_MUL}" in lines
     assert all(len(line.split(maxsplit=1)) == 2 for line in lines if line.startswith("jitk::")), "an op without a summary"
 
@@ -264,7 +267,7 @@ def unit(folder: Path, *flags: str, label: str = "clitest::answer<1>", text: str
 def why(of: loader.Unit, store: cache.Store) -> list[str]:
     from torch_jit_ops.cli import cache as command
 
-    finding = inventory.why(of, [store])
+    finding = listing.why(of, [store])
     assert (finding.present is None) == bool(finding.differences)
     return [command._line(difference).strip() for difference in finding.differences]
 
@@ -295,7 +298,7 @@ def test_clear_takes_some_ops(call: Call, built: cache.Store) -> None:
 def test_prune_takes_what_is_old_or_too_much(call: Call, built: cache.Store) -> None:
     assert call("cache", "prune").endswith("; 1 are left\n")
     assert call("cache", "prune", "--max-size", "1G", "--max-age", "1").endswith("; 1 are left\n")
-    (variant,) = inventory.variants(built)
+    (variant,) = listing.variants(built)
     os.utime(variant.folder / cache.RECORD, (1e9, 1e9))
     said = call("cache", "prune", "--max-age", "1")
     assert re.fullmatch(rf"removed 1 variants, \d+\.\d KB, from {built.root}; 0 are left\n", said)
@@ -303,7 +306,7 @@ def test_prune_takes_what_is_old_or_too_much(call: Call, built: cache.Store) -> 
 
 
 def test_clear_takes_what_is_damaged(call: Call, built: cache.Store) -> None:
-    (variant,) = inventory.variants(built)
+    (variant,) = listing.variants(built)
     (variant.folder / cache.RECORD).write_text("{")
     assert call("cache", "clear") == f"removed 1 variants from {built.root}\n"
     assert list(built.variants()) == []
@@ -313,9 +316,9 @@ def test_a_shared_store_is_looked_into(call: Call, built: cache.Store, tmp_path:
     monkeypatch.setenv("JITK_CACHE_PATH", str(built.root))
     monkeypatch.setenv("JITK_CACHE_DIR", str(tmp_path / "own"))
     monkeypatch.setattr(loader, "compiler_of", lambda *_: "c++ 99")  # of no matter to what is shared
-    assert inventory.why(unit(tmp_path), cache.stores()).present is not None
+    assert listing.why(unit(tmp_path), cache.stores()).present is not None
     (tmp_path / "csrc/answer.h").write_text("#define ANSWER 43\n")
-    finding = inventory.why(unit(tmp_path), cache.stores())
+    finding = listing.why(unit(tmp_path), cache.stores())
     assert [difference.what for difference in finding.differences] == [f"file {tmp_path}/csrc/answer.h"]
 
 
@@ -356,7 +359,7 @@ def test_why_names_an_older_abi(built: cache.Store, tmp_path: Path, monkeypatch:
 
 
 def test_why_names_a_damaged_library(built: cache.Store, tmp_path: Path) -> None:
-    (variant,) = inventory.variants(built)
+    (variant,) = listing.variants(built)
     variant.library.unlink()  # as it is loaded, writing into it would end this process
     variant.library.write_bytes(b"cut")
     (line,) = why(unit(tmp_path), built)

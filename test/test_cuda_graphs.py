@@ -11,7 +11,9 @@ from cases import OPS, devices
 from child import ROOT, run_python
 from expecttest import assert_expected_inline
 
-from torch_jit_ops import library, loader, toolchain
+from torch_jit_ops import library
+from torch_jit_ops.backends import toolchain
+from torch_jit_ops.builder import loader
 
 needs_gpu = pytest.mark.skipif("cuda" not in devices(), reason="no GPU")
 ON_CUDA = [op for op in OPS if "cuda" in op.kernels and op.samples is not None]
@@ -185,7 +187,8 @@ import threading
 op = torch_jit_ops.library.ops["silu_and_mul"]
 x = torch.randn(4, 64, device="cuda", dtype=torch.bfloat16)
 op.default(x)
-loaded = [torch_jit_ops.loader.load(each.unit("cuda", (torch.float16,), torch_jit_ops.toolchain.device_arch(0)))
+arch = torch_jit_ops.backends.toolchain.device_arch(0)
+loaded = [torch_jit_ops.builder.loader.load(each.unit("cuda", (torch.float16,), arch))
           for each in torch_jit_ops.library.ops.values() if each.name != "add_constant" and "cuda" in each.kernels
           and [part.what for part in each.kernels["cuda"].pattern.placeholders] == ["dtype"]]
 started, go = threading.Event(), threading.Event()

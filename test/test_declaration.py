@@ -17,7 +17,8 @@ from expecttest import assert_expected_inline
 from torch import Tensor
 
 import torch_jit_ops
-from torch_jit_ops import Op, OpLibrary, libraries, planning
+from torch_jit_ops import Op, OpLibrary, libraries
+from torch_jit_ops.features import planned_out
 
 _numbers = itertools.count()
 # The ends of several messages.
@@ -61,7 +62,7 @@ def schemas(op: Op) -> str:
     if op.outputs:
         arguments, _, returned = str(op.out._schema).partition(" -> ")
         outputs = [f"Tensor({re.search(rf'(a[0-9]+!). {name}', arguments)[1]})" for name in op.outputs]
-        outputs = outputs if planning.PLANNED else []
+        outputs = outputs if planned_out.PLANNED else []
         assert returned == (outputs[0] if len(outputs) == 1 else f"({', '.join(outputs)})")
         texts.append(f"{arguments} -> RETURNED")
     return "\n".join(re.sub(r"^declared\d+::", "", text).replace(", *, ", ",\n  *, ") for text in texts)

@@ -21,8 +21,11 @@ from child import ROOT, run_python
 from torch import Tensor
 
 import torch_jit_ops
-from torch_jit_ops import deployment, manifest, planning, toolchain, warmup
+from torch_jit_ops import manifest
+from torch_jit_ops.ahead import build_ahead, deployment
+from torch_jit_ops.backends import toolchain
 from torch_jit_ops.cli import main
+from torch_jit_ops.features import planned_out
 
 EXAMPLE = ROOT / "examples/aot_cpp"
 ON_CPU = [op for op in OPS if "cpu" in op.kernels and op.samples is not None]
@@ -132,7 +135,7 @@ assert "torch_jit_ops" not in sys.modules
 @pytest.fixture(scope="module")
 def every_op(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("deployed")
-    wanted = [each for op in ON_CPU for each in warmup.needed([op], [op.dtypes[-1]], backend="cpu")]
+    wanted = [each for op in ON_CPU for each in build_ahead.needed([op], [op.dtypes[-1]], backend="cpu")]
     entries = [
         manifest.entry_of(each.op.qualified_name, "cpu", each.op.kernels["cpu"].pattern, each.values, each.arch)
         for each in wanted
@@ -445,7 +448,7 @@ def test_the_folder(folder: Path) -> None:
     assert lines[:3] == [
         "jitk 1",
         "op jitk relu2(Tensor input) -> Tensor",
-        f"op jitk relu2.out(Tensor input, *, Tensor(a1!) out) -> {'Tensor(a1!)' if planning.PLANNED else '()'}",
+        f"op jitk relu2.out(Tensor input, *, Tensor(a1!) out) -> {'Tensor(a1!)' if planned_out.PLANNED else '()'}",
     ]
     assert [line for line in lines if line.startswith("kernel")] == [
         f"kernel {kernel.name} relu2 {isa} {FLOAT32} jitk::relu2<fp32_t>",

@@ -25,7 +25,8 @@ from cases import assert_same_bits
 from expecttest import assert_expected_inline
 from torch import Tensor
 
-from torch_jit_ops import OpLibrary, environment, loader, runtime, variant
+from torch_jit_ops import OpLibrary, dispatcher, environment, variant
+from torch_jit_ops.builder import loader
 from torch_jit_ops.op import _libraries
 from torch_jit_ops.signature import signature_of
 
@@ -762,12 +763,12 @@ def test_keys_that_are_found_while_others_come(monkeypatch: pytest.MonkeyPatch) 
 
     def answer(key: Any) -> int:
         asked[key[1]] += 1
-        return runtime.REFERENCE
+        return dispatcher.REFERENCE
 
     library.define(signature.schema("reference").replace("-> Tensor", "-> Tensor?"))
     library.impl("reference", lambda x, n: x + n, "CompositeExplicitAutograd")
     plan = variant.parse_variant("growinglib::number", "number<{n}>", signature).plan(signature)
-    runtime.register("growinglib::number", "growinglib", "number", "CPU", "growinglib::reference", plan, answer)
+    dispatcher.register("growinglib::number", "growinglib", "number", "CPU", "growinglib::reference", plan, answer)
 
     def work(first: int) -> None:
         with torch.inference_mode():
@@ -789,8 +790,8 @@ def _number(x: Tensor, n: int) -> Tensor:
 
 def test_more_kernels_than_there_is_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Is told when the op is declared, not when it is called."""
-    assert f"JITK_MAX_SLOTS {runtime.MAX_SLOTS} " in (loader.csrc_dir() / "runtime" / "dispatch.cpp").read_text()
-    monkeypatch.setattr(runtime, "_reserved", runtime.MAX_SLOTS - 3)
+    assert f"JITK_MAX_SLOTS {dispatcher.MAX_SLOTS} " in (loader.csrc_dir() / "runtime" / "dispatch.cpp").read_text()
+    monkeypatch.setattr(dispatcher, "_reserved", dispatcher.MAX_SLOTS - 3)
     (tmp_path / "many.cpp").write_text("")
     library = OpLibrary("manylib", csrc=tmp_path)
     declare = library.op(cpu="many.cpp", variant="many")
@@ -820,12 +821,12 @@ def test_the_last_slot_works() -> None:
     library.impl("reference", lambda x, n: x + n, "CompositeExplicitAutograd")
     plan = variant.parse_variant("lastlib::number", "number<{n}>", signature).plan(signature)
     texts = ("lastlib::number", "lastlib", "number", "CPU", "lastlib::reference", plan)
-    last = runtime.MAX_SLOTS - 1
-    runtime._answers[last] = lambda key: runtime.REFERENCE
-    runtime._checked(runtime.library().jitk_register, last, *(text.encode() for text in texts))
+    last = dispatcher.MAX_SLOTS - 1
+    dispatcher._answers[last] = lambda key: dispatcher.REFERENCE
+    dispatcher._checked(dispatcher.library().jitk_register, last, *(text.encode() for text in texts))
     assert torch.ops.lastlib.number(torch.zeros(1), 7).item() == 7
     with pytest.raises(RuntimeError, match="a process has at most 16384 op overloads"):
-        runtime._checked(runtime.library().jitk_register, last + 1, *(text.encode() for text in texts))
+        dispatcher._checked(dispatcher.library().jitk_register, last + 1, *(text.encode() for text in texts))
 
 
 # --- errors as they were raised -----------------------------------------------------------------------
@@ -833,10 +834,10 @@ def test_the_last_slot_works() -> None:
 
 @pytest.mark.parametrize("text", ["12345", "0", "reference", "entry 12345", "", "a\nb"])
 def test_an_error_that_looks_like_an_answer(text: str) -> None:
-    runtime._answers[-1] = _raising(loader.BuildError(text))
-    said = runtime._build(-1, [0])
+    dispatcher._answers[-1] = _raising(loader.BuildError(text))
+    said = dispatcher._build(-1, [0])
     assert said == f"error {text or 'BuildError'}"
-    del runtime._answers[-1]
+    del dispatcher._answers[-1]
 
 
 def _raising(error: Exception) -> Any:

@@ -19,7 +19,9 @@ import torch
 
 import bench.__main__
 import torch_jit_ops
-from torch_jit_ops import loader, planning, toolchain
+from torch_jit_ops.backends import toolchain
+from torch_jit_ops.builder import loader
+from torch_jit_ops.features import planned_out
 
 ROOT = Path(__file__).resolve().parent.parent
 GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -184,7 +186,7 @@ def test_every_overload_has_its_schema_in_the_reference(op: torch_jit_ops.Op) ->
     assert f"## {op.name}\n" in text
     for overload in op.overloads():
         schema = str(getattr(op.packet, overload or "default")._schema)
-        if overload == "out" and not planning.PLANNED:  # the document is that of PyTorch 2.13
+        if overload == "out" and not planned_out.PLANNED:  # the document is that of PyTorch 2.13
             outputs = re.findall(r"Tensor\(a\d+!\)", schema)
             schema = schema.replace("-> ()", f"-> {', '.join(outputs)}" if len(outputs) == 1 else f"-> ({', '.join(outputs)})")
         assert f"    {schema}\n" in text, schema

@@ -13,7 +13,8 @@ from child import run_python
 from expecttest import assert_expected_inline
 from torch import Tensor
 
-from torch_jit_ops import OpLibrary, Sample, SampleMaker, environment, warmup
+from torch_jit_ops import OpLibrary, Sample, SampleMaker, environment
+from torch_jit_ops.ahead import build_ahead
 from torch_jit_ops.testing import check
 
 _WITHOUT_COMPILER = """
@@ -231,7 +232,7 @@ the kernel cannot run: argument 'ids' is int64, and there are kernels for float1
 
 def test_build_says_that_nothing_is_built(picking: OpLibrary) -> None:
     with pytest.warns(UserWarning) as caught:
-        assert warmup.needed(["pickinglib::pick"], backend="cpu") == []
+        assert build_ahead.needed(["pickinglib::pick"], backend="cpu") == []
     assert_expected_inline(
         "\n".join({str(warning.message): None for warning in caught}).replace(", and", ",\nand"),
         """\

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from child import run_python
 
-from torch_jit_ops import loader, runtime
+from torch_jit_ops import dispatcher
+from torch_jit_ops.builder import loader
 
 # A process makes an op's first call in a thread, and forks meanwhile. The child makes the same call.
 _FORK = """
@@ -75,8 +76,8 @@ def folder(tmp_path: Path) -> Path:
     csrc = tmp_path / "csrc"
     csrc.mkdir()
     (csrc / "thrice.cpp").write_text(_THRICE)
-    runtime.library()
-    loader.load(runtime.autograd_unit())
+    dispatcher.library()
+    loader.load(dispatcher.autograd_unit())
     return csrc
 
 
@@ -100,7 +101,8 @@ def test_a_signal_in_the_middle_of_a_first_call(folder: Path) -> None:
     program = """
 import signal, time
 import torch
-from torch_jit_ops import OpLibrary, loader, statistics
+from torch_jit_ops import OpLibrary, statistics
+from torch_jit_ops.builder import loader
 
 library = OpLibrary("forkedlib", csrc={folder!r})
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from torch_jit_ops import OpLibrary, overlap
+from torch_jit_ops import OpLibrary
+from torch_jit_ops.checks import overlap
 from torch_jit_ops.op import _libraries
 
 _TOUCH = """

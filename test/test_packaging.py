@@ -108,7 +108,7 @@ def test_the_users_wheel_holds_every_source(installed: Installed) -> None:
 def test_an_op_compiles_from_the_wheel_alone(installed: Installed) -> None:
     program = """if True:
         import torch, torch_jit_ops
-        from torch_jit_ops import loader
+        from torch_jit_ops.builder import loader
         print(torch_jit_ops.__file__, loader.csrc_dir(), loader.include_dir(), sep="\\n")
         x = torch.randn(5, 2 * 301)
         gate, up = x.chunk(2, -1)

@@ -12,7 +12,9 @@ import pytest
 import store_child
 from expecttest import assert_expected_inline
 
-from torch_jit_ops import cache, loader, progress
+from torch_jit_ops import progress
+from torch_jit_ops.builder import loader
+from torch_jit_ops.store import cache
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,10 @@ import store_child
 import torch
 from expecttest import assert_expected_inline
 
-from torch_jit_ops import cache, loader, remedy, runtime, toolchain, trust
+from torch_jit_ops import dispatcher
+from torch_jit_ops.backends import toolchain
+from torch_jit_ops.builder import loader, remedy
+from torch_jit_ops.store import cache, trust
 
 _LOGS = {
     "disk full": "cc1plus: fatal error: /tmp/ccQ2.s: No space left on device\ncompilation terminated.\n",
@@ -182,7 +185,7 @@ def test_no_compile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         loader.Unit("jitk.silu_and_mul", "jitk::silu_and_mul<bf16_t>", "cuda", "9.0a", ""),
         loader.Unit("jitk.silu_and_mul", "jitk::silu_and_mul<bf16_t>", "cpu", "x86-64-v3", ""),
         loader.Unit("module.norm", "norm<float>", "cuda", "9.0a", ""),
-        runtime.unit(),
+        dispatcher.unit(),
     )
     said = []
     for unit in units:

@@ -16,7 +16,9 @@ import pytest
 import store_child
 from expecttest import assert_expected_inline
 
-from torch_jit_ops import cache, environment, loader, trust
+from torch_jit_ops import environment
+from torch_jit_ops.builder import loader
+from torch_jit_ops.store import cache, trust
 
 DAY_S = 86400.0
 

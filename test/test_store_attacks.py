@@ -21,8 +21,11 @@ from child import run_python
 from expecttest import assert_expected_inline
 
 import torch_jit_ops
-from torch_jit_ops import cache, forms, inventory, loader, lock, manifest, toolchain, trust, variant
+from torch_jit_ops import manifest, variant
+from torch_jit_ops.backends import toolchain
+from torch_jit_ops.builder import loader
 from torch_jit_ops.signature import Argument, Signature
+from torch_jit_ops.store import cache, forms, listing, lock, trust
 
 ROOT_ALONE = pytest.mark.skipif(os.getuid() != 0, reason="only root can give a file away or mount")
 STRANGER = 12345
@@ -479,7 +482,7 @@ def test_a_record_that_lies_counts_as_damage(here: Here, whole: Path, name: str)
     BAD_RECORDS[name](folder / cache.RECORD)
     unit = store_child.unit(1)
     assert here.store._inspect(folder, unit.key(), unit.roots(), None) == (None, "variant.json cannot be read")
-    assert list(inventory.variants(here.store)) == []
+    assert list(listing.variants(here.store)) == []
     here.store.usual_seconds("store.tiny", "cpu")
     assert here.store.find(unit.name, unit.key(), unit.roots(), None, repair=True) is None
     assert list(here.store.variants()) == []
@@ -643,7 +646,7 @@ def test_random_records_are_read_or_refused(here: Here, whole: Path, seed: int, 
         found, damage = here.store._inspect(folder, unit.key(), unit.roots(), None)
         assert found in (None, library) and (found is None or damage is None)
         counts["found" if found else "damaged" if damage else "another"] += 1
-        list(inventory.variants(here.store))
+        list(listing.variants(here.store))
         here.store.usual_seconds(unit.name, "cpu")
     assert counts["damaged"] > counts["found"]
 
@@ -661,4 +664,4 @@ def test_what_is_listed_commands_no_terminal(here: Here, whole: Path) -> None:
     assert "\\x1b]0;owned\\x07\\x1b[2Jtiny\\r\\n\\u202egnp [bold]  x86-64" in printed
     assert all(c.isprintable() or c == "\n" for c in printed)
     unit = store_child.unit(2)
-    assert forms.printable(inventory.why(unit, [here.store]).differences).isprintable()
+    assert forms.printable(listing.why(unit, [here.store]).differences).isprintable()

@@ -21,8 +21,12 @@ from expecttest import assert_expected_inline
 from test_store_attacks import ROOT_ALONE, STRANGER, Here, here  # noqa: F401  (a fixture)
 from torch.utils import cpp_extension
 
-from torch_jit_ops import cache, driver, environment, loader, lock, runtime, toolchain, trust, warmup
+from torch_jit_ops import dispatcher, environment
+from torch_jit_ops.ahead import build_ahead
+from torch_jit_ops.backends import toolchain
+from torch_jit_ops.builder import driver, loader
 from torch_jit_ops.cli import doctor
+from torch_jit_ops.store import cache, lock, trust
 
 # --- noexec ----------------------------------------------------------------------------------------
 
@@ -235,7 +239,7 @@ def test_a_user_without_a_home(here: Here, monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_uid_without_a_name(tmp_path: Path) -> None:
     code = f"""
 import os, warnings
-from torch_jit_ops import cache
+from torch_jit_ops.store import cache
 os.setgid({STRANGER}); os.setuid({STRANGER})
 os.environ.pop("HOME", None)
 with warnings.catch_warnings(record=True) as caught:
@@ -389,7 +393,7 @@ store::tiny<0> did not link (cpu, x86-64)
     assert "undefined reference" in Path(log).read_text()
 
 
-@pytest.mark.parametrize("unit", [runtime.unit, runtime.standalone_unit, runtime.autograd_unit])
+@pytest.mark.parametrize("unit", [dispatcher.unit, dispatcher.standalone_unit, dispatcher.autograd_unit])
 def test_the_dispatchers_lack_nothing(unit: Any) -> None:
     """They are linked with -z defs as well: what they use of PyTorch is in libraries that they are linked with."""
     assert loader.load(unit()).path.is_file()
@@ -417,22 +421,22 @@ def test_a_gpu_that_nvcc_does_not_know(here: Here, monkeypatch: pytest.MonkeyPat
     assert isinstance(loader._build_error(str(caught.value)), loader.UnknownGpu)
     assert type(loader._build_error("x did not compile")) is loader.BuildError
     assert staged(here) == []
-    runtime._warned.clear()
+    dispatcher._warned.clear()
     monkeypatch.setenv("JITK_FALLBACK", "warn")
     with pytest.warns(UserWarning, match="runs its PyTorch reference, which is slower: .* does not know compute_130a") as said:
         for who in ("jitk::a", "jitk::b"):
-            runtime.fall_back(who, caught.value)
+            dispatcher.fall_back(who, caught.value)
     assert len(said) == 1
     monkeypatch.setenv("JITK_FALLBACK", "error")
     with pytest.raises(loader.BuildError):
-        runtime.fall_back("jitk::a", caught.value)
+        dispatcher.fall_back("jitk::a", caught.value)
 
 
 def test_cuda_kernels_without_cuda_are_one_line(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(loader, "load", lambda *_: pytest.fail("a compiler was started"))
     with pytest.raises(ValueError) as caught:
-        warmup.load_all([replace(store_child.unit(1), backend="cuda", arch="9.0a")])
+        build_ahead.load_all([replace(store_child.unit(1), backend="cuda", arch="9.0a")])
     assert str(caught.value) == (
         f"PyTorch {torch.__version__} is built without CUDA, so no CUDA kernel can be built with it: "
         "install a PyTorch for CUDA, or choose the backend cpu"

@@ -20,7 +20,8 @@ import pytest
 import store_child
 from expecttest import assert_expected_inline
 
-from torch_jit_ops import cache, loader, lock
+from torch_jit_ops.builder import loader
+from torch_jit_ops.store import cache, lock
 
 _FORK = multiprocessing.get_context("forkserver")
 

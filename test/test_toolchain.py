@@ -14,7 +14,9 @@ import torch
 from expecttest import assert_expected_inline
 from torch.utils import cpp_extension
 
-from torch_jit_ops import environment, loader, toolchain
+from torch_jit_ops import environment
+from torch_jit_ops.backends import toolchain
+from torch_jit_ops.builder import loader
 
 
 def program(path: Path, text: str = "#!/bin/sh\necho made up, release 13.0\n") -> Path:

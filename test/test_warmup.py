@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 
 import torch_jit_ops
-from torch_jit_ops import OpLibrary, limits, loader, manifest, toolchain, warmup
+from torch_jit_ops import OpLibrary, manifest
+from torch_jit_ops.ahead import build_ahead
+from torch_jit_ops.backends import toolchain
+from torch_jit_ops.builder import limits, loader
 
 _SOURCE = """
 #include <jitk/result.h>
@@ -92,16 +95,16 @@ def test_loads_are_counted_by_op(library: OpLibrary) -> None:
 # --- what is built ---------------------------------------------------------------------------------
 
 
-def names(wanted: list[warmup.Wanted]) -> list[str]:
+def names(wanted: list[build_ahead.Wanted]) -> list[str]:
     return [f"{each.unit().label} {each.arch}" for each in wanted]
 
 
-def labels(wanted: list[warmup.Wanted]) -> list[str]:
+def labels(wanted: list[build_ahead.Wanted]) -> list[str]:
     return [each.unit().label for each in wanted]
 
 
 def test_samples_say_what_is_needed() -> None:
-    units = warmup.needed(["silu_and_mul", "add_constant"], backend="cpu")
+    units = build_ahead.needed(["silu_and_mul", "add_constant"], backend="cpu")
     assert labels(units) == [
         "jitk::silu_and_mul<fp16_t>",
         "jitk::silu_and_mul<bf16_t>",
@@ -113,14 +116,14 @@ def test_samples_say_what_is_needed() -> None:
 
 
 def test_dtypes_and_arguments_say_it_better(library: OpLibrary) -> None:
-    assert names(warmup.needed("relu2", torch.float16, arch=["8.0", "9.0a"], backend="cuda")) == [
+    assert names(build_ahead.needed("relu2", torch.float16, arch=["8.0", "9.0a"], backend="cuda")) == [
         "jitk::relu2<fp16_t> 8.0",
         "jitk::relu2<fp16_t> 9.0a",
     ]
-    assert names(warmup.needed("add_constant", arguments={"constant": 7}, arch="9.0a", backend="cuda")) == [
+    assert names(build_ahead.needed("add_constant", arguments={"constant": 7}, arch="9.0a", backend="cuda")) == [
         "jitk::add_constant<7> 9.0a"
     ]
-    units = warmup.needed("warmlib::move", [torch.float32], {"count": ["1", 2], "way": ["forth", "back"]}, backend="cpu")
+    units = build_ahead.needed("warmlib::move", [torch.float32], {"count": ["1", 2], "way": ["forth", "back"]}, backend="cpu")
     assert labels(units) == [
         "warmlib::move<fp32_t, 1, warmlib::forth>",
         "warmlib::move<fp32_t, 1, warmlib::back>",
@@ -148,7 +151,7 @@ def test_dtypes_and_arguments_say_it_better(library: OpLibrary) -> None:
 )
 def test_what_cannot_be_built(library: OpLibrary, request_: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError) as caught:
-        warmup.needed(**{"backend": "cpu", **request_})
+        build_ahead.needed(**{"backend": "cpu", **request_})
     assert str(caught.value) == text
 
 
@@ -211,7 +214,7 @@ def test_a_run_is_recorded_and_replayed(library: OpLibrary, tmp_path: Path, monk
     assert len(file.read_text().splitlines()) == 3
 
     monkeypatch.delenv("JITK_RECORD")
-    assert labels(warmup.replayed(file)) == [
+    assert labels(build_ahead.replayed(file)) == [
         "warmlib::move<fp32_t, 5, warmlib::forth>",
         "warmlib::move<fp32_t, 5, warmlib::back>",
         "warmlib::move<fp32_t, 6, warmlib::forth>",
@@ -229,10 +232,10 @@ def test_a_manifest_is_replayed_for_another_gpu(tmp_path: Path) -> None:
         '{"op": "jitk::relu2", "backend": "cpu", "values": {"input.dtype": "float16"}, "arch": "x86-64-v3"}\n'
     )
     relu = "jitk::relu2<fp16_t> x86-64-v3"
-    assert names(warmup.replayed(file)) == ["jitk::add_constant<5> 8.0", relu]
-    assert names(warmup.replayed(file, arch="9.0a")) == ["jitk::add_constant<5> 9.0a", relu]
-    assert names(warmup.replayed(file, arch="9.0a", backend="cuda")) == ["jitk::add_constant<5> 9.0a"]
-    assert names(warmup.replayed(file, "relu2")) == [relu]
+    assert names(build_ahead.replayed(file)) == ["jitk::add_constant<5> 8.0", relu]
+    assert names(build_ahead.replayed(file, arch="9.0a")) == ["jitk::add_constant<5> 9.0a", relu]
+    assert names(build_ahead.replayed(file, arch="9.0a", backend="cuda")) == ["jitk::add_constant<5> 9.0a"]
+    assert names(build_ahead.replayed(file, "relu2")) == [relu]
 
 
 @pytest.mark.parametrize(
@@ -259,7 +262,7 @@ def test_a_manifest_that_cannot_be_replayed(tmp_path: Path, line: str, text: str
     file = tmp_path / "run.jsonl"
     file.write_text(line + "\n")
     with pytest.raises(ValueError) as caught:
-        warmup.replayed(file)
+        build_ahead.replayed(file)
     assert str(caught.value).replace(str(file), "<file>") == text
 
 

@@ -13,11 +13,12 @@ with warnings.catch_warnings():  # PyTorch says so on its import, and nothing he
     warnings.filterwarnings("ignore", "Failed to initialize NumPy", UserWarning)
     import torch  # noqa: F401
 
-from torch_jit_ops.loader import BuildError as BuildError
-from torch_jit_ops.module import Module as Module
-from torch_jit_ops.module import cache_once as cache_once
-from torch_jit_ops.module import load_jit as load_jit
-from torch_jit_ops.module import make_cpp_args as make_cpp_args
+from torch_jit_ops.backends.toolchain import MissingCompiler as MissingCompiler
+from torch_jit_ops.builder.loader import BuildError as BuildError
+from torch_jit_ops.jit_module import Module as Module
+from torch_jit_ops.jit_module import cache_once as cache_once
+from torch_jit_ops.jit_module import load_jit as load_jit
+from torch_jit_ops.jit_module import make_cpp_args as make_cpp_args
 from torch_jit_ops.op import Op as Op
 from torch_jit_ops.op import OpLibrary as OpLibrary
 from torch_jit_ops.op import libraries as libraries
@@ -28,13 +29,12 @@ from torch_jit_ops.statistics import Statistics as Statistics
 from torch_jit_ops.statistics import Stats as Stats
 from torch_jit_ops.statistics import reset_stats as reset_stats
 from torch_jit_ops.statistics import stats as stats
-from torch_jit_ops.toolchain import MissingCompiler as MissingCompiler
 
 if TYPE_CHECKING:
-    from torch_jit_ops.deployment import Deployment as Deployment
-    from torch_jit_ops.deployment import deploy as deploy
-    from torch_jit_ops.warmup import Report as Report
-    from torch_jit_ops.warmup import build as build
+    from torch_jit_ops.ahead.build_ahead import Report as Report
+    from torch_jit_ops.ahead.build_ahead import build as build
+    from torch_jit_ops.ahead.deployment import Deployment as Deployment
+    from torch_jit_ops.ahead.deployment import deploy as deploy
 
 __version__ = "0.1.0"
 
@@ -42,11 +42,11 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> object:
     """What few programs use is imported when it is asked for."""
     if name in ("Deployment", "deploy"):
-        from torch_jit_ops import deployment
+        from torch_jit_ops.ahead import deployment
 
         return getattr(deployment, name)
     if name in ("Report", "build"):
-        from torch_jit_ops import warmup
+        from torch_jit_ops.ahead import build_ahead
 
-        return getattr(warmup, name)
+        return getattr(build_ahead, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

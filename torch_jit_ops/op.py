@@ -29,22 +29,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_jit_ops import (
-    autograd,
-    background,
-    batching,
-    environment,
-    fallback,
-    forks,
-    loader,
-    matcher,
-    overlap,
-    planning,
-    runtime,
-    sharding,
-    toolchain,
-    variant,
-)
+from torch_jit_ops import dispatcher, environment, fallback, forks, variant
+from torch_jit_ops.backends import toolchain
+from torch_jit_ops.builder import loader
+from torch_jit_ops.checks import matcher, overlap
+from torch_jit_ops.features import autograd, build_while_tracing, dtensor, planned_out, vmap
 from torch_jit_ops.samples import Sample, SampleMaker
 from torch_jit_ops.signature import Signature, signature_of
 
@@ -190,7 +179,7 @@ class OpLibrary:
                 tuple(dtypes),
                 names,
                 matcher.parse(who, tensors or {}, signature, names),
-                sharding.Rows(tuple(rows), tuple(sums), elementwise),
+                dtensor.Rows(tuple(rows), tuple(sums), elementwise),
                 samples,
                 fake,
                 backward,
@@ -341,7 +330,7 @@ class Op:
         dtypes: tuple[torch.dtype, ...],
         outputs: tuple[str, ...],
         tensors: tuple[matcher.TensorPattern, ...],
-        rows: sharding.Rows,
+        rows: dtensor.Rows,
         samples: Samples | None,
         fake: Callable[..., Any] | None,
         backward: Callable[..., Any] | None,
@@ -413,7 +402,7 @@ class Op:
         """The signature of each overload, ``""`` and ``"out"``."""
         forms = {"": self.signature}
         if self.outputs:
-            forms["out"] = self.signature.with_outputs(self.outputs, returned=planning.PLANNED)
+            forms["out"] = self.signature.with_outputs(self.outputs, returned=planned_out.PLANNED)
         return forms
 
     def unit(self, backend: str, values: Sequence[variant.Value], arch: str) -> loader.Unit:
@@ -452,10 +441,10 @@ class Op:
         implementations = {"": self._run_reference}
         if self.outputs:
             # The functional form is defined first: a packet tries its overloads in this order, and a miss costs 4 us.
-            definitions.define(self.overloads()["out"].schema(f"{self.name}.out"), tags=(*tags, *planning.TAGS))
+            definitions.define(self.overloads()["out"].schema(f"{self.name}.out"), tags=(*tags, *planned_out.TAGS))
             torch.library.register_fake(f"{self.qualified_name}.out", self._run_out_fake, lib=definitions)
             implementations["out"] = self._run_out_reference
-        runtime.reserve(self.qualified_name, len(implementations) * len(self.kernels))
+        dispatcher.reserve(self.qualified_name, len(implementations) * len(self.kernels))
         for overload, implementation in implementations.items():
             call = functools.partial(self._boot_call, overload, implementation)
             # On the key of all devices, so that the dispatcher's kernels come beside it and it can stay: to take a Python
@@ -469,7 +458,7 @@ class Op:
                     definitions.impl(self._dotted(overload), functools.partial(self._write_lazy_views, overload), key)
         if self._is_functional() and not any(part.kind == "T" and part.keyword_only for part in self.signature.arguments):
             rows = () if self.rows.sums else self.rows.arguments
-            rule = batching.rule(self.default, self.signature, rows)
+            rule = vmap.rule(self.default, self.signature, rows)
             torch.library.register_vmap(self.qualified_name, rule, lib=definitions)
 
     def _is_functional(self) -> bool:
@@ -568,22 +557,22 @@ class Op:
         self._verify_fakes("out", args, kwargs)
         self._verify_outputs([kwargs[name] for name in self.outputs], self._fake_results(args, given))
         self._build_ahead(args, given)
-        if planning.PLANNED:  # before, DTensor fails on an out form that returns nothing
-            sharding.register(self.out, self.overloads()["out"], self.outputs, self.rows)
+        if planned_out.PLANNED:  # before, DTensor fails on an out form that returns nothing
+            dtensor.register(self.out, self.overloads()["out"], self.outputs, self.rows)
         return self._returned(kwargs)
 
     def _run_fake(self, *args: Any, **kwargs: Any) -> Any:
         self._verify_fakes("", args, kwargs)
         self._build_ahead(args, kwargs)
         if self.outputs:
-            planning.lower(self.default, self.out, self.outputs)
+            planned_out.lower(self.default, self.out, self.outputs)
         names = self.outputs or tuple(f"result {i}" for i in range(self.signature.results))
-        sharding.register(self.default, self.signature, names, self.rows)
+        dtensor.register(self.default, self.signature, names, self.rows)
         return self._fake_results(args, kwargs)
 
     def _build_ahead(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         patterns = {backend: kernel.pattern for backend, kernel in self.kernels.items()}
-        background.start(self.qualified_name, patterns, self._load, functools.partial(self.arguments, *args, **kwargs))
+        build_while_tracing.start(self.qualified_name, patterns, self._load, functools.partial(self.arguments, *args, **kwargs))
 
     def _fake_results(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if self._fake is not None:
@@ -608,13 +597,13 @@ class Op:
         try:
             self.take_over(args, kwargs)
         except toolchain.MissingCompiler as missing:
-            runtime.fall_back(self.qualified_name, missing)
+            dispatcher.fall_back(self.qualified_name, missing)
             return self._call_reference(overload, reference, args, kwargs)
         except forks.Reentered:
             return self._call_reference(overload, reference, args, kwargs)
         calling.append(self)
         try:
-            with runtime.raising_what_is_kept():
+            with dispatcher.raising_what_is_kept():
                 return getattr(self.packet, overload or "default")(*args, **kwargs)
         finally:
             calling.pop()
@@ -655,7 +644,7 @@ class Op:
                 raise forks.Reentered(
                     f"{self.qualified_name} is being called for the first time further down this thread's stack"
                 )
-            runtime.library(meanwhile=functools.partial(self._prefetch, args, kwargs or {}))
+            dispatcher.library(meanwhile=functools.partial(self._prefetch, args, kwargs or {}))
             with forks.held_off():  # all of it or nothing, as a second time would be another registration
                 self._register()
                 self._taken_over = True
@@ -663,7 +652,7 @@ class Op:
     def _register(self) -> None:
         for backend, kernel in self.kernels.items():
             for overload, signature in self.overloads().items():
-                runtime.register(
+                dispatcher.register(
                     f"{self.library.namespace}::{self._dotted(overload)}",
                     self.library.namespace,
                     self._dotted(overload),
@@ -728,14 +717,14 @@ class Op:
         try:
             loaded = self._load(backend, key)
         except toolchain.MissingCompiler as missing:
-            runtime.fall_back(self.qualified_name, missing)
+            dispatcher.fall_back(self.qualified_name, missing)
             loaded = None
         except forks.Reentered:
             self._define_references()
             raise
         if loaded is None:
             self._define_references()
-            return runtime.REFERENCE
+            return dispatcher.REFERENCE
         return loaded.entry(self.export(backend, overload, loaded))
 
     def export(self, backend: str, overload: str, loaded: loader.Loaded) -> str:
@@ -776,11 +765,11 @@ class Op:
             self._reference_library = library
 
     def _reference_with_error(self, implementation: Callable[..., Any], made: int, *args: Any, **kwargs: Any) -> Any:
-        runtime.keep_error(None)
+        dispatcher.keep_error(None)
         try:
             results = implementation(*args, **kwargs)
         except Exception as error:  # an exception would be lost on the way through C
-            runtime.keep_error(self._named(error, self.by_name(args, kwargs)))
+            dispatcher.keep_error(self._named(error, self.by_name(args, kwargs)))
             results = (None,) * made if made > 1 else None
         return results if made else None
 

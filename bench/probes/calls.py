@@ -58,9 +58,10 @@ def in_place() -> None:
 
 @probe("Calls", "no Python in a call without a gradient")
 def no_python() -> None:
-    from torch_jit_ops import loader, runtime
+    from torch_jit_ops import dispatcher
+    from torch_jit_ops.builder import loader
 
-    loader.load(runtime.autograd_unit())  # a thread does it else, at its leisure
+    loader.load(dispatcher.autograd_unit())  # a thread does it else, at its leisure
     op, x = torch.ops.jitk.relu2.default, torch.randn(8)
     op(x), op(x)
     package = str(Path(torch_jit_ops.__file__).parent)

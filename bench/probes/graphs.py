@@ -137,7 +137,7 @@ void twice_out(jitk::TensorView, jitk::TensorView) {}
 
 @probe(COMPILE, "kernels are built in the background meanwhile")
 def background_builds() -> None:
-    from torch_jit_ops import loader
+    from torch_jit_ops.builder import loader
 
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "twice.cpp").write_text(_TWICE)

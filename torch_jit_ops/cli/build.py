@@ -20,7 +20,8 @@ from pathlib import Path
 
 import torch
 
-from torch_jit_ops import limits, warmup
+from torch_jit_ops.ahead import build_ahead
+from torch_jit_ops.builder import limits
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,9 +54,9 @@ def add_choice(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def chosen(ops: list[str], options: argparse.Namespace) -> list[warmup.Wanted]:
+def chosen(ops: list[str], options: argparse.Namespace) -> list[build_ahead.Wanted]:
     """The kernels of these ops, all for none, that the options of ``add_choice`` ask for."""
-    return warmup.needed(ops or None, *chosen_values(options), options.arch, options.backend)
+    return build_ahead.needed(ops or None, *chosen_values(options), options.arch, options.backend)
 
 
 def chosen_values(options: argparse.Namespace) -> tuple[list[torch.dtype] | None, dict[str, list[str]]]:
@@ -68,10 +69,10 @@ def run(options: argparse.Namespace) -> int:
     if options.manifest is not None:
         if options.dtype or options.set:
             raise ValueError("--dtype and --set do not go with --manifest, which holds them")
-        wanted = warmup.replayed(options.manifest, options.ops or None, options.arch, options.backend)
+        wanted = build_ahead.replayed(options.manifest, options.ops or None, options.arch, options.backend)
     else:
         wanted = chosen(options.ops, options)
-    report = warmup.load_all([each.unit() for each in wanted], options.jobs)
+    report = build_ahead.load_all([each.unit() for each in wanted], options.jobs)
     for failure in report.failures:
         print(failure, file=sys.stderr)
     if options.json:

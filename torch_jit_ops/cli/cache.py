@@ -20,8 +20,10 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from torch_jit_ops import bundle, cache, environment, forms, inventory, prune, runtime, warmup
+from torch_jit_ops import dispatcher, environment
+from torch_jit_ops.ahead import build_ahead
 from torch_jit_ops.cli import build, screen
+from torch_jit_ops.store import bundle, cache, forms, listing, prune
 
 _OPS = {"nargs": "*", "metavar": "op", "help": "names, as silu_and_mul or jitk::silu_and_mul (default: all)"}
 
@@ -68,7 +70,7 @@ def _dir(options: argparse.Namespace) -> int:
 
 def _list(options: argparse.Namespace) -> int:
     """List the variants that are in the store, the largest first."""
-    found = sorted(inventory.variants(cache.default_store(), options.ops), key=lambda variant: -variant.bytes)
+    found = sorted(listing.variants(cache.default_store(), options.ops), key=lambda variant: -variant.bytes)
     if options.json:
         extra = [{"folder": str(each.folder), "bytes": each.bytes, "used": each.used} for each in found]
         print(json.dumps([{**each.record, **more} for each, more in zip(found, extra, strict=True)], indent=1))
@@ -92,8 +94,8 @@ def _target(backend: str, arch: str) -> str:
 def _why(options: argparse.Namespace) -> int:
     """Say of each kernel that an op needs whether it is in the store. If it is not: which input of its key (a file, the
     compiler, a flag, the architecture, the ABI, PyTorch) differs from the variant that comes nearest."""
-    units = [runtime.unit()] if options.op == "dispatcher" else [each.unit() for each in build.chosen([options.op], options)]
-    findings = [inventory.why(unit, cache.stores()) for unit in units]
+    units = [dispatcher.unit()] if options.op == "dispatcher" else [each.unit() for each in build.chosen([options.op], options)]
+    findings = [listing.why(unit, cache.stores()) for unit in units]
     if options.json:
         print(json.dumps([_plain(finding) for finding in findings], indent=1))
         return 0
@@ -110,12 +112,12 @@ def _why(options: argparse.Namespace) -> int:
     return 0
 
 
-def _line(difference: inventory.Difference) -> str:
+def _line(difference: listing.Difference) -> str:
     """A line of text, of which a terminal obeys nothing."""
     return "  " + forms.printable(_text(difference))
 
 
-def _text(difference: inventory.Difference) -> str:
+def _text(difference: listing.Difference) -> str:
     if "\n" in f"{difference.was}{difference.now}":
         return f"{difference.what}: another text"
     if difference.now is None:
@@ -123,7 +125,7 @@ def _text(difference: inventory.Difference) -> str:
     return f"{difference.what}: {difference.now}" + (f", was {difference.was}" if difference.was is not None else " is new")
 
 
-def _plain(finding: inventory.Finding) -> dict[str, object]:
+def _plain(finding: listing.Finding) -> dict[str, object]:
     return {
         "kernel": finding.unit.label,
         "backend": finding.unit.backend,
@@ -160,7 +162,7 @@ def _clear(options: argparse.Namespace) -> int:
     one keep it."""
     store = cache.default_store()
     # Without names also what is damaged and has no name that could be read.
-    folders = [each.folder for each in inventory.variants(store, options.ops)] if options.ops else list(store.variants())
+    folders = [each.folder for each in listing.variants(store, options.ops)] if options.ops else list(store.variants())
     kept = [folder for folder in folders if not store.remove(folder)]
     store.sweep(failed=0)
     for folder in {folder.parent for folder in folders}:
@@ -174,9 +176,9 @@ def _clear(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     """Write the variants in the store, or those of the named ops and the dispatcher, into one .tar.gz."""
-    warmup.find_ops(options.ops or None)
+    build_ahead.find_ops(options.ops or None)
     wanted = [*options.ops, "(dispatcher)"] if options.ops else []
-    count = bundle.export_variants(options.file, inventory.variants(cache.default_store(), wanted))
+    count = bundle.export_variants(options.file, listing.variants(cache.default_store(), wanted))
     print(f"{options.file}: {count} variants, {screen.size(options.file.stat().st_size)}")
     return 0
 

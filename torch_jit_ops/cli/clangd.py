@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from torch_jit_ops import loader, toolchain
+from torch_jit_ops.backends import toolchain
+from torch_jit_ops.builder import loader
 
 _MARK = "# Written by python -m torch_jit_ops clangd, which replaces it when it is run again.\n"
 _NO_SUCH_IN_CLANG = ("-Xcompiler", "-gencode")

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torch_jit_ops import loader, runtime
+from torch_jit_ops import dispatcher
+from torch_jit_ops.builder import loader
 
 # The op of each gated activation, and the activation in plain PyTorch.
 _ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
@@ -215,7 +216,7 @@ def run(options: argparse.Namespace) -> int:
             results[name] = (time.perf_counter() - start, error)
         # What compiles in the background would share the processor with what is timed.
         with contextlib.suppress(RuntimeError):
-            loader.load(runtime.autograd_unit())
+            loader.load(dispatcher.autograd_unit())
         times = _interleaved(candidates, tokens)
 
     allowed = 2 * results["plain, eager"][1]

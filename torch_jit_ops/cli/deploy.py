@@ -21,7 +21,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from torch_jit_ops import deployment
+from torch_jit_ops.ahead import deployment
 from torch_jit_ops.cli import build
 
 

@@ -29,8 +29,11 @@ from pathlib import Path
 
 import torch
 
-from torch_jit_ops import cache, environment, limits, loader, toolchain, trust
+from torch_jit_ops import environment
+from torch_jit_ops.backends import toolchain
+from torch_jit_ops.builder import limits, loader
 from torch_jit_ops.cli import screen
+from torch_jit_ops.store import cache, trust
 
 _OLDEST_TORCH = (2, 11)
 _OLDEST_GCC = 11

@@ -22,8 +22,9 @@ import shutil
 import sys
 from typing import Any
 
-from torch_jit_ops import cache, inventory, warmup
+from torch_jit_ops.ahead import build_ahead
 from torch_jit_ops.op import Op
+from torch_jit_ops.store import cache, listing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
         _print_lines(ops)
         return 0
     compiled: dict[str, list[str]] = {}
-    for variant in (variant for store in cache.stores() for variant in inventory.variants(store)):
+    for variant in (variant for store in cache.stores() for variant in listing.variants(store)):
         compiled.setdefault(variant.op, []).append(f"{variant.record['label']} {variant.record['arch']}")
     rows = [_row(op, compiled.get(op.qualified_name, [])) for op in ops]
     if options.json:
@@ -66,11 +67,11 @@ def _find(names: list[str]) -> list[Op]:
     Raises:
         ValueError: one of them fits no op.
     """
-    everything = warmup.find_ops()
+    everything = build_ahead.find_ops()
     found: list[Op] = []
     for name in names:
         if not _is_pattern(name):
-            found += warmup.find_ops([name])
+            found += build_ahead.find_ops([name])
             continue
         fitting = [op for op in everything if any(fnmatch.fnmatchcase(each, name) for each in (op.name, op.qualified_name))]
         if not fitting:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_jit_ops import layout
+from torch_jit_ops.checks import layout
 from torch_jit_ops.signature import Signature
 
 _TEXT = re.compile(

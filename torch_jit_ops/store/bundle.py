@@ -22,8 +22,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
-from torch_jit_ops import cache, forms, prune, trust
-from torch_jit_ops.inventory import Variant
+from torch_jit_ops.store import cache, forms, prune, trust
+from torch_jit_ops.store.listing import Variant
 
 INDEX = "bundle.json"
 FORMAT = 1

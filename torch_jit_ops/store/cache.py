@@ -30,8 +30,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch_jit_ops import driver, environment, forks, forms, lock, progress, prune, toolchain, trust
-from torch_jit_ops.trust import UntrustedCache as UntrustedCache
+from torch_jit_ops import environment, forks, progress
+from torch_jit_ops.backends import toolchain
+from torch_jit_ops.builder import driver
+from torch_jit_ops.store import forms, lock, prune, trust
+from torch_jit_ops.store.trust import UntrustedCache as UntrustedCache
 
 RECORD = "variant.json"
 LOG = "build.log"

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import filelock  # here: on import it registers what waits for forks, which would wait for this thread if they were held off
 
-from torch_jit_ops import forms, progress, trust
+from torch_jit_ops import progress
+from torch_jit_ops.store import forms, trust
 
 PATIENCE_S = 3.0  # a process that waits longer says for whom
 _POLL_S = 0.05

@@ -23,8 +23,9 @@ from pathlib import Path
 
 import torch
 
-from torch_jit_ops import environment, forms, trust
+from torch_jit_ops import environment
 from torch_jit_ops.forks import subprocess
+from torch_jit_ops.store import forms, trust
 
 CPU_ARCH = r"x86-64(-v[2-4])?"
 _USUAL_HOME = Path("/usr/local/cuda")

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch_jit_ops.forms import printable
+from torch_jit_ops.store.forms import printable
 
 # The first pattern that the log has decides. A remedy may use groups of its pattern: {0} is the first.
 _REMEDIES = tuple(

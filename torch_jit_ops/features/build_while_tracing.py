@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from torch_jit_ops import environment, forks, limits, progress, runtime
+from torch_jit_ops import dispatcher, environment, forks, progress
+from torch_jit_ops.builder import limits
 from torch_jit_ops.variant import VariantPattern
 
 
@@ -50,7 +51,7 @@ def start(
         return
     index = -1 if device.type != "cuda" else torch.cuda.current_device() if device.index is None else device.index
     key = (index, *words)
-    _workers.submit("dispatcher", runtime.library)
+    _workers.submit("dispatcher", dispatcher.library)
     _workers.submit((who, device.type, key), lambda: load(device.type, key))
 
 

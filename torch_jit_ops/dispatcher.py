@@ -16,7 +16,9 @@ from concurrent.futures import Future
 
 import torch
 
-from torch_jit_ops import environment, forks, loader, toolchain, variant
+from torch_jit_ops import environment, forks, variant
+from torch_jit_ops.backends import toolchain
+from torch_jit_ops.builder import loader
 
 Answer = Callable[[Sequence[int]], int]
 

@@ -21,8 +21,12 @@ from typing import Any
 
 import torch
 
-from torch_jit_ops import loader, runtime, toolchain, trust, warmup
+from torch_jit_ops import dispatcher
+from torch_jit_ops.ahead import build_ahead
+from torch_jit_ops.backends import toolchain
+from torch_jit_ops.builder import loader
 from torch_jit_ops.op import Op, libraries
+from torch_jit_ops.store import trust
 
 LIBRARY = "libjitk_ops.so"
 TABLE = "ops.txt"
@@ -44,7 +48,7 @@ class Deployment:
 
 def deploy(
     folder: str | os.PathLike[str],
-    ops: warmup.Names = None,
+    ops: build_ahead.Names = None,
     dtypes: torch.dtype | Sequence[torch.dtype] | None = None,
     arguments: Mapping[str, Any] | None = None,
     *,
@@ -74,12 +78,12 @@ def deploy(
         raise FileExistsError(f"{target} is there, and is no folder that deploy wrote: name another, or remove it")
     wanted = [each for program in programs for each in called_by(program, arch)]
     if manifest is not None:
-        wanted += warmup.replayed(Path(manifest), None, arch, backend)
+        wanted += build_ahead.replayed(Path(manifest), None, arch, backend)
     if ops is not None or not (programs or manifest is not None):
-        wanted += warmup.needed(ops, dtypes, arguments, arch, backend)
+        wanted += build_ahead.needed(ops, dtypes, arguments, arch, backend)
     wanted = list(dict.fromkeys(wanted))
     units = [each.unit() for each in wanted]
-    report = warmup.load_all([runtime.standalone_unit(), *units], jobs)
+    report = build_ahead.load_all([dispatcher.standalone_unit(), *units], jobs)
     if report.failures:
         raise loader.BuildError(
             f"{len(report.failures)} of {report.kernels} kernels could not be built\n" + "\n".join(report.failures)
@@ -94,8 +98,8 @@ def deploy(
     return Deployment(target, target / LIBRARY, len(wanted), report.compiled, time.monotonic() - start)
 
 
-def _write(folder: Path, wanted: Sequence[warmup.Wanted], units: Sequence[loader.Unit]) -> None:
-    shutil.copyfile(loader.load(runtime.standalone_unit()).path, folder / LIBRARY)
+def _write(folder: Path, wanted: Sequence[build_ahead.Wanted], units: Sequence[loader.Unit]) -> None:
+    shutil.copyfile(loader.load(dispatcher.standalone_unit()).path, folder / LIBRARY)
     files = {}
     for unit in units:
         files[unit] = f"{unit.name}-{unit.key()[:16]}.so"
@@ -136,7 +140,7 @@ def _replace(target: Path, made: Path) -> None:
 # --- what a program calls ---------------------------------------------------------------------------
 
 
-def called_by(program: Program, arch: str | Sequence[str] | None = None) -> Iterator[warmup.Wanted]:
+def called_by(program: Program, arch: str | Sequence[str] | None = None) -> Iterator[build_ahead.Wanted]:
     """The variants that an exported program needs; those of CUDA for ``arch``, by default of the GPUs here.
 
     Raises:
@@ -166,7 +170,7 @@ def _nodes(module: torch.fx.GraphModule) -> Iterable[torch.fx.Node]:
     return (node for part in parts for node in part.graph.nodes if node.op == "call_function")
 
 
-def _of_call(op: Op, node: torch.fx.Node, arch: str | Sequence[str] | None) -> Iterator[warmup.Wanted]:
+def _of_call(op: Op, node: torch.fx.Node, arch: str | Sequence[str] | None) -> Iterator[build_ahead.Wanted]:
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda each: each.meta["val"])
     given = {name: value for name, value in kwargs.items() if name not in op.outputs}
     values = op.arguments(*args, **given)
@@ -188,5 +192,5 @@ def _of_call(op: Op, node: torch.fx.Node, arch: str | Sequence[str] | None) -> I
             served = ", ".join(str(dtype).removeprefix("torch.") for dtype in op.dtypes)
             asked = str(value).removeprefix("torch.")
             raise ValueError(f"{who} is in {asked}, for which the op has no kernel; it has some for {served}")
-    archs = warmup.targets(arch, "cuda")[1] if device == "cuda" else [toolchain.host_isa()]
-    yield from (warmup.Wanted(op, device, chosen, each) for each in archs)
+    archs = build_ahead.targets(arch, "cuda")[1] if device == "cuda" else [toolchain.host_isa()]
+    yield from (build_ahead.Wanted(op, device, chosen, each) for each in archs)

@@ -25,7 +25,10 @@ from pathlib import Path
 
 import torch
 
-from torch_jit_ops import cache, driver, environment, forks, lock, progress, statistics, toolchain, trust
+from torch_jit_ops import environment, forks, progress, statistics
+from torch_jit_ops.backends import toolchain
+from torch_jit_ops.builder import driver
+from torch_jit_ops.store import cache, lock, trust
 
 ABI_VERSION = 1  # kAbiVersion of include/jitk/abi.h
 # -O is for the host code alone, most of which runs once an error occurs; ptxas optimises fully by default.
@@ -137,7 +140,7 @@ def csrc_dir() -> Path:
 
 @functools.cache
 def _data_dir(name: str) -> Path:
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parent.parent
     for folder in (here / name, here.parent / name):
         if folder.is_dir():
             return folder
@@ -373,7 +376,7 @@ def _build(unit: Unit, store: cache.Store, key: str, compiler: str | None) -> Lo
     try:
         return _compile(unit, store, staging, key, compiler)
     except (OSError, BuildError) as error:
-        from torch_jit_ops import remedy
+        from torch_jit_ops.builder import remedy
 
         inside = store.root in staging.parents
         if isinstance(error, OSError) and _NOEXEC.search(str(error)):
@@ -484,7 +487,7 @@ def _run_cpp_extension(unit: Unit, staging: Path, source: Path, module: str) -> 
 
 def _failure(unit: Unit, error: Exception, staging: Path) -> BuildError:
     """The error to raise, and its log, if it shall be kept, beside the source."""
-    from torch_jit_ops import remedy  # here and above: nobody waits for it while all is well
+    from torch_jit_ops.builder import remedy  # here and above: nobody waits for it while all is well
 
     log = str(error.__cause__ or error) if isinstance(error, OSError) else str(error)
     if isinstance(error, UnicodeDecodeError):
@@ -540,7 +543,7 @@ def _system_folders(unit: Unit) -> list[Path]:
 
 def _distill(unit: Unit, log: str, staging: Path, *, loading: bool) -> str:
     """The first errors of a compiler's log, where the whole log is, and what to do about it if that is known."""
-    from torch_jit_ops import remedy
+    from torch_jit_ops.builder import remedy
 
     errors = remedy.first_errors(log, driver.named(staging, (*unit.include, include_dir())))
     undefined = remedy.undefined_symbols(log)

@@ -22,8 +22,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from torch_jit_ops import cache, forks, loader, runtime, toolchain, variant
+from torch_jit_ops import dispatcher, forks, variant
+from torch_jit_ops.backends import toolchain
+from torch_jit_ops.builder import loader
 from torch_jit_ops.signature import Argument, Signature
+from torch_jit_ops.store import cache
 
 NAMESPACE = "jitk_modules"
 CppArg = int | bool | float | str | torch.dtype
@@ -229,7 +232,7 @@ class _Part:
         self, digest: str, mutates: Mapping[str, Sequence[int]], fakes: Mapping[str, Callable[..., Any]]
     ) -> dict[str, Any]:
         loaded = loader.load(self.unit(_default_arch(self.backend)))
-        runtime.library()
+        dispatcher.library()
         functions = {}
         with forks.held_off():
             for export, _ in self.wrappers:
@@ -245,9 +248,9 @@ class _Part:
                 dispatch_keys = ("CUDA", "CPU") if self.backend == "cuda" else ("CPU",)
                 if not any(argument.kind == "T" for argument in signature.arguments):
                     dispatch_keys = ("CompositeExplicitAutograd",)  # without a tensor there is no device to go by
-                runtime.reserve(f"load_jit({self.name!r})", len(dispatch_keys))
+                dispatcher.reserve(f"load_jit({self.name!r})", len(dispatch_keys))
                 for dispatch_key in dispatch_keys:
-                    runtime.register(who, NAMESPACE, op, dispatch_key, "", plan, functools.partial(self._answer, export))
+                    dispatcher.register(who, NAMESPACE, op, dispatch_key, "", plan, functools.partial(self._answer, export))
                 functions[export] = getattr(getattr(torch.ops, NAMESPACE), op).default
         return functions
 

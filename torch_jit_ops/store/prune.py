@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch_jit_ops import lock
+from torch_jit_ops.store import lock
 
 AGE_S = 90 * 86400.0  # the default: longer than most projects rest
 DAY_S = 86400.0

@@ -22,7 +22,9 @@ from typing import Any
 
 import torch
 
-from torch_jit_ops import environment, fallback, limits, loader, manifest, progress, runtime, toolchain
+from torch_jit_ops import dispatcher, environment, fallback, manifest, progress
+from torch_jit_ops.backends import toolchain
+from torch_jit_ops.builder import limits, loader
 from torch_jit_ops.op import Op, libraries
 from torch_jit_ops.samples import SampleMaker
 from torch_jit_ops.variant import Value, VariantPattern
@@ -101,7 +103,7 @@ def load_all(units: Iterable[loader.Unit], jobs: int | None = None) -> Report:
     """Load the dispatcher and the units, compiling what is not in the store; a bar on a terminal shows how far it is."""
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
-    wanted = list(dict.fromkeys([runtime.unit(), runtime.autograd_unit(), *units]))
+    wanted = list(dict.fromkeys([dispatcher.unit(), dispatcher.autograd_unit(), *units]))
     if torch.version.cuda is None and any(unit.backend == "cuda" for unit in wanted):
         raise ValueError(
             f"PyTorch {torch.__version__} is built without CUDA, so no CUDA kernel can be built with it: "

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
-from torch_jit_ops import forks, runtime
+from torch_jit_ops import dispatcher, forks
 from torch_jit_ops.signature import Signature
 
 
@@ -38,7 +38,7 @@ class Gate:
         if self._passed or not self._is_open():
             return
         with self._lock as again:
-            self._passed = self._passed or (not again and runtime.differentiate(self._overloads))
+            self._passed = self._passed or (not again and dispatcher.differentiate(self._overloads))
 
 
 def functional_kernel(
@@ -159,7 +159,7 @@ def _call_below(overload: Any, keys: Any, args: Sequence[Any], kwargs: dict[str,
 def _has_tangent(*values: Any) -> bool:
     """Whether forward-mode differentiation goes through one of them."""
     # Not by forward_ad._current_level, which compiled graphs leave as it is.
-    if runtime.in_forward_mode is not None and not runtime.in_forward_mode():
+    if dispatcher.in_forward_mode is not None and not dispatcher.in_forward_mode():
         return False
     # To ask is to make a view: other layouts have none, and modes and subclasses need not see it.
     with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from torch_jit_ops import cache, forms, loader
+from torch_jit_ops.builder import loader
+from torch_jit_ops.store import cache, forms
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Where kernels run, and what compiles them."""

@@ -1,0 +1,1 @@
+"""From a translation unit to a loaded library: look, lock, look again, compile, load, publish."""

@@ -1,0 +1,1 @@
+"""What the function and the fake refuse, as the kernel refuses it."""

@@ -1,0 +1,1 @@
+"""What PyTorch's own machinery asks of an op beyond its call: derivatives, batches, shards, planned outputs, early builds."""

@@ -1,0 +1,1 @@
+"""Built variants on disk: content-addressed, private, checked before they are used."""
