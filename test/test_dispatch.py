@@ -66,41 +66,23 @@ struct Numbers {
     if (maybe) add(*maybe);
     else add(-1);
   }
-  void copy_to(TensorView out) const {
-    TensorMatcher({256}).with_dtype<double>().verify(out);
-    double* data = static_cast<double*>(out.data_ptr());
-    for (int64_t i : irange(256)) data[i] = i < count ? values[i] : 0;
-  }
-  Tensor tensor() const {
+  void write(Output& out) const {
     const int64_t size = 256;
-    Tensor out = empty({&size, 1}, dtype_of<double>(), {kDLCPU, 0});
-    copy_to(out);
-    return out;
+    const TensorView result = out.empty({&size, 1}, dtype_of<double>(), {kDLCPU, 0});
+    TensorMatcher({256}).with_dtype<double>().verify(result);
+    double* data = static_cast<double*>(result.data_ptr());
+    for (int64_t i : irange(256)) data[i] = i < count ? values[i] : 0;
   }
 };
 
 template <typename T>
-Numbers numbers(TensorView x, std::optional<TensorView> other, int64_t n, double factor, bool flag, Text order, IntList sizes,
-                Text text, int32_t small, std::optional<int64_t> limit, std::optional<double> scale, std::optional<bool> on,
-                std::optional<Text> word, std::optional<IntList> more) {
+void describe(TensorView x, std::optional<TensorView> other, int64_t n, double factor, bool flag, Text order, IntList sizes,
+              Text text, int32_t small, std::optional<int64_t> limit, std::optional<double> scale, std::optional<bool> on,
+              std::optional<Text> word, std::optional<IntList> more, Output& out) {
   Numbers made;
   made.add(x), made.add(other), made.add(n), made.add(factor), made.add(flag), made.add(order), made.add(sizes);
   made.add(text), made.add(small), made.add(limit), made.add(scale), made.add(on), made.add(word), made.add(more);
-  return made;
-}
-
-template <typename T>
-Tensor describe(TensorView x, std::optional<TensorView> other, int64_t n, double factor, bool flag, Text order, IntList sizes,
-                Text text, int32_t small, std::optional<int64_t> limit, std::optional<double> scale, std::optional<bool> on,
-                std::optional<Text> word, std::optional<IntList> more) {
-  return numbers<T>(x, other, n, factor, flag, order, sizes, text, small, limit, scale, on, word, more).tensor();
-}
-
-template <typename T>
-void describe_out(TensorView x, std::optional<TensorView> other, int64_t n, double factor, bool flag, Text order, IntList sizes,
-                  Text text, int32_t small, std::optional<int64_t> limit, std::optional<double> scale, std::optional<bool> on,
-                  std::optional<Text> word, std::optional<IntList> more, TensorView out) {
-  numbers<T>(x, other, n, factor, flag, order, sizes, text, small, limit, scale, on, word, more).copy_to(out);
+  made.write(out);
 }
 
 template <typename T>
@@ -113,29 +95,17 @@ constexpr int64_t bits<void>() {
 }
 
 template <typename T, typename Other, int64_t kWidth, int64_t kRows, int kDims, int64_t kN, bool kFlag, Order kOrder>
-void pick_out(TensorView, std::optional<TensorView>, TensorView out) {
+void pick(TensorView, std::optional<TensorView>, Output& out) {
   Numbers made;
   made.add(bits<T>()), made.add(bits<Other>()), made.add(kWidth), made.add(kRows), made.add(kDims), made.add(kN);
   made.add(kFlag), made.add(kOrder);
-  made.copy_to(out);
-}
-
-template <typename T, typename Other, int64_t kWidth, int64_t kRows, int kDims, int64_t kN, bool kFlag, Order kOrder>
-Tensor pick(TensorView x, std::optional<TensorView> other) {
-  Tensor out = Numbers().tensor();
-  pick_out<T, Other, kWidth, kRows, kDims, kN, kFlag, kOrder>(x, other, out);
-  return out;
+  made.write(out);
 }
 
 template <typename T>
-void fill_out(TensorView x, int64_t, TensorView out) {
-  for (int64_t i : irange(out.numel())) static_cast<T*>(out.data_ptr())[i] = static_cast<const T*>(x.data_ptr())[0];
-}
-template <typename T>
-Tensor fill(TensorView x, int64_t n) {
-  Tensor out = empty({&n, 1}, x.dtype(), x.device());
-  fill_out<T>(x, n, out);
-  return out;
+void fill(TensorView x, int64_t n, Output& out) {
+  const TensorView result = out.empty({&n, 1}, x.dtype(), x.device());
+  for (int64_t i : irange(result.numel())) static_cast<T*>(result.data_ptr())[i] = static_cast<const T*>(x.data_ptr())[0];
 }
 
 }  // namespace dispatchlib
@@ -156,22 +126,20 @@ struct Exception : std::exception {
 };
 
 template <typename T>
-Tensor fail(TensorView x, Text how) {
+void fail(TensorView x, Text how, Output& out) {
   SymbolicSize tokens{"tokens"};
   const int64_t huge[] = {int64_t{1} << 58, 3};
-  Tensor made = empty_like(x);  // is freed whatever happens
+  Tensor scratch = empty_like(x);  // is freed whatever happens, as is the output
+  if (how.data[0] != 'a') out.empty_like(x);
   switch (how.data[0]) {
     case 'c': RuntimeCheck(x.numel() == 0, "the number of elements must be 0, got ", x.numel());
     case 'm': TensorMatcher({tokens, 2 * tokens}).with_dtype<bf16_t, T>().verify(x);
     case 's': throw Exception();
     case 'u': throw 5;
-    case 'a': return empty({huge, 2}, x.dtype(), x.device());
+    case 'a': out.empty({huge, 2}, x.dtype(), x.device());
     case 'p': parallel_for(1 << 20, 1, [](int64_t begin, int64_t) { RuntimeCheck(begin < 0, "in a thread of the pool"); });
   }
-  return made;
 }
-template <typename T>
-void fail_out(TensorView, Text, TensorView) {}
 
 template <typename T>
 void misfit(TensorView x, double n) {}
@@ -403,7 +371,7 @@ def test_text_of_a_check(ops: SimpleNamespace) -> None:
         error_of(ops.fail, _X, "check"),
         """\
 dispatchlib::fail: the number of elements must be 0, got 6
-  at fail.cpp:21""",
+  at fail.cpp:22""",
     )
 
 
@@ -415,7 +383,7 @@ dispatchlib::fail: argument 'x' does not match
   expected  [tokens=2, 2*tokens=4]  bfloat16|float32  cpu  contiguous
   got       [2, 3]                  float32           cpu
   dimension 1: tokens was bound to 2 by 'x'
-  at fail.cpp:22""",
+  at fail.cpp:23""",
     )
 
 
@@ -449,7 +417,7 @@ def test_text_of_a_check_in_a_thread_of_the_pool(ops: SimpleNamespace, threads: 
             error_of(ops.fail, _X, "parallel"),
             """\
 dispatchlib::fail: in a thread of the pool
-  at fail.cpp:26""",
+  at fail.cpp:27""",
         )
     finally:
         torch.set_num_threads(before)
@@ -469,7 +437,7 @@ def test_text_of_a_failed_op_within_a_reference(ops: SimpleNamespace) -> None:
         error_of(ops.outer, _X, "check"),
         """\
 dispatchlib::outer: dispatchlib::fail: the number of elements must be 0, got 6
-  at fail.cpp:21""",
+  at fail.cpp:22""",
     )
 
 
@@ -523,7 +491,7 @@ def test_text_of_a_kernel_that_does_not_compile(ops: SimpleNamespace, compiled: 
         text.replace(log.parent.name, "ID"),
         """\
 dispatchlib::broken<fp32_t> did not compile (cpu, x86-64)
-  csrc/fail.cpp:38: static assertion failed: hidden must be a multiple of 8
+  csrc/fail.cpp:36: static assertion failed: hidden must be a multiple of 8
   full log: CACHE/staging/ID/build.log""",
     )
     assert error_of(ops.broken, _X) == text
@@ -789,7 +757,7 @@ def _number(x: Tensor, n: int) -> Tensor:
 
 def test_more_kernels_than_there_is_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Is told when the op is declared, not when it is called."""
-    assert f"JITK_MAX_SLOTS {dispatcher.MAX_SLOTS} " in (loader.csrc_dir() / "runtime" / "dispatch.cpp").read_text()
+    assert f"JITK_MAX_SLOTS {dispatcher.MAX_SLOTS} " in (loader.csrc_dir() / "runtime" / "slot.h").read_text()
     monkeypatch.setattr(dispatcher, "_reserved", dispatcher.MAX_SLOTS - 3)
     (tmp_path / "many.cpp").write_text("")
     library = OpLibrary("manylib", csrc=tmp_path)

@@ -89,7 +89,7 @@ class Boot:
                     _DISPATCH_KEYS[backend],
                     f"{declaration.namespace}::{self._reference.op_name(overload)}",
                     kernel.pattern.plan(signature),
-                    functools.partial(self._answer, backend, overload),
+                    functools.partial(self._answer, backend),
                 )
 
     def _prefetch(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -117,7 +117,7 @@ class Boot:
         except loader.BuildError as error:
             # Errors there are about the function that is exported: of another name, place or type than the variant says.
             if re.search(rf"\bjitk/export\.h:|\b{re.escape(unit.name.replace('.', '_'))}\.(cu|cpp):", str(error)):
-                raise loader.BuildError(f"{error}\n{declaration.wanted_functions(backend, values)}") from error
+                raise loader.BuildError(f"{error}\n{declaration.wanted_function(backend, values)}") from error
             raise
         if backend == "cuda":
             loaded.load_kernels(key[0])
@@ -130,7 +130,7 @@ class Boot:
         declaration = self._declaration
         return not declaration.dtypes or matcher.refuses(declaration.tensors, unserved.argument, unserved.dtype)
 
-    def _answer(self, backend: str, overload: str, key: Sequence[int]) -> int:
+    def _answer(self, backend: str, key: Sequence[int]) -> int:
         """The address of the entry for a key that the dispatcher has for the first time."""
         declaration = self._declaration
         unserved = declaration.unserved(declaration.kernels[backend].pattern.dtypes_of_key(key[1:]))
@@ -147,4 +147,4 @@ class Boot:
         if loaded is None:
             self._reference.define_ops()
             return dispatcher.REFERENCE
-        return loaded.entry(declaration.checked_export(backend, overload, loaded))
+        return loaded.entry(declaration.checked_export(backend, loaded))

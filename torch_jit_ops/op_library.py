@@ -91,8 +91,8 @@ class OpLibrary:
 
         Args:
             variant: the C++ instantiation to compile; ``variant.py`` lists its placeholders. A mapping from backend where they
-                differ; None for an op without kernels. The out form is the function of the same name with ``_out`` behind it;
-                both come from one compilation.
+                differ; None for an op without kernels. The function takes the op's arguments and then ``Output&`` for each
+                result, and serves the functional and the out form.
             cuda, cpu: the file with the backend's kernel, in the library's ``csrc``. A backend without one runs the function
                 itself.
             dtypes: those for which the kernel is compiled, of every tensor whose dtype ``variant`` uses. Others run the
@@ -139,6 +139,7 @@ class OpLibrary:
             signature = signature_of(function, mutates, own if reusable is None else reusable)
             kernels = options.kernels(who, self.csrc, signature, sources, variant)
             names = options.output_names(who, signature, outputs)
+            signature = signature.named(names) if names else signature
             of_rows.check(who, signature, names)
             op = Op(
                 Declaration(

@@ -37,8 +37,8 @@ _LISTS: dict[Any, str] = {int: "l", torch.Tensor: "L", float: "F"}
 # these cannot be compiled ("got multiple values for argument 'mode'").
 _TAKEN = ("mode", "dispatch_key")
 _SUPPORTED = (
-    "Tensor, int, float, bool, str, Literal of strings, torch.dtype, torch.device, list[int], list[float], list[Tensor], and each "
-    "of them | None"
+    "Tensor, int, float, bool, str, Literal of strings, torch.dtype, torch.device, list[int], list[float], list[Tensor], "
+    "and each of them | None"
 )
 _RESULTS = "Tensor, Tensor | None, list[Tensor], a tuple of them, or None"
 
@@ -140,8 +140,8 @@ def signature_of(function: Callable[..., Any], mutates: Sequence[str] = (), reus
     """Read the signature of ``function``.
 
     Args:
-        function: annotated with the types named in ``TypeError``'s text; returns Tensor, ``Tensor | None``, ``list[Tensor]``, a tuple
-            of them, or None.
+        function: annotated with the types named in ``TypeError``'s text; returns Tensor, ``Tensor | None``,
+            ``list[Tensor]``, a tuple of them, or None.
         mutates: names of the tensors that it writes.
         reusable: names of the tensors that it reads and whose place in memory a written one may take.
 

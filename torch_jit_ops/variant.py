@@ -62,7 +62,7 @@ _NONE = -(2**63)  # the runtime's key of an optional argument that was not given
 
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 _SHAPE = re.compile(r"(\w+)\.shape\[(-?\d+)\]")
-_TEMPLATE_OPEN = re.compile(r"[<]|$")
+_TEMPLATE = re.compile(r"<.*")
 
 Value = torch.dtype | int | bool | str | None
 
@@ -223,19 +223,14 @@ class VariantPattern:
         values = [_value_of(part, arguments[part.argument]) for part in self.placeholders]
         return None if any(isinstance(value, (torch.SymInt, torch.SymBool)) for value in values) else self.words_of(arguments)
 
-    def instantiate(self, values: Sequence[Value], suffix: str = "") -> str:
-        """The C++ expression for these values; ``suffix`` goes behind the function's name (``_out``)."""
-        named, template = self._split()
+    def instantiate(self, values: Sequence[Value]) -> str:
+        """The C++ expression for these values."""
         replacements = iter([_cpp(value) for value in values])
-        return named + suffix + _PLACEHOLDER.sub(lambda _: next(replacements), template)
+        return _PLACEHOLDER.sub(lambda _: next(replacements), self.text)
 
     def export_name(self) -> str:
         """The function's own name, without namespaces and template arguments."""
-        return self._split()[0].split("::")[-1]
-
-    def _split(self) -> tuple[str, str]:
-        at = _TEMPLATE_OPEN.search(self.text).start()  # type: ignore[union-attr]
-        return self.text[:at], self.text[at:]
+        return _TEMPLATE.sub("", self.text).split("::")[-1]
 
     def _value(self, part: Placeholder, word: int) -> Value:
         if word == _NONE:

@@ -77,7 +77,7 @@ class Call {
 
   // Inference mode leaves out what bumps versions elsewhere, which is autograd.cpp or autograd.py. Its own tensors have none.
   void count_as_changed() const {
-    if (&c10::InferenceMode::is_enabled == nullptr || &torch::autograd::impl::bump_version == nullptr) return;
+    if (&torch::autograd::impl::bump_version == nullptr || &c10::InferenceMode::is_enabled == nullptr) return;
     if (!c10::InferenceMode::is_enabled()) return;
     for (size_t i = 0; i < slot_.arguments.size(); ++i) {
       if (slot_.arguments[i].written && tensors(i).size() > 0)

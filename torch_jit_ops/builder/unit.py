@@ -11,7 +11,7 @@ import torch
 from torch_jit_ops.backends import toolchain
 from torch_jit_ops.store import cache
 
-ABI_VERSION = 1  # kAbiVersion of include/jitk/abi.h
+ABI_VERSION = 2  # kAbiVersion of include/jitk/abi.h
 # -O is for the host code alone, most of which runs once an error occurs; ptxas optimises fully by default.
 _CUDA_FLAGS = ("-O1", "-Xcompiler=-fvisibility=hidden")
 _CPU_FLAGS = ("-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")
