@@ -373,9 +373,9 @@ lib::op: of a tensor a variant can use {x.dtype}, {x.shape[i]} and {x.dim}, not 
 lib::op: of a tensor a variant can use {x.dtype}, {x.shape[i]} and {x.dim}, not {x.device}
 lib::op: of a tensor a variant can use {x.dtype}, {x.shape[i]} and {x.dim}, not {x.shape}
 lib::op: of a tensor a variant can use {x.dtype}, {x.shape[i]} and {x.dim}, not {x.shape[last]}
-lib::op: the variant's placeholder {factor} must be a tensor's property, an int, a bool, a torch.dtype, or a str with Literal choices
-lib::op: the variant's placeholder {text} must be a tensor's property, an int, a bool, a torch.dtype, or a str with Literal choices
-lib::op: the variant's placeholder {n.dtype} must be a tensor's property, an int, a bool, a torch.dtype, or a str with Literal choices
+lib::op: the variant's placeholder {factor} must be a tensor's property, an int, a bool, a dtype, or a str with Literal choices
+lib::op: the variant's placeholder {text} must be a tensor's property, an int, a bool, a dtype, or a str with Literal choices
+lib::op: the variant's placeholder {n.dtype} must be a tensor's property, an int, a bool, a dtype, or a str with Literal choices
 lib::op: the variant's placeholder {} names no argument; they are x, n, factor, text
 lib::op: the variant 'op<{x.dtype}' must be a C++ function, such as 'norm<{input.dtype}>'
 lib::op: the variant 'op({x.dtype})' must be a C++ function, such as 'norm<{input.dtype}>'

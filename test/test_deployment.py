@@ -350,7 +350,7 @@ _LIES: list[tuple[str, str, str]] = [
     ("arg T? y\n", "", "6: KIND is 's<', expected that of the schema's 'y'"),
     ("arg i n", "arg i n 1,2", "8: CHOICES is '1,2', expected words of a str with commas between"),
     ("larger,smaller", "larger,,smaller", "7: CHOICES is 'larger,,smaller', expected words of a str with commas between"),
-    ("arg l sizes\n", "", "12: the slot has 4 arguments, and the schema 5"),
+    ("arg l sizes\n", "", "13: the slot has 4 arguments, and the schema 5"),
     ("arg l sizes\n", "arg l sizes\narg l sizes\n", "10: the schema has only 5 arguments"),
     ("key 0 dtype 0", "key 5 dtype 0", "10: ARGUMENT is '5', expected 0 to 4"),
     ("key 0 dtype 0", "key -1 dtype 0", "10: ARGUMENT is '-1', expected 0 to 4"),

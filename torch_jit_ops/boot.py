@@ -11,14 +11,13 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
-
 from torch_jit_ops import dispatcher, environment, fallback, forks, manifest
 from torch_jit_ops.backends import toolchain
 from torch_jit_ops.builder import loader
 from torch_jit_ops.checks import matcher
 from torch_jit_ops.declaration import Declaration
 from torch_jit_ops.reference import Reference
+from torch_jit_ops.signature import tensors_of
 
 _DISPATCH_KEYS = {"cuda": "CUDA", "cpu": "CPU"}
 
@@ -46,7 +45,7 @@ class Boot:
 
         On other devices every call: the reference. So are tensors that have the device alone, sparse ones, when they come back.
         """
-        devices = {value.device.type for value in (*args, *kwargs.values()) if isinstance(value, Tensor)}
+        devices = {tensor.device.type for tensor in tensors_of((*args, *kwargs.values()))}
         under_way = _under_way.__dict__.setdefault("boots", [])
         if not devices or not devices <= self._declaration.kernels.keys() or self in under_way:
             return self._reference.call(overload, args, kwargs)
@@ -97,7 +96,7 @@ class Boot:
         try:
             given = {name: value for name, value in kwargs.items() if name not in declaration.outputs}
             values = declaration.arguments(*args, **given)
-            device = next(value.device for value in values if isinstance(value, Tensor))
+            device = next(tensors_of(values)).device
             index = device.index if device.type == "cuda" else -1
             self.load(device.type, [index, *declaration.kernels[device.type].pattern.words_of(values)])
         except Exception:  # the dispatcher will ask for the same and report it where the caller sees it

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -108,6 +108,11 @@ class Signature:
         """Whether all of them are tensors, which a caller could have made: neither optional nor lists."""
         return all(result.kind == "T" and not result.optional for result in self.made)
 
+    @property
+    def has_lists(self) -> bool:
+        """Whether an argument or a result is a list of tensors."""
+        return any(each.kind == "L" for each in (*self.arguments, *self.made))
+
     def named(self, outputs: Sequence[str]) -> Signature:
         """The same with these names of the results."""
         made = tuple(replace(result, name=name) for result, name in zip(self.made, outputs, strict=True))
@@ -134,6 +139,15 @@ class Signature:
     def index(self, name: str) -> int:
         """The position of the argument."""
         return [argument.name for argument in self.arguments].index(name)
+
+
+def tensors_of(values: Iterable[object]) -> Iterator[torch.Tensor]:
+    """The tensors among the values of arguments, those of lists too."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from (item for item in value if isinstance(item, torch.Tensor))
 
 
 def signature_of(function: Callable[..., Any], mutates: Sequence[str] = (), reusable: Sequence[str] = ()) -> Signature:

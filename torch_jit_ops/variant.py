@@ -321,7 +321,7 @@ def _fact(who: str, text: str, signature: Signature) -> Placeholder:
     if text == name and (argument.kind in "ib" or argument.choices):
         return Placeholder(text, index, "value")
     raise ValueError(
-        f"{who}: the variant's placeholder {{{text}}} must be a tensor's property, an int, a bool, a torch.dtype, "
+        f"{who}: the variant's placeholder {{{text}}} must be a tensor's property, an int, a bool, a dtype, "
         "or a str with Literal choices"
     )
 

@@ -22,8 +22,19 @@ std::atomic<Raise> raise_kept{nullptr};
   throw std::runtime_error(text);
 }
 
-// The reference takes over the stack, and returns each result as an optional. If it failed, Python has kept the text.
+// The one tensor of a list.
+StableIValue take_only(StableListHandle list) {
+  StableIValue cell = 0;
+  check(torch_list_get_item(list, 0, &cell), "read a list");
+  torch_delete_list(list);
+  return cell;
+}
+
+// The reference takes over the stack, and returns each result as an optional. Where one is a list all are, a tensor as one of
+// one: torch_call_dispatcher mixes up results of different types (PyTorch 2.11 to 2.13). If it failed, Python has kept the text.
 void run_reference(const Slot& slot, StableIValue* stack, StableIValue* made) {
+  bool has_list = false;
+  for (const Result& result : slot.results) has_list = has_list || result.kind == 'L';
   StableIValue cells[kMaxArguments + kMaxResults];
   memcpy(cells, stack, sizeof(StableIValue) * slot.arguments.size());
   if (torch_call_dispatcher(slot.reference.c_str(), "", cells, TORCH_ABI_VERSION) != AOTI_TORCH_SUCCESS) {
@@ -35,7 +46,9 @@ void run_reference(const Slot& slot, StableIValue* stack, StableIValue* made) {
   for (size_t i = 0; i < slot.results.size(); ++i) {
     made[i] = cells[i];
     auto* cell = reinterpret_cast<StableIValue*>(cells[i]);
-    if (cell == nullptr || slot.results[i].optional) continue;
+    if (cell == nullptr) continue;
+    if (has_list && slot.results[i].kind == 'T') *cell = take_only(reinterpret_cast<StableListHandle>(*cell));
+    if (slot.results[i].optional) continue;
     made[i] = *cell;
     delete cell;
   }

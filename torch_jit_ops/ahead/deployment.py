@@ -26,6 +26,7 @@ from torch_jit_ops.ahead import build_ahead
 from torch_jit_ops.backends import toolchain
 from torch_jit_ops.builder import loader
 from torch_jit_ops.op import Op
+from torch_jit_ops.signature import tensors_of
 from torch_jit_ops.store import trust
 
 LIBRARY = "libjitk_ops.so"
@@ -174,7 +175,7 @@ def _of_call(op: Op, node: torch.fx.Node, arch: str | Sequence[str] | None) -> I
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda each: each.meta["val"])
     given = {name: value for name, value in kwargs.items() if name not in op.declaration.outputs}
     values = op.declaration.arguments(*args, **given)
-    device = next(value.device.type for value in values if isinstance(value, torch.Tensor))
+    device = next(tensors_of(values)).device.type
     who = f"the program's call of {op.qualified_name}"
     if device not in op.declaration.kernels:
         raise ValueError(
