@@ -796,6 +796,134 @@ def test_the_last_slot_works() -> None:
         dispatcher._checked(dispatcher.library().jitk_register, last + 1, *(text.encode() for text in texts))
 
 
+# --- slots that change --------------------------------------------------------------------------------
+
+
+def _reference_of(library: torch.library.Library, name: str, result: Any) -> str:
+    library.define(f"{name}(Tensor x, SymInt n) -> Tensor?")
+    library.impl(name, result, "CompositeExplicitAutograd")
+    return f"{library.ns}::{name}"
+
+
+def _changing(namespace: str) -> tuple[torch.library.Library, str, Any]:
+    """A library with an op ``number`` and a reference, the op's plan, and its overload."""
+    signature = signature_of(_number)
+    library = torch.library.Library(namespace, "FRAGMENT")
+    library.define(signature.schema("number"))
+    _reference_of(library, "plus", lambda x, n: x + n)
+    plan = variant.parse_variant(f"{namespace}::number", "number<{n}>", signature).plan(signature)
+    return library, plan, getattr(torch.ops, namespace).number.default
+
+
+@torch.inference_mode()
+def test_a_key_is_asked_for_again_once_it_is_forgotten() -> None:
+    _library, plan, op = _changing("forgetlib")
+    asked: list[int] = []
+
+    def answer(key: Any) -> int:
+        asked.append(key[1])
+        return dispatcher.REFERENCE
+
+    number = dispatcher.register("forgetlib::number", "forgetlib", "number", "CPU", "forgetlib::plus", plan, answer)
+    for _ in range(2):
+        assert [op(torch.zeros(1), n).item() for n in (1, 2, 1, 2)] == [1, 2, 1, 2]
+        dispatcher.forget(number)
+    assert asked == [1, 2, 1, 2]
+    with pytest.raises(RuntimeError, match="there is no slot 16000"):
+        dispatcher.forget(16000)
+
+
+@torch.inference_mode()
+def test_an_entry_for_one_call(ops: SimpleNamespace) -> None:
+    _library, plan, op = _changing("oncelib")
+    asked: list[int] = []
+
+    def answer(key: Any) -> dispatcher.Once:
+        asked.append(key[1])
+        return dispatcher.Once(dispatcher.REFERENCE)
+
+    dispatcher.register("oncelib::number", "oncelib", "number", "CPU", "oncelib::plus", plan, answer)
+    assert [op(torch.zeros(1), 3).item() for _ in range(3)] == [3, 3, 3]
+    assert asked == [3, 3, 3]
+
+
+@torch.inference_mode()
+def test_a_build_that_is_forgotten_while_it_runs_serves_its_call_alone() -> None:
+    _library, plan, op = _changing("stalelib")
+    asked: list[int] = []
+
+    def answer(key: Any) -> int:
+        asked.append(key[1])
+        if len(asked) == 1:
+            dispatcher.forget(number)  # as an edit of its source would
+        return dispatcher.REFERENCE
+
+    number = dispatcher.register("stalelib::number", "stalelib", "number", "CPU", "stalelib::plus", plan, answer)
+    assert [op(torch.zeros(1), 3).item() for _ in range(3)] == [3, 3, 3]
+    assert asked == [3, 3]
+
+
+@torch.inference_mode()
+def test_an_op_that_is_declared_again_with_another_schema() -> None:
+    library, plan, op = _changing("againlib")
+    number = dispatcher.register(
+        "againlib::number", "againlib", "number", "CPU", "againlib::plus", plan, lambda key: dispatcher.REFERENCE
+    )
+    assert op(torch.zeros(1), 7).item() == 7
+    del op
+    library._destroy()
+
+    def swapped(n: int, x: Tensor, factor: float = 2.0) -> Tensor:
+        return factor * x + n
+
+    signature = signature_of(swapped)
+    again = torch.library.Library("againlib", "FRAGMENT")
+    again.define(signature.schema("number"))
+    again.define(signature.schema("other").replace("-> Tensor", "-> Tensor?"))
+    again.impl("other", swapped, "CompositeExplicitAutograd")
+    plan = variant.parse_variant("againlib::number", "number<{x.dtype}>", signature).plan(signature)
+    keys = []
+
+    def answer(key: Any) -> int:
+        keys.append(list(key[1:]))
+        return dispatcher.REFERENCE
+
+    assert number == dispatcher.register(
+        "againlib::number", "againlib", "number", "CPU", "againlib::other", plan, answer, number=number
+    )
+    assert torch.ops.againlib.number(1, torch.ones(1)).item() == 3
+    assert torch.ops.againlib.number(1, torch.ones(1), 5.0).item() == 6
+    assert keys == [[variant._KEY_OF_DTYPE[torch.float32]]]
+
+
+def test_keys_are_found_while_slots_forget_and_change() -> None:
+    _library, plan, _op = _changing("busylib")
+
+    def answer(key: Any) -> int:
+        return dispatcher.REFERENCE
+
+    texts = ("busylib::number", "busylib", "number", "CPU", "busylib::plus", plan)
+    number = dispatcher.register(*texts, answer)
+    done = threading.Event()
+
+    def change() -> None:
+        while not done.is_set():
+            dispatcher.forget(number)
+            dispatcher.register(*texts, answer, number=number)
+
+    def call(first: int) -> None:
+        with torch.inference_mode():
+            for n in range(500):
+                assert torch.ops.busylib.number(torch.zeros(1), first + n % 50).item() == first + n % 50
+
+    with ThreadPoolExecutor(4) as threads:
+        changing = threads.submit(change)
+        for calling in [threads.submit(call, first) for first in (0, 25, 50)]:
+            calling.result()
+        done.set()
+        changing.result()
+
+
 # --- errors as they were raised -----------------------------------------------------------------------
 
 
