@@ -26,7 +26,7 @@ from expecttest import assert_expected_inline
 from torch import Tensor
 
 from torch_jit_ops import OpLibrary, dispatcher, environment, variant
-from torch_jit_ops.builder import loader
+from torch_jit_ops.builder import compile, loader
 from torch_jit_ops.op import _libraries
 from torch_jit_ops.signature import signature_of
 
@@ -295,13 +295,13 @@ def ops(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 def compiled(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Counts compilations by label."""
     counts: Counter[str] = Counter()
-    original = loader._run_cpp_extension
+    original = compile._run_cpp_extension
 
     def counting(unit: loader.Unit, *args: Any) -> str:
         counts[unit.label] += 1
         return original(unit, *args)
 
-    monkeypatch.setattr(loader, "_run_cpp_extension", counting)
+    monkeypatch.setattr(compile, "_run_cpp_extension", counting)
     return counts
 
 

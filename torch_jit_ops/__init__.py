@@ -14,7 +14,7 @@ with warnings.catch_warnings():  # PyTorch says so on its import, and nothing he
     import torch  # noqa: F401
 
 from torch_jit_ops.backends.toolchain import MissingCompiler as MissingCompiler
-from torch_jit_ops.builder.loader import BuildError as BuildError
+from torch_jit_ops.builder.errors import BuildError as BuildError
 from torch_jit_ops.jit_module import Module as Module
 from torch_jit_ops.jit_module import cache_once as cache_once
 from torch_jit_ops.jit_module import load_jit as load_jit

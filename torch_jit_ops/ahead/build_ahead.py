@@ -24,7 +24,7 @@ import torch
 
 from torch_jit_ops import dispatcher, environment, fallback, manifest, progress
 from torch_jit_ops.backends import toolchain
-from torch_jit_ops.builder import limits, loader
+from torch_jit_ops.builder import compiler_jobs, loader
 from torch_jit_ops.op import Op, libraries
 from torch_jit_ops.samples import SampleMaker
 from torch_jit_ops.variant import Value, VariantPattern
@@ -115,7 +115,7 @@ def load_all(units: Iterable[loader.Unit], jobs: int | None = None) -> Report:
     # Of several GPUs the current one: the others' kernels are loaded, from this process's libraries, when they are called.
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else -1
     here = toolchain.device_arch(device) if device >= 0 else None
-    with _bar(len(wanted)) as working, ThreadPoolExecutor(jobs or limits.compiler_jobs()) as pool:
+    with _bar(len(wanted)) as working, ThreadPoolExecutor(jobs or compiler_jobs.compiler_jobs()) as pool:
 
         def load(unit: loader.Unit) -> loader.Loaded:
             with working(f"{unit.label} {unit.arch}"):
