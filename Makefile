@@ -67,7 +67,7 @@ nvcc = $(1)/bin/python -c 'from torch_jit_ops import toolchain; toolchain.cuda_t
 
 $(VENV)/ready: setup.cfg pyproject.toml
 	$(call venv,$(VENV),$(TORCH))
-	@$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@$(BIN)/python -m pip install --quiet --editable '.[test,types]'
 	@! nvidia-smi -L >/dev/null 2>&1 || $(call nvcc,$(VENV))
 	@touch $@
 
@@ -94,7 +94,7 @@ test: $(VENV)/ready
 nightly: $(VENV)/ready
 	@$(PYTHON) -m venv $(NEWEST_VENV)
 	@$(NEWEST_VENV)/bin/python -m pip install --quiet --upgrade "$(NEWEST_TORCH)" && \
-	  $(NEWEST_VENV)/bin/python -m pip install --quiet --editable '.[test]'
+	  $(NEWEST_VENV)/bin/python -m pip install --quiet --editable '.[test,types]'
 	@mkdir -p bench/results; rm -f bench/results/features-*.json; failed=0; \
 	for python in $(BIN)/python $(NEWEST_VENV)/bin/python; do \
 	  version=$$($$python -c 'import torch; print(torch.__version__)'); \

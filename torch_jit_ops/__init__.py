@@ -21,7 +21,7 @@ from torch_jit_ops.jit_module import load_jit as load_jit
 from torch_jit_ops.jit_module import make_cpp_args as make_cpp_args
 from torch_jit_ops.op import Op as Op
 from torch_jit_ops.op_library import OpLibrary as OpLibrary
-from torch_jit_ops.ops import library as library
+from torch_jit_ops.ops.library import library as library
 from torch_jit_ops.registry import libraries as libraries
 from torch_jit_ops.rows import Rows as Rows
 from torch_jit_ops.samples import Sample as Sample

@@ -27,7 +27,7 @@ import torch
 from torch_jit_ops import options, registry
 from torch_jit_ops.checks import matcher
 from torch_jit_ops.declaration import Declaration, Samples
-from torch_jit_ops.op import Op
+from torch_jit_ops.op import Op, Parameters, Results
 from torch_jit_ops.rows import Rows
 from torch_jit_ops.signature import signature_of
 
@@ -57,7 +57,7 @@ class OpLibrary:
             raise ValueError(f"the namespace {namespace!r} is taken: choose one of your own, such as your package's name")
         if isinstance(include, (str, os.PathLike)):
             raise TypeError(f"OpLibrary({namespace!r}): include must be a list of folders, got {include!r}")
-        self.namespace = namespace
+        self.namespace: str = namespace
         self.csrc = Path(csrc).resolve()
         self.include = tuple(Path(folder).resolve() for folder in include)
         for folder in (self.csrc, *self.include):
@@ -86,7 +86,7 @@ class OpLibrary:
         backward: Callable[..., Any] | None = None,
         flags: Mapping[str, Sequence[str]] | None = None,
         patterns: Sequence[Callable[..., Any]] | None = None,
-    ) -> Callable[[Callable[..., Any]], Op]:
+    ) -> Callable[[Callable[Parameters, Results]], Op[Parameters, Results]]:
         """Make the decorated function an op.
 
         Args:
@@ -140,7 +140,7 @@ class OpLibrary:
             kernels = options.kernels(who, self.csrc, signature, sources, variant)
             names = options.output_names(who, signature, outputs)
             of_rows.check(who, signature, names)
-            op = Op(
+            op: Op = Op(
                 Declaration(
                     namespace=self.namespace,
                     function=function,
@@ -161,4 +161,5 @@ class OpLibrary:
             self.ops[name] = op
             return op
 
-        return declare
+        # To mypy the variables of a result that is itself generic are others than these.
+        return declare  # type: ignore[return-value]

@@ -115,7 +115,7 @@ def _write(folder: Path, wanted: Sequence[build_ahead.Wanted], units: Sequence[l
                 lines += [f"asked {part.text}" for part in kernel.pattern.placeholders]
                 for each, unit in zip(wanted, units, strict=True):
                     if (each.op, each.backend) == (op, backend):
-                        export = op.export(backend, form, loader.load(unit))
+                        export = op.declaration.checked_export(backend, form, loader.load(unit))
                         words = ",".join(map(str, kernel.pattern.key(each.values))) or "-"
                         lines.append(f"kernel {files[unit]} {export} {each.arch} {words} {unit.label}")
     (folder / TABLE).write_text("\n".join(lines) + "\n")
