@@ -44,7 +44,7 @@ ORDER = [
     ("rows",),
     ("features/vmap", "fallback", "checks/matcher", "checks/overlap", "progress", "features/dtensor", "store/trust", "variant"),
     ("store/lock", "backends/toolchain"),
-    ("store/prune", "builder/errors"),
+    ("store/prune", "builder/errors", "backends/wheels"),
     ("store/cache",),
     ("builder/log", "builder/unit"),
     ("builder/compilers", "builder/shared_object"),
