@@ -52,6 +52,7 @@ ORDER = [
     ("builder/load",),
     ("builder/loader",),
     ("dispatcher", "store/listing", "manifest"),
+    ("per_target", "sources"),
     ("declaration",),
     ("features/build_while_tracing", "options", "reference"),
     ("boot", "features/autograd", "features/traced"),

@@ -382,13 +382,14 @@ def test_a_failed_link_names_the_symbol(here: Here) -> None:  # noqa: F811
         with pytest.raises(loader.BuildError) as caught:
             loader.load(unit)
         errors.append(caught.value)
-    log = str(errors[0]).rpartition("full log: ")[2]
+    log = re.findall("full log: (.*)", str(errors[0]))[0]
     assert_expected_inline(
         str(errors[0]).replace(log, "LOG"),
         """\
 store::tiny<0> did not link (cpu, x86-64)
   undefined symbol: int mylib::helper<7>(int, char const*)
-  full log: LOG""",
+  full log: LOG
+  remedy: link the library that has it (ldflags), or name the source that defines it behind the first one""",
     )
     assert errors[0] is errors[1]
     assert "undefined reference" in Path(log).read_text()

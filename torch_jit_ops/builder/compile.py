@@ -6,7 +6,6 @@ So ``cpp_extension`` never sees a folder or a name twice, and its own versioning
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import shutil
 import uuid
@@ -21,7 +20,7 @@ from torch_jit_ops.backends import toolchain
 from torch_jit_ops.builder import log, workarounds
 from torch_jit_ops.builder.errors import BuildError, BuildInterrupted, UnknownGpu
 from torch_jit_ops.builder.shared_object import NOEXEC, OF_THIS_MOMENT
-from torch_jit_ops.builder.unit import Unit, include_dir, inlined_in
+from torch_jit_ops.builder.unit import Unit, file_name, include_dir, inlined_in
 from torch_jit_ops.store import cache
 
 _EXPORTS = "#include <jitk/export.h>"
@@ -46,12 +45,11 @@ def compile_unit(unit: Unit, staging: Path) -> Compiled:
         OSError: of the machine, not of the kernel.
     """
     environment.put_on_path(toolchain.ninja())
-    name = re.sub(r"\W+", "_", unit.name, flags=re.ASCII)
-    suffix = "cu" if unit.backend == "cuda" else "cpp"
-    sources = (staging / f"{name}.{suffix}", *(staging / f"{name}_beside{i}.{suffix}" for i in range(len(unit.beside))))
+    names = (unit.name, *(f"{unit.name}_beside{index}" for index in range(len(unit.beside))))
+    sources = tuple(staging / file_name(name, unit.backend) for name in names)
     for source, text in zip(sources, (unit.text, *unit.beside), strict=True):
         source.write_bytes(os.fsencode(text))
-    module = f"{name}_{uuid.uuid4().hex[:12]}"
+    module = f"{sources[0].stem}_{uuid.uuid4().hex[:12]}"
     _run_cpp_extension(unit, staging, sources, module)
     return Compiled(staging, sources, staging / f"{module}.so")
 

@@ -111,6 +111,11 @@ class Unit:
         }
 
 
+def file_name(name: str, backend: str) -> str:
+    """The name of the generated source of a unit."""
+    return f"{re.sub(r'[^A-Za-z0-9_]+', '_', name)}.{'cu' if backend == 'cuda' else 'cpp'}"
+
+
 def inlined(name: str, text: str) -> str:
     """A source that is no file, for the text of a unit: compilers call it ``name``, and count its own lines."""
     return f'#line 1 "{name}"\n{text}\n'
