@@ -4,6 +4,7 @@ and variables that compilers obey."""
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -389,7 +390,7 @@ def test_a_failed_link_names_the_symbol(here: Here) -> None:  # noqa: F811
 store::tiny<0> did not link (cpu, x86-64)
   undefined symbol: int mylib::helper<7>(int, char const*)
   full log: LOG
-  remedy: link the library that has it (ldflags), or name the source that defines it behind the first one""",
+  remedy: name in ldflags the library that has it, or behind the first source the one that defines it""",
     )
     assert errors[0] is errors[1]
     assert "undefined reference" in Path(log).read_text()

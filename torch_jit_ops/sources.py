@@ -32,8 +32,7 @@ class Source:
         if self.text is None:
             return f'{start}#include "{self.name}"\n'
         start += unit.inlined(self.name, self.text)
-        file = unit.file_name(op.replace("::", "."), backend)
-        return f'{start}#line {start.count(chr(10)) + 2} "{file}"\n'  # errors about the lines behind are not the author's
+        return start + unit.line_directive(start, op, backend)
 
     def units_beside(self) -> tuple[str, ...]:
         """The translation units of the other files."""
@@ -87,9 +86,6 @@ def _check(who: str, backend: str, file: str, csrc: Path | None) -> None:
     if not file.endswith(SUFFIXES[backend]):
         raise ValueError(f"{who}: its {backend} source {file!r} must be a {' or '.join(SUFFIXES[backend])} file")
     if csrc is None:
-        raise ValueError(
-            f"{who}: its {backend} source {file!r} is nowhere: its OpLibrary has no folder csrc, "
-            f"so the source can only be a text, {backend}_source="
-        )
+        raise ValueError(f"{who}: its {backend} source {file!r} is in no folder, as the library has no csrc")
     if not (csrc / file).is_file():
         raise ValueError(f"{who}: its {backend} source {file!r} is not in {csrc}")

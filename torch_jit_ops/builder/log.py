@@ -58,10 +58,10 @@ _NO_LIBRARY = re.compile(
 _LINK_REMEDIES = (
     (
         _NO_LIBRARY,
-        "install the library with its headers (of a distribution: the package whose name ends with -dev), or name its "
-        "folder: ldflags '-L/folder', '-Wl,-rpath,/folder' and '-lname'; for one of a wheel, torch_jit_ops.library_of",
+        "install it (Debian, Ubuntu: its package with -dev), or name its folder in ldflags: -L/folder and -Wl,-rpath,/folder; "
+        "one of a wheel is torch_jit_ops.library_of(...)",
     ),
-    (_UNDEFINED, "link the library that has it (ldflags), or name the source that defines it behind the first one"),
+    (_UNDEFINED, "name in ldflags the library that has it, or behind the first source the one that defines it"),
 )
 _NONE: Mapping[str, Sequence[str]] = {}
 _NINJA_LINE = re.compile(r"^Error building extension|^\[\d+/\d+\] |^FAILED: |^ninja: build stopped| -c .* -o ")

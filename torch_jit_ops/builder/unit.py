@@ -121,6 +121,11 @@ def inlined(name: str, text: str) -> str:
     return f'#line 1 "{name}"\n{text}\n'
 
 
+def line_directive(text: str, name: str, backend: str) -> str:
+    """A line behind inlined sources: what follows is in the generated source again, and not the author's."""
+    return f'#line {text.count(chr(10)) + 2} "{file_name(name, backend)}"\n'
+
+
 def inlined_in(text: str) -> Iterator[tuple[str, list[str]]]:
     """The names and the lines of the sources that are no files."""
     parts = re.split(r'^#line 1 "([^"]+)"$\n', text, flags=re.MULTILINE)[1:]
