@@ -150,7 +150,7 @@ def test_a_library_that_is_not_there(csrc: Path) -> None:
 lib::linking::add did not link (cpu, ARCH)
   library not found: -lnumbers_of_nobody
   full log: LOG
-  remedy: install it (Debian, Ubuntu: its package with -dev), or name its folder in ldflags: -L/folder and -Wl,-rpath,/folder; one of a wheel is torch_jit_ops.library_of(...)""",
+  remedy: install it, or name its folder in ldflags, -L/folder and -Wl,-rpath,/folder; for one of a wheel, library_of(...)""",
     )
 
 

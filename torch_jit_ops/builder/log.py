@@ -58,8 +58,7 @@ _NO_LIBRARY = re.compile(
 _LINK_REMEDIES = (
     (
         _NO_LIBRARY,
-        "install it (Debian, Ubuntu: its package with -dev), or name its folder in ldflags: -L/folder and -Wl,-rpath,/folder; "
-        "one of a wheel is torch_jit_ops.library_of(...)",
+        "install it, or name its folder in ldflags, -L/folder and -Wl,-rpath,/folder; for one of a wheel, library_of(...)",
     ),
     (_UNDEFINED, "name in ldflags the library that has it, or behind the first source the one that defines it"),
 )
