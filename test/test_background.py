@@ -16,7 +16,7 @@ from child import ROOT, run_python
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from torch_jit_ops import dispatcher, op
+from torch_jit_ops import OpLibrary, dispatcher, registry
 from torch_jit_ops.backends import CPU
 from torch_jit_ops.features import build_while_tracing
 
@@ -25,7 +25,7 @@ _PROGRAM = """
 import os, sys, threading
 from pathlib import Path
 import torch
-from torch_jit_ops import OpLibrary
+from torch_jit_ops import OpLibrary, process
 from torch_jit_ops.builder import loader
 from torch_jit_ops.builder import load as load_module
 
@@ -236,14 +236,14 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("wide")
     for source in ("wide.cpp", "wide.cu"):
         (folder / source).write_text("")
-    library = op.OpLibrary("aheadwide", csrc=folder)
+    library = OpLibrary("aheadwide", csrc=folder)
 
     @library.op(cpu="wide.cpp", cuda="wide.cu", variant="wide<{x.dtype}, {x.shape[-1]}, {n}>")
     def wide(x: Tensor, n: int) -> Tensor:
         return x + n
 
     yield wide.default
-    op._libraries.remove(library)
+    registry.remove(library)
 
 
 def trace(function: Callable[..., Any], *args: Any, dynamic: dict[int, Any] | None = None) -> None:

@@ -51,7 +51,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpLibrary]:
         return x.clone()
 
     yield made
-    torch_jit_ops.op._libraries.remove(made)  # the generic tests of other files want samples
+    torch_jit_ops.registry.remove(made)  # the generic tests of other files want samples
 
 
 @pytest.fixture(autouse=True)
