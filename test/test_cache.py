@@ -17,10 +17,8 @@ import torch
 from child import ROOT, run_python
 from expecttest import assert_expected_inline
 
-from torch_jit_ops import environment
-from torch_jit_ops.backends import toolchain
+from torch_jit_ops import environment, process
 from torch_jit_ops.builder import compilers, loader
-from torch_jit_ops.builder import load as load_module
 from torch_jit_ops.store import cache
 
 _TEXT = """#include <answer.h>
@@ -49,9 +47,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[loader.Unit], loader.Load
     """``loader.load`` as in a process that has loaded nothing."""
 
     def load(unit: loader.Unit) -> loader.Loaded:
-        monkeypatch.setattr(load_module, "_results", {})
-        monkeypatch.setattr(cache, "_file_digests", {})
-        monkeypatch.setattr(compilers, "_known", {})
+        process.reset()
         return loader.load(unit)
 
     return load
@@ -145,7 +141,7 @@ def test_the_dispatcher_depends_on_the_version_of_pytorch_and_kernels_do_not(
 
 def test_another_compiler_builds_again(root: Path, include: Path, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     load(unit(include))
-    monkeypatch.setattr(toolchain, "compiler_identity", lambda program, memory: "another compiler 1.0")
+    monkeypatch.setattr(compilers, "compiler_identity", lambda program, memory: "another compiler 1.0")
     assert load(unit(include)).compiled
 
 

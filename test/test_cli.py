@@ -18,8 +18,8 @@ from test_docs import compile_for_gpu
 
 import torch_jit_ops
 from torch_jit_ops import registry
-from torch_jit_ops.backends import toolchain
-from torch_jit_ops.builder import loader
+from torch_jit_ops.backends import CPU, Toolkit, programs
+from torch_jit_ops.builder import compilers, loader
 from torch_jit_ops.cli import doctor, main
 from torch_jit_ops.store import cache, listing
 
@@ -354,7 +354,7 @@ def test_why_names_what_else_differs(built: cache.Store, tmp_path: Path, monkeyp
 
 
 def test_why_names_an_older_abi(built: cache.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader, "ABI_VERSION", 1000)
+    monkeypatch.setattr("torch_jit_ops.builder.unit.ABI_VERSION", 1000)
     assert why(unit(tmp_path), built) == ["ABI version: 1000, was 1"]
 
 
@@ -375,7 +375,7 @@ def test_why_takes_the_nearest(built: cache.Store, tmp_path: Path) -> None:
 
 
 def test_why_of_an_op(call: Call, store: cache.Store) -> None:
-    isa = toolchain.host_isa()
+    isa = CPU.arch_of()
     text = call("cache", "why", "relu2", "--dtype", "float32", "--backend", "cpu")
     assert text == f"jitk::relu2<fp32_t> for {isa}: would be compiled; no cpu variant of this op is in the store\n"
     (found,) = json.loads(call("cache", "why", "dispatcher", "--json"))
@@ -438,7 +438,7 @@ def test_doctor_tells_a_compiler_that_compiles_nothing(
 
 
 def test_doctor_refuses_an_old_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(toolchain, "compiler_identity", lambda *_: "g++ (Debian 10.2.1-6) 10.2.1")
+    monkeypatch.setattr(compilers, "compiler_identity", lambda *_: "g++ (Debian 10.2.1-6) 10.2.1")
     (check,) = doctor._cpp_compiler()
     assert (check.state, check.remedy) == ("problem", "install g++ 11 or newer, and set CXX to it")
 
@@ -509,7 +509,7 @@ def test_clangd_is_told_the_folders_and_flags(call: Call, tmp_path: Path) -> Non
     plain, *_ = flags_of((tmp_path / ".clangd").read_text())
     assert plain[:2] == [f"-I{tmp_path}/fresh_lib/csrc", f"-I{loader.include_dir()}"]
     source = tmp_path / "fresh_lib/csrc/stretch.cpp"
-    command = [str(toolchain.host_compiler()), *plain, "-fsyntax-only", str(source)]
+    command = [str(programs.host_compiler()), *plain, "-fsyntax-only", str(source)]
     done = subprocess.run([flag for flag in command if flag != "-xc++"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -517,9 +517,7 @@ def test_clangd_is_told_the_folders_and_flags(call: Call, tmp_path: Path) -> Non
 def test_clangd_is_told_of_cuda(tmp_path: Path) -> None:
     from torch_jit_ops.cli import clangd
 
-    toolkit = toolchain.Toolkit(
-        Path("/cuda"), Path("/cuda/bin/nvcc"), (Path("/else/include"),), Path("/cuda/lib64"), "CUDA_HOME"
-    )
+    toolkit = Toolkit(Path("/cuda"), Path("/cuda/bin/nvcc"), (Path("/else/include"),), Path("/cuda/lib64"), "CUDA_HOME")
     text = clangd.configuration(tmp_path, "9.0a", toolkit)
     _, cuda, runtime = flags_of(text)
     assert 'PathMatch: ".*\\\\.cuh?"' in text

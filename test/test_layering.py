@@ -31,6 +31,7 @@ HEAVY |= {"stdexcept", "tuple", "map", "unordered_map", "memory", "iomanip", "fs
 # Lower modules first; a module imports from those above it in this list alone. The root module and the CLI see all of them.
 ORDER = [
     ("forks", "registry"),
+    ("process",),
     (
         "builder/workarounds",
         "environment",
@@ -43,7 +44,7 @@ ORDER = [
     ("signature", "statistics"),
     ("rows",),
     ("features/vmap", "fallback", "checks/matcher", "checks/overlap", "progress", "features/dtensor", "store/trust", "variant"),
-    ("store/lock", "backends/toolchain"),
+    ("store/lock", "backends"),
     ("store/prune", "builder/errors", "backends/wheels"),
     ("store/cache",),
     ("builder/log", "builder/unit"),

@@ -16,9 +16,8 @@ import pytest
 import store_child
 from expecttest import assert_expected_inline
 
-from torch_jit_ops import environment
-from torch_jit_ops.builder import compilers, loader
-from torch_jit_ops.builder import load as load_module
+from torch_jit_ops import environment, process
+from torch_jit_ops.builder import loader
 from torch_jit_ops.store import cache, trust
 
 DAY_S = 86400.0
@@ -33,8 +32,7 @@ class Here:
 
     def load(self, unit: loader.Unit) -> tuple[int, bool]:
         """What the library returns, and whether it was compiled."""
-        load_module._results.clear()
-        cache._file_digests.clear()
+        process.reset(said=False)
         loaded = loader.load(unit)
         return store_child.value(loaded), loaded.compiled
 
@@ -51,10 +49,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Here]:
     for name in ("JITK_CACHE_PATH", "JITK_CACHE_TRUST", "JITK_CACHE_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("JITK_VERBOSE", "1")
-    cache._warned.clear()
+    process.reset()
     yield Here(tmp_path)
-    load_module._results.clear()
-    compilers._known.clear()
+    process.reset()
 
 
 def reading(folder: Path) -> loader.Unit:
@@ -106,7 +103,7 @@ def test_a_hit_starts_no_process(here: Here, monkeypatch: pytest.MonkeyPatch) ->
     units = [store_child.unit(number) for number in range(3)]
     for unit in units:
         here.load(unit)
-    compilers._known.clear()
+    process.reset()
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a process was started"))
     assert [here.load(unit) for unit in units] == [(number, False) for number in range(3)]
 

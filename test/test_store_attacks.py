@@ -21,10 +21,9 @@ from child import run_python
 from expecttest import assert_expected_inline
 
 import torch_jit_ops
-from torch_jit_ops import manifest, variant
-from torch_jit_ops.backends import toolchain
-from torch_jit_ops.builder import compilers, loader
-from torch_jit_ops.builder import load as load_module
+from torch_jit_ops import manifest, process, variant
+from torch_jit_ops.backends import CUDA
+from torch_jit_ops.builder import loader
 from torch_jit_ops.signature import Argument, Signature
 from torch_jit_ops.store import cache, forms, listing, lock, trust
 
@@ -41,9 +40,7 @@ class Here:
 
     def load(self, unit: loader.Unit) -> tuple[int, bool]:
         """What the library returns, and whether it was compiled."""
-        load_module._results.clear()
-        compilers._known.clear()
-        cache._file_digests.clear()
+        process.reset(said=False)
         loaded = loader.load(unit)
         return store_child.value(loaded), loaded.compiled
 
@@ -60,10 +57,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Here]:
     for name in ("JITK_CACHE_PATH", "JITK_CACHE_TRUST", "JITK_CACHE_SIZE", "CXX"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("JITK_VERBOSE", "1")
-    cache._warned.clear()
+    process.reset()
     yield Here(tmp_path)
-    load_module._results.clear()
-    compilers._known.clear()
+    process.reset()
 
 
 @pytest.fixture(autouse=True)
@@ -178,7 +174,7 @@ def test_no_other_gpu_reaches_nvcc(arch: str, monkeypatch: pytest.MonkeyPatch) -
         torch_jit_ops.build("relu2", backend="cuda", arch=arch)
     monkeypatch.setenv("JITK_CUDA_ARCH", arch)
     with pytest.raises(ValueError) as caught:
-        toolchain.device_arch(0)
+        CUDA.arch_of(0)
     assert str(caught.value) == f"JITK_CUDA_ARCH is {arch!r}; it must be of the form 8.0 or 9.0a"
 
 
@@ -470,7 +466,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JITK_CACHE_DIR", str(root))
         patch.delenv("CXX", raising=False)  # as for the tests
-        load_module._results.clear()
+        process.reset()
         loader.load(store_child.unit(1))
     return root
 

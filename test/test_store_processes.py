@@ -20,7 +20,7 @@ import pytest
 import store_child
 from expecttest import assert_expected_inline
 
-from torch_jit_ops.builder import load as load_module
+from torch_jit_ops import process
 from torch_jit_ops.builder import loader
 from torch_jit_ops.store import cache, lock
 
@@ -67,15 +67,15 @@ class Machine:
         self.kept = barrier  # until they have it, too
         arguments = ({**self.environment, **environment}, units, threads, barrier, answers)
         started = [_FORK.Process(target=store_child.load, args=arguments, daemon=True) for _ in range(processes)]
-        for process in started:
-            process.start()
+        for child in started:
+            child.start()
         return started, answers
 
     def run(self, units: Sequence[loader.Unit], processes: int = 1, threads: int = 1, **environment: str) -> list[Any]:
         started, answers = self.start(units, processes, threads, **environment)
         results = [answers.get(timeout=60) for _ in started]
-        for process in started:
-            process.join()
+        for child in started:
+            child.join()
         assert [warning for _, warnings in results for warning in warnings] == []
         return [answer for found, _ in results for answer in found]
 
@@ -86,11 +86,11 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine
     for name, text in made.environment.items():
         monkeypatch.setenv(name, text)
     yield made
-    load_module._results.clear()
+    process.reset()
 
 
 def load_here(unit: loader.Unit) -> int:
-    load_module._results.clear()
+    process.reset()
     return store_child.value(loader.load(unit))
 
 
@@ -262,7 +262,7 @@ def test_without_locks_the_rename_is_enough(machine: Machine, monkeypatch: pytes
     monkeypatch.setattr(cache.Store, "find", lambda *_, **__: None)  # so that both build
     unit = store_child.unit(6)
     for _ in range(2):
-        load_module._results.clear()
+        process.reset()
         loaded = loader.load(unit)
         assert store_child.value(loaded) == 6
         assert loaded.path.is_file(), "of the two, the first stays"
@@ -276,7 +276,7 @@ def test_without_locks_the_rename_is_enough(machine: Machine, monkeypatch: pytes
 def test_a_fork_in_the_middle_of_a_build(machine: Machine) -> None:
     machine.set_delay(0.5)
     unit = store_child.unit(7)
-    load_module._results.clear()
+    process.reset()
     builder = threading.Thread(target=loader.load, args=(unit,))
     builder.start()
     while machine.compiled() == 0:

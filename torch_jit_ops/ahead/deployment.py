@@ -21,9 +21,8 @@ from typing import Any
 
 import torch
 
-from torch_jit_ops import dispatcher, registry
+from torch_jit_ops import backends, dispatcher, registry
 from torch_jit_ops.ahead import build_ahead
-from torch_jit_ops.backends import toolchain
 from torch_jit_ops.builder import loader
 from torch_jit_ops.op import Op
 from torch_jit_ops.store import trust
@@ -108,14 +107,14 @@ def _write(folder: Path, wanted: Sequence[build_ahead.Wanted], units: Sequence[l
     for op in dict.fromkeys(each.op for each in wanted):
         forms = op.declaration.overloads
         lines += [f"op {op.declaration.namespace} {signature.schema(_name(op, form))}" for form, signature in forms.items()]
-        for backend, kernel in op.declaration.kernels.items():
+        for backend, kernel in ((backends.named(name), kernel) for name, kernel in op.declaration.kernels.items()):
             for form, signature in forms.items():
-                lines.append(f"slot {op.declaration.namespace} {_name(op, form)} {backend.upper()}")
+                lines.append(f"slot {op.declaration.namespace} {_name(op, form)} {backend.dispatch_key}")
                 lines.append(kernel.pattern.plan(signature))
                 lines += [f"asked {part.text}" for part in kernel.pattern.placeholders]
                 for each, unit in zip(wanted, units, strict=True):
                     if (each.op, each.backend) == (op, backend):
-                        export = op.declaration.checked_export(backend, form, loader.load(unit))
+                        export = op.declaration.checked_export(backend.name, form, loader.load(unit))
                         words = ",".join(map(str, kernel.pattern.key(each.values))) or "-"
                         lines.append(f"kernel {files[unit]} {export} {each.arch} {words} {unit.label}")
     (folder / TABLE).write_text("\n".join(lines) + "\n")
@@ -174,13 +173,13 @@ def _of_call(op: Op, node: torch.fx.Node, arch: str | Sequence[str] | None) -> I
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda each: each.meta["val"])
     given = {name: value for name, value in kwargs.items() if name not in op.declaration.outputs}
     values = op.declaration.arguments(*args, **given)
-    device = next(value.device.type for value in values if isinstance(value, torch.Tensor))
+    device = next(value.device for value in values if isinstance(value, torch.Tensor))
+    backend = backends.of_device(device)
     who = f"the program's call of {op.qualified_name}"
-    if device not in op.declaration.kernels:
-        raise ValueError(
-            f"{who} is on {device}, where the op has no kernel; it has some for {', '.join(op.declaration.kernels) or 'none'}"
-        )
-    pattern = op.declaration.kernels[device].pattern
+    if backend is None or backend.name not in op.declaration.kernels:
+        served = ", ".join(op.declaration.kernels) or "none"
+        raise ValueError(f"{who} is on {device.type}, where the op has no kernel; it has some for {served}")
+    pattern = op.declaration.kernels[backend.name].pattern
     words = pattern.static_words_of(values)
     if words is None:
         names = ", ".join(part.text for part in pattern.placeholders)
@@ -194,5 +193,5 @@ def _of_call(op: Op, node: torch.fx.Node, arch: str | Sequence[str] | None) -> I
             served = ", ".join(str(dtype).removeprefix("torch.") for dtype in op.declaration.dtypes)
             asked = str(value).removeprefix("torch.")
             raise ValueError(f"{who} is in {asked}, for which the op has no kernel; it has some for {served}")
-    archs = build_ahead.targets(arch, "cuda")[1] if device == "cuda" else [toolchain.host_isa()]
-    yield from (build_ahead.Wanted(op, device, chosen, each) for each in archs)
+    archs = build_ahead.archs_of(backend, build_ahead.targets(arch, backend.name)[1])
+    yield from (build_ahead.Wanted(op, backend, chosen, each) for each in archs)

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from torch_jit_ops import environment, forks
-from torch_jit_ops.backends import toolchain
+from torch_jit_ops.backends import programs
+from torch_jit_ops.backends.backend import Toolkit
 from torch_jit_ops.builder import log, workarounds
 from torch_jit_ops.builder.errors import BuildError, BuildInterrupted, UnknownGpu
 from torch_jit_ops.builder.shared_object import NOEXEC, OF_THIS_MOMENT
@@ -44,7 +45,7 @@ def compile_unit(unit: Unit, staging: Path) -> Compiled:
         BuildInterrupted: Ctrl-C reached the compilers.
         OSError: of the machine, not of the kernel.
     """
-    environment.put_on_path(toolchain.ninja())
+    environment.put_on_path(programs.ninja())
     names = (unit.name, *(f"{unit.name}_beside{index}" for index in range(len(unit.beside))))
     sources = tuple(staging / file_name(name, unit.backend) for name in names)
     for source, text in zip(sources, (unit.text, *unit.beside), strict=True):
@@ -98,29 +99,28 @@ def _run_cpp_extension(unit: Unit, staging: Path, sources: Sequence[Path], modul
     link = ["-Wl,--as-needed", "-Wl,-z,defs"]
     # It goes into commands as it is.
     cpp_extension.TORCH_LIB_PATH = workarounds.quoted([shlex.quote(str(Path(torch.__file__).parent / "lib"))])[0]
-    if unit.backend == "cuda":
-        toolkit = toolchain.cuda_toolkit()
+    if _EXPORTS in unit.text:
+        link += unit.backend.exports_link_flags
+    toolkit = unit.backend.toolkit()
+    if toolkit is not None:
         # Found at its import, and wrong behind a wrapper script, for wheels, and in a CPU build of PyTorch.
         cpp_extension.CUDA_HOME = _cuda_home(toolkit, staging)
         include += toolkit.include
-        if _EXPORTS in unit.text:
-            link.append("-Wl,--wrap=__cudaRegisterFunction")  # what that header does with it stands there
         link += _cudart_flags(toolkit, staging)
-    cuda = unit.backend == "cuda"
     flags = workarounds.quoted(unit.compile_flags())
-    command = toolchain.host_words()
+    command = programs.host_words()
     try:
         with workarounds.started_by(command, staging):
             cpp_extension.load(
                 module,
                 [str(source) for source in sources],
-                extra_cflags=[] if cuda else flags,
-                extra_cuda_cflags=flags if cuda else [],
+                extra_cflags=flags if toolkit is None else [],
+                extra_cuda_cflags=[] if toolkit is None else flags,
                 extra_ldflags=[*link, *workarounds.quoted(shlex.quote(flag) for flag in unit.link_flags())],
                 extra_include_paths=[str(folder) for folder in workarounds.plain_folders(staging, include)],
                 build_directory=str(staging),
                 verbose=verbose,
-                with_cuda=cuda,
+                with_cuda=toolkit is not None,
                 is_python_module=False,
             )
     except (RuntimeError, OSError, UnicodeDecodeError) as error:  # the last of what a compiler wrote
@@ -138,21 +138,20 @@ def _run_cpp_extension(unit: Unit, staging: Path, sources: Sequence[Path], modul
 def _failure(unit: Unit, error: Exception, staging: Path) -> BuildError:
     """The error to raise; and the compiler's log, if it shall be kept, in a file beside the source."""
     text = log.text_of(error)
-    gpu = log.unknown_gpu(text)
-    if gpu is not None:
-        nvcc = toolchain.cuda_toolkit().nvcc
+    gpu, toolkit = log.unknown_gpu(text), unit.backend.toolkit()
+    if gpu is not None and toolkit is not None:
         return UnknownGpu(
-            f"{nvcc} does not know {gpu}, so CUDA kernels cannot be built for this GPU\n"
+            f"{toolkit.nvcc} does not know {gpu}, so CUDA kernels cannot be built for this GPU\n"
             "  remedy: install a newer CUDA toolkit and set CUDA_HOME to its folder"
         )
     file = log.keep(text, staging)
     names = workarounds.named(staging, (*unit.include, include_dir()))
-    where = f"{unit.backend}, {unit.target()}"
+    where = f"{unit.backend.name}, {unit.target()}"
     inlined = dict(inlined_in("".join((unit.text, *unit.beside))))
     return BuildError(log.distill(text, unit.label, where, names, file, loading=isinstance(error, OSError), inlined=inlined))
 
 
-def _cuda_home(toolkit: toolchain.Toolkit, staging: Path) -> str:
+def _cuda_home(toolkit: Toolkit, staging: Path) -> str:
     """A path that needs no quotes, since it gets none: a link, seen from the folder in which ninja runs the commands."""
     if workarounds.is_plain(toolkit.home):
         return str(toolkit.home)
@@ -160,7 +159,7 @@ def _cuda_home(toolkit: toolchain.Toolkit, staging: Path) -> str:
     return f"{workarounds.LINKS}/toolkit"
 
 
-def _cudart_flags(toolkit: toolchain.Toolkit, staging: Path) -> list[str]:
+def _cudart_flags(toolkit: Toolkit, staging: Path) -> list[str]:
     """Toolkits from wheels bring libcudart.so.13 alone; the linker asks for libcudart.so."""
     folder = toolkit.libraries
     if not (folder / "libcudart.so").exists():
@@ -177,7 +176,7 @@ def _depfile(staging: Path) -> list[Path]:
 def _system_folders(unit: Unit) -> list[Path]:
     """Headers in here are known by the compiler's, or PyTorch's, version."""
     folders = [Path("/usr"), Path(torch.__file__).resolve().parent]
-    if unit.backend == "cuda":
-        toolkit = toolchain.cuda_toolkit()
+    toolkit = unit.backend.toolkit()
+    if toolkit is not None:
         folders += [folder.resolve() for folder in (toolkit.home, *toolkit.include)]
     return folders

@@ -18,15 +18,15 @@ from pathlib import Path
 
 import torch
 
-from torch_jit_ops import environment, forks, progress, statistics
+from torch_jit_ops import environment, forks, process, progress, statistics
 from torch_jit_ops.builder import compilers, errors, shared_object
 from torch_jit_ops.builder.errors import BuildError, BuildInterrupted, CompileRefused
 from torch_jit_ops.builder.shared_object import NOEXEC, OF_THIS_MOMENT, Loaded, nowhere_to_run
 from torch_jit_ops.builder.unit import Unit, include_dir
 from torch_jit_ops.store import cache, lock
 
-_results: dict[tuple[Unit, tuple[Path, ...]], Future[Loaded]] = {}
-_builders: dict[Future[Loaded], int] = {}  # the threads
+_results: dict[tuple[Unit, tuple[Path, ...]], Future[Loaded]] = process.keep({})
+_builders: dict[Future[Loaded], int] = process.keep({})  # the threads
 _results_lock = forks.Lock()
 
 
@@ -121,7 +121,7 @@ def _load(unit: Unit, stores: tuple[cache.Store, ...], meanwhile: Callable[[], o
         if failure is not None:
             raise errors.told(failure)
         try:
-            with progress.building(f"{unit.label} for {unit.target()}", store.usual_seconds(unit.name, unit.backend)):
+            with progress.building(f"{unit.label} for {unit.target()}", store.usual_seconds(unit.name, unit.backend.name)):
                 return _build(unit, store, key, compiler)
         except BuildError as error:
             held.tell_failure(inputs, str(error))
@@ -200,8 +200,8 @@ def _refuse_during_capture(unit: Unit) -> None:
 
 def _not_in_the_cache(unit: Unit, stores: tuple[cache.Store, ...]) -> str:
     namespace, _, name = unit.name.partition(".")
-    arch = f" --arch {unit.arch}" if unit.backend == "cuda" else ""
-    command = f"python -m torch_jit_ops build {namespace}::{name} --backend {unit.backend}{arch}"
+    arch = f" --arch {unit.arch}" if unit.backend.builds_for_others else ""
+    command = f"python -m torch_jit_ops build {namespace}::{name} --backend {unit.backend.name}{arch}"
     if not name:
         command = "python -m torch_jit_ops build"  # always builds the dispatcher
     if unit.name.startswith(("module.", "runtime.")):

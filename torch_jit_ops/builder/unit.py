@@ -11,14 +11,11 @@ from pathlib import Path
 
 import torch
 
-from torch_jit_ops.backends import toolchain
+from torch_jit_ops.backends import Backend, named
 from torch_jit_ops.backends.wheels import WheelLibrary
 from torch_jit_ops.store import cache
 
 ABI_VERSION = 1  # kAbiVersion of include/jitk/abi.h
-# -O is for the host code alone, most of which runs once an error occurs; ptxas optimises fully by default.
-_CUDA_FLAGS = ("-O1", "-Xcompiler=-fvisibility=hidden")
-_CPU_FLAGS = ("-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")
 _STANDARD = "-std=c++17"
 
 
@@ -29,7 +26,7 @@ class Unit:
     Attributes:
         name: what is built, for folders, progress and errors: ``jitk.silu_and_mul``.
         label: the same for people: ``jitk::silu_and_mul<bf16_t>``.
-        backend: ``"cuda"`` or ``"cpu"``.
+        backend: where it runs.
         arch: ``"9.0a"`` for CUDA, an x86-64 level for CPU.
         text: the translation unit.
         include: folders to search, in this order, before the headers of this package.
@@ -41,7 +38,7 @@ class Unit:
 
     name: str
     label: str
-    backend: str
+    backend: Backend
     arch: str
     text: str
     include: tuple[Path, ...] = ()
@@ -49,6 +46,10 @@ class Unit:
     torch: bool = False
     beside: tuple[str, ...] = ()
     ldflags: tuple[str | WheelLibrary, ...] = ()
+
+    def __post_init__(self) -> None:  # until the last modules that give a name are merged
+        if isinstance(self.backend, str):
+            object.__setattr__(self, "backend", named(self.backend))
 
     def roots(self) -> dict[str, Path]:
         """The folders by whose names files are recorded."""
@@ -58,10 +59,7 @@ class Unit:
     def compile_flags(self) -> tuple[str, ...]:
         """The flags that decide the machine code; no paths."""
         standard = () if any(flag.startswith("-std=") for flag in self.flags) else (_STANDARD,)
-        if self.backend == "cuda":
-            target = (toolchain.gencode(self.arch), f"-DJITK_CUDA_ARCH={toolchain.arch_number(self.arch)}")
-            return (*_CUDA_FLAGS, *standard, *target, *self.flags)
-        return (*_CPU_FLAGS, *standard, toolchain.march(self.arch), *self.flags)
+        return (*self.backend.flags, *standard, *self.backend.arch_flags(self.arch), *self.flags)
 
     def link_flags(self) -> tuple[str, ...]:
         """The words for the linker, which name the folders of wheels.
@@ -90,20 +88,20 @@ class Unit:
 
     def target(self) -> str:
         """What it is compiled for, for people: ``sm_90a``."""
-        return f"sm_{self.arch.replace('.', '')}" if self.backend == "cuda" else self.arch
+        return self.backend.target(self.arch)
 
     def key(self) -> str:
         """Digest of all that is known before compiling."""
         versions = [ABI_VERSION, torch.__version__ if self.torch else None]
         texts = [self.text, *self.beside]
-        return cache.digest_of_record([self.backend, texts, self.compile_flags(), self.linked(), versions])
+        return cache.digest_of_record([self.backend.name, texts, self.compile_flags(), self.linked(), versions])
 
     def facts(self) -> dict[str, object]:
         """What the store keeps about it beside its key, for people and for the question why it is built again."""
         return {
             "name": self.name,
             "label": self.label,
-            "backend": self.backend,
+            "backend": self.backend.name,
             "arch": self.arch,
             "flags": (*self.compile_flags(), *self.linked()),
             "abi": ABI_VERSION,
@@ -111,9 +109,9 @@ class Unit:
         }
 
 
-def file_name(name: str, backend: str) -> str:
+def file_name(name: str, backend: Backend) -> str:
     """The name of the generated source of a unit."""
-    return f"{re.sub(r'[^A-Za-z0-9_]+', '_', name)}.{'cu' if backend == 'cuda' else 'cpp'}"
+    return f"{re.sub(r'[^A-Za-z0-9_]+', '_', name)}{backend.suffixes[0]}"
 
 
 def inlined(name: str, text: str) -> str:

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from torch_jit_ops import dispatcher, environment, registry
+from torch_jit_ops import backends, dispatcher, environment, registry
 from torch_jit_ops.cli import build, screen
 from torch_jit_ops.store import bundle, cache, forms, listing, prune
 
@@ -77,17 +77,18 @@ def _list(options: argparse.Namespace) -> int:
     table = screen.table("kernel", "for", "size", "compiled in", "used")
     for each in found:
         record = each.record
+        target = backends.named(record["backend"]).target(record["arch"])
         took, used = f"{record['seconds']:.1f} s", time.strftime("%Y-%m-%d %H:%M", time.localtime(each.used))
         table.add_row(
-            forms.printable(record["label"]), _target(record["backend"], record["arch"]), screen.size(each.bytes), took, used
+            forms.printable(record["label"]),
+            target,
+            screen.size(each.bytes),
+            took,
+            used,
         )
     screen.show(table)
     print(f"{len(found)} variants, {screen.size(sum(each.bytes for each in found))} in {cache.default_store().root}")
     return 0
-
-
-def _target(backend: str, arch: str) -> str:
-    return f"sm_{arch.replace('.', '')}" if backend == "cuda" else arch
 
 
 def _why(options: argparse.Namespace) -> int:
@@ -99,11 +100,11 @@ def _why(options: argparse.Namespace) -> int:
         print(json.dumps([_plain(finding) for finding in findings], indent=1))
         return 0
     for finding in findings:
-        name = f"{finding.unit.label} for {_target(finding.unit.backend, finding.unit.arch)}"
+        name = f"{finding.unit.label} for {finding.unit.target()}"
         if finding.present is not None:
             print(f"{name}: in the store\n  {finding.present}")
         elif finding.nearest is None:
-            print(f"{name}: would be compiled; no {finding.unit.backend} variant of this op is in the store")
+            print(f"{name}: would be compiled; no {finding.unit.backend.name} variant of this op is in the store")
         else:
             print(f"{name}: would be compiled; what differs from the nearest variant, {finding.nearest.folder}:")
             for difference in finding.differences:
@@ -127,7 +128,7 @@ def _text(difference: listing.Difference) -> str:
 def _plain(finding: listing.Finding) -> dict[str, object]:
     return {
         "kernel": finding.unit.label,
-        "backend": finding.unit.backend,
+        "backend": finding.unit.backend.name,
         "arch": finding.unit.arch,
         "present": finding.present and str(finding.present),
         "nearest": finding.nearest and str(finding.nearest.folder),

@@ -7,7 +7,7 @@ readers and nothing else, and no path or time stamp matters.
     <root>/<op>-<digest>/<digest of the files read>/   variant.json, the library, the translation unit, the log
     <root>/staging/    builds under way; a finished one is renamed into its place
     <root>/locks/      see lock.py
-    <root>/compilers/  see toolchain.compiler_identity
+    <root>/compilers/  see builder/compilers.py
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import errno
-import functools
 import hashlib
 import json
 import os
@@ -30,8 +29,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch_jit_ops import environment, forks, progress
-from torch_jit_ops.backends import toolchain
+from torch_jit_ops import backends, environment, process, progress
 from torch_jit_ops.builder import workarounds
 from torch_jit_ops.store import forms, lock, prune, trust
 from torch_jit_ops.store.trust import UntrustedCache as UntrustedCache
@@ -50,7 +48,7 @@ SHA256 = forms.text("[0-9a-f]{64}")
 LARGEST_RECORD = 4 << 20
 LARGEST_FILE = 512 << 20  # a kernel's library has 0.1 to 3 MB, a source less (November 2026)
 _FORMAT = forms.fields(others=True, format=forms.whole())
-_TIMES = forms.fields(others=True, name=forms.text(NAME), backend=forms.one_of("cuda", "cpu"), seconds=forms.seconds)
+_TIMES = forms.fields(others=True, name=forms.text(NAME), backend=forms.one_of(*backends.NAMES), seconds=forms.seconds)
 _RECORD = forms.fields(
     format=forms.one_of(FORMAT),
     key=SHA256,
@@ -65,8 +63,8 @@ _RECORD = forms.fields(
     ),
     name=forms.text(NAME),
     label=forms.text(r"(?s).+"),
-    backend=forms.one_of("cuda", "cpu"),
-    arch=forms.either(forms.text(toolchain.CPU_ARCH), forms.text(environment.CUDA_ARCH)),
+    backend=forms.one_of(*backends.NAMES),
+    arch=forms.either(*(forms.text(backend.arch_form) for backend in backends.ALL)),
     flags=forms.each(forms.text(r"(?s).*")),
     compiler=forms.optional(forms.text(r"(?s).*", 1 << 16)),
     abi=forms.whole(),
@@ -99,7 +97,7 @@ def digest_of_record(record: Any) -> str:
     return digest_of(json.dumps(record, sort_keys=True))
 
 
-_file_digests: dict[tuple[str, int, int], str] = {}
+_file_digests: dict[tuple[str, int, int], str] = process.keep({})
 
 
 def digest_of_file(path: str | Path) -> str | None:
@@ -446,15 +444,8 @@ class Store:
                 os.utime(record, (now, now))
 
     def _warn(self, what: str) -> None:
-        with _warned_lock:
-            if self.root in _warned:
-                return
-            _warned.add(self.root)
-        warnings.warn(forms.printable(f"the kernel cache {self.root} {what}"), stacklevel=2)
-
-
-_warned: set[Path] = set()
-_warned_lock = forks.Lock()
+        if process.first_time("store", self.root):
+            warnings.warn(forms.printable(f"the kernel cache {self.root} {what}"), stacklevel=2)
 
 
 def temporary_folder() -> Path:
@@ -492,7 +483,7 @@ def default_store() -> Store:
     return Store(environment.cache_dir() or _homeless())
 
 
-@functools.cache
+@process.said_once
 def _homeless() -> Path:
     warnings.warn(
         f"the user of this process (uid {os.getuid()}) has no home folder, so kernels are built again in every process. "

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from torch_jit_ops.builder import loader
 from torch_jit_ops.store import cache, forms
 
@@ -92,7 +90,7 @@ def why(unit: loader.Unit, stores: Sequence[cache.Store]) -> Finding:
     for store in stores:
         compiler = loader.compiler_of(unit, store)
         for variant in variants(store):
-            if (variant.record["name"], variant.record["backend"]) != (unit.name, unit.backend):
+            if (variant.record["name"], variant.record["backend"]) != (unit.name, unit.backend.name):
                 continue
             # What was imported, or is in a shared store, is used whatever compiler built it.
             given = store.shared or variant.record.get("imported") is True
@@ -110,14 +108,10 @@ def _rank(differences: Sequence[Difference], variant: Variant | None) -> tuple[b
 
 def _differences(unit: loader.Unit, variant: Variant, compiler: str | None) -> Iterator[Difference]:
     record = variant.record
-    for what, was, now in (
-        ("architecture", record.get("arch"), unit.arch),
-        ("instantiation", record.get("label"), unit.label),
-        ("PyTorch", record.get("torch"), torch.__version__ if unit.torch else None),
-        ("ABI version", record.get("abi", loader.ABI_VERSION), loader.ABI_VERSION),
-    ):
-        if was != now:
-            yield Difference(what, str(was), str(now))
+    facts = unit.facts()
+    for what, field in (("architecture", "arch"), ("instantiation", "label"), ("PyTorch", "torch"), ("ABI version", "abi")):
+        if record.get(field) != facts[field]:
+            yield Difference(what, str(record.get(field)), str(facts[field]))
     if compiler is not None and record.get("compiler") != compiler:
         yield Difference("compiler", record.get("compiler"), compiler)
     was, now = list(record.get("flags", ())), list(unit.compile_flags())
