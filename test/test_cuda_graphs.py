@@ -28,7 +28,7 @@ from cases import OPS, assert_same_bits, call, copy_with_storage, is_batched, ma
 from torch_jit_ops import Sample
 
 def first(op):
-    return samples_of(op, "cuda", op.dtypes[-1])[0]
+    return samples_of(op, "cuda", last_dtypes(op))[0]
 
 ops = [op for op in OPS if "cuda" in op.kernels and op.samples is not None]
 
@@ -101,7 +101,7 @@ def strided(tensor):
     return wide[..., : tensor.shape[-1]].copy_(tensor)
 
 for op in ops:
-    samples = samples_of(op, "cuda", op.dtypes[-1])
+    samples = samples_of(op, "cuda", last_dtypes(op))
     call(op, copy_with_storage(samples[0]))
     for sample in samples:
         before = copy_with_storage(sample)

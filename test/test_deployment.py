@@ -148,7 +148,7 @@ def every_op(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_op_is_itself(every_op: Path, tmp_path: Path) -> None:
     calls = []
     for op in ON_CPU:
-        for sample in samples_of(op, "cpu", op.dtypes[-1]):
+        for sample in samples_of(op, "cpu", last_dtypes(op)):
             expected = call(op, copy_with_storage(sample))
             written = [argument.written for argument in op.signature.arguments]
             calls.append((op.library.namespace, op.name, sample.args, dict(sample.kwargs), written, list(expected.tensors)))

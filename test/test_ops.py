@@ -55,12 +55,12 @@ def test_is_as_right_as_the_reference(case: Case) -> None:
     given = case.sample()
     with kernel_alone(case.op):
         actual = call(case.op, copy_with_storage(given))
-    oracle.verify(case.op, case.device, case.dtype, given, actual)
+    oracle.verify(case.op, case.device, case.dtypes, given, actual)
 
 
 @over(is_first, is_floating)
 def test_is_as_exact_on_average(case: Case) -> None:
-    for error, plain in oracle.average_errors(case.op, case.device, case.dtype, lambda sample: call(case.op, sample)):
+    for error, plain in oracle.average_errors(case.op, case.device, case.dtypes, lambda sample: call(case.op, sample)):
         assert error <= 1.1 * plain, f"on average {error:.3f} ulp wrong, plain PyTorch {plain:.3f}"
 
 
@@ -111,11 +111,11 @@ def test_same_bits_every_time(case: Case) -> None:
 
 @over(is_first)
 def test_extreme_values(case: Case) -> None:
-    largest = oracle.largest_extreme(case.op, case.device, case.dtype)
+    largest = oracle.largest_extreme(case.op, case.device, case.dtypes)
     sample = with_extremes(case.sample(), case.dtype, largest=largest)
     with kernel_alone(case.op):
         actual = call(case.op, copy_with_storage(sample))
-    oracle.verify(case.op, case.device, case.dtype, sample, actual, extreme=True)
+    oracle.verify(case.op, case.device, case.dtypes, sample, actual, extreme=True)
 
 
 # --- derivatives ----------------------------------------------------------------------------------
@@ -158,7 +158,7 @@ def gradient_outcome(op: Op, sample: Sample, function: Any = None) -> Outcome:
 def test_declared_gradient_is_as_right_as_that_of_plain_pytorch(case: Case) -> None:
     sample = case.sample()
     actual = gradient_outcome(case.op, sample)
-    oracle.verify(case.op, case.device, case.dtype, sample, actual, reference=gradients_of_reference)
+    oracle.verify(case.op, case.device, case.dtypes, sample, actual, reference=gradients_of_reference)
 
 
 @over(has_derived_gradient)

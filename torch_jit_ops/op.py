@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from torch_jit_ops import dispatcher, environment, fallback, forks, variant
+from torch_jit_ops import dtypes as dtypes_of_arguments
 from torch_jit_ops.backends import toolchain
 from torch_jit_ops.builder import loader
 from torch_jit_ops.checks import matcher, overlap
@@ -93,7 +94,7 @@ class OpLibrary:
         variant: str | Mapping[str, str] | None = None,
         cuda: str | None = None,
         cpu: str | None = None,
-        dtypes: Sequence[torch.dtype] = FLOATS,
+        dtypes: Sequence[torch.dtype] | Mapping[str, Sequence[torch.dtype]] = FLOATS,
         mutates: Sequence[str] = (),
         outputs: Sequence[str] | None = None,
         tensors: Mapping[str, str] | None = None,
@@ -116,7 +117,9 @@ class OpLibrary:
             cuda, cpu: the file with the backend's kernel, in the library's ``csrc``. A backend without one runs the function
                 itself.
             dtypes: those for which the kernel is compiled, of every tensor whose dtype ``variant`` uses. Others run the
-                function itself.
+                function itself. A mapping says it argument by argument, ``{"q": HALVES, "positions": (torch.int32,
+                torch.int64)}``, and then samples come in every combination; it names all whose dtype ``variant`` uses, and
+                may name others for the samples' sake.
             mutates: tensor arguments that are written. Such an op returns what it returns, and has no out form.
             outputs: names of the out form's arguments: by default ``("out",)`` for one result; needed for several.
             tensors: what arguments and outputs must be, as the kernel's matcher says it: ``{"input": "[tokens..., hidden]
@@ -155,9 +158,8 @@ class OpLibrary:
                 if library.namespace == self.namespace and name in library.ops:
                     raise ValueError(f"{who} is declared twice; the first is in {inspect.getfile(library.ops[name].reference)}")
             names_of = {"mutates": mutates, "reusable": reusable, "outputs": outputs, "rows": rows, "sums": sums}
-            _check_lists(who, dtypes=dtypes, patterns=patterns, **names_of)
+            _check_lists(who, patterns=patterns, **names_of)
             _check_backends(who, {"cuda": cuda, "cpu": cpu}, variant, flags or {})
-            _check_dtypes(who, dtypes)
             signature = signature_of(function, mutates, (rows if elementwise else ()) if reusable is None else reusable)
             kernels = {}
             for backend, source in (("cuda", cuda), ("cpu", cpu)):
@@ -169,6 +171,9 @@ class OpLibrary:
                 if text is None:
                     raise ValueError(f"{who} has a {backend} source, but variant names only {', '.join(variant or {})}")
                 kernels[backend] = Kernel(source, _variant.parse_variant(who, text, signature))
+            picking = dict.fromkeys(name for kernel in kernels.values() for name in kernel.pattern.arguments_of("dtype"))
+            tensor_names = [argument.name for argument in signature.arguments if argument.kind == "T"]
+            served = dtypes_of_arguments.parse(who, dtypes, tensor_names, tuple(picking))
             names = _output_names(who, signature, outputs)
             _check_rows(who, signature, rows, names, sums, elementwise)
             op = Op(
@@ -176,7 +181,7 @@ class OpLibrary:
                 function,
                 signature,
                 kernels,
-                tuple(dtypes),
+                served,
                 names,
                 matcher.parse(who, tensors or {}, signature, names),
                 dtensor.Rows(tuple(rows), tuple(sums), elementwise),
@@ -222,18 +227,8 @@ def _check_lists(who: str, **options: Any) -> None:
         if isinstance(value, (str, bytes)) or not isinstance(value, (Sequence, type(None))):
             raise TypeError(f"{who}: {option} must be a list, got {value!r}")
         for item in value or ():
-            if option not in ("dtypes", "patterns") and not isinstance(item, str):
+            if option != "patterns" and not isinstance(item, str):
                 raise TypeError(f"{who}: {option} must hold names, got {item!r}")
-
-
-def _check_dtypes(who: str, dtypes: Sequence[torch.dtype]) -> None:
-    for dtype in dtypes:
-        if not isinstance(dtype, torch.dtype):
-            raise TypeError(f"{who}: dtypes must hold dtypes of torch, got {dtype!r}")
-        try:
-            _variant.cpp_name(dtype)
-        except ValueError as error:
-            raise ValueError(f"{who}: dtypes: {error}") from error
 
 
 def _check_backends(
@@ -313,7 +308,7 @@ class Op:
         reference: the decorated function.
         signature: of the functional or in-place form.
         kernels: by backend, ``"cuda"`` and ``"cpu"``.
-        dtypes: those that the kernels are compiled for.
+        dtypes: those that the kernels are compiled for, by argument.
         outputs: names of the out form's arguments; empty if there is no out form.
         tensors: what tensor arguments and outputs must be.
         rows: tensor arguments with rows, results that are sums over them, and whether all is elementwise.
@@ -327,7 +322,7 @@ class Op:
         reference: Callable[..., Any],
         signature: Signature,
         kernels: Mapping[str, Kernel],
-        dtypes: tuple[torch.dtype, ...],
+        dtypes: dtypes_of_arguments.DTypes,
         outputs: tuple[str, ...],
         tensors: tuple[matcher.TensorPattern, ...],
         rows: dtensor.Rows,
@@ -505,7 +500,7 @@ class Op:
         """
         if self.tensors:
             who = f"{self.library.namespace}::{self._dotted(overload)}"
-            matcher.verify(who, self.tensors, self.by_name(args, kwargs), self.dtypes)
+            matcher.verify(who, self.tensors, self.by_name(args, kwargs), self.dtypes.of)
 
     def _verify_fakes(self, overload: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """The same, and what the dispatcher refuses besides and strides tell: written elements that overlap."""
@@ -706,13 +701,14 @@ class Op:
     def unserved(self, dtypes: Mapping[str, torch.dtype | None]) -> fallback.Unserved | None:
         """The first of these dtypes, of the arguments whose dtype picks the kernel, that no kernel is compiled for."""
         for argument, dtype in dtypes.items():
-            if dtype not in self.dtypes:
-                return fallback.Unserved(self.qualified_name, argument, dtype, self.dtypes)
+            kernels = self.dtypes.of(argument)
+            if dtype not in kernels:
+                return fallback.Unserved(self.qualified_name, argument, dtype, kernels)
         return None
 
     def _answer(self, backend: str, overload: str, key: Sequence[int]) -> int:
         unserved = self.unserved(self.kernels[backend].pattern.dtypes_of_key(key[1:]))
-        if unserved is not None and self.dtypes and not matcher.refuses(self.tensors, unserved.argument, unserved.dtype):
+        if unserved is not None and unserved.kernels and not matcher.refuses(self.tensors, unserved.argument, unserved.dtype):
             fallback.note(unserved)
         try:
             loaded = self._load(backend, key)
@@ -791,7 +787,7 @@ class Op:
         dtypes = {name: dtype for kernel in self.kernels.values() for name, dtype in kernel.pattern.dtypes_of(given).items()}
         unserved = self.unserved(dtypes)
         return f"{self.qualified_name}: {text}" + (
-            f"\n  {unserved}, so the PyTorch function ran" if unserved and self.dtypes else ""
+            f"\n  {unserved}, so the PyTorch function ran" if unserved and unserved.kernels else ""
         )
 
 

@@ -25,6 +25,7 @@ from torch_jit_ops import dispatcher
 from torch_jit_ops.ahead import build_ahead
 from torch_jit_ops.backends import toolchain
 from torch_jit_ops.builder import loader
+from torch_jit_ops.dtypes import shown
 from torch_jit_ops.op import Op, libraries
 from torch_jit_ops.store import trust
 
@@ -187,10 +188,12 @@ def _of_call(op: Op, node: torch.fx.Node, arch: str | Sequence[str] | None) -> I
             "values instead of the program"
         )
     chosen = pattern.values(words)
-    for value in chosen:
-        if isinstance(value, torch.dtype) and value not in op.dtypes:
-            served = ", ".join(str(dtype).removeprefix("torch.") for dtype in op.dtypes)
-            asked = str(value).removeprefix("torch.")
-            raise ValueError(f"{who} is in {asked}, for which the op has no kernel; it has some for {served}")
+    unserved = op.unserved(pattern.dtypes_of(op.by_name(args, given)))
+    if unserved is not None:
+        whose = "is" if op.dtypes.shared is not None else f"has {unserved.argument!r}"
+        asked = "another dtype" if unserved.dtype is None else shown([unserved.dtype])
+        raise ValueError(
+            f"{who} {whose} in {asked}, for which the op has no kernel; it has some for {shown(unserved.kernels)}"
+        )
     archs = build_ahead.targets(arch, "cuda")[1] if device == "cuda" else [toolchain.host_isa()]
     yield from (build_ahead.Wanted(op, device, chosen, each) for each in archs)
