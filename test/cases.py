@@ -73,7 +73,7 @@ _kept = functools.lru_cache(maxsize=4)(samples_of)
 
 
 def last_dtypes(op: Op) -> Combination:
-    return op.dtypes.combinations()[-1]
+    return op.declaration.dtypes.combinations()[-1]
 
 
 @functools.cache
@@ -86,8 +86,8 @@ def every_case() -> list[Case]:
         Case(op, device, dtypes, index)
         for op in OPS
         for device in devices()
-        if device in op.kernels
-        for dtypes in op.dtypes.combinations()
+        if device in op.declaration.kernels
+        for dtypes in op.declaration.dtypes.combinations()
         for index in range(samples_in(op))
     ]
 
@@ -107,7 +107,7 @@ def is_floating(case: Case) -> bool:
 
 
 def has_out(case: Case) -> bool:
-    return bool(case.op.outputs)
+    return bool(case.op.declaration.outputs)
 
 
 def has_gradient(case: Case) -> bool:

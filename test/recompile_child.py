@@ -11,7 +11,18 @@ from typing import Any
 
 import torch
 import user_library  # noqa: F401  (its ops join the registry)
-from cases import OPS, assert_same_bits, copy_with_storage, devices, is_batched, samples_of, tensors_of, tokens_of, with_tokens
+from cases import (
+    OPS,
+    assert_same_bits,
+    copy_with_storage,
+    devices,
+    is_batched,
+    last_dtypes,
+    samples_of,
+    tensors_of,
+    tokens_of,
+    with_tokens,
+)
 from torch import Tensor
 
 from torch_jit_ops import Op, Sample

@@ -32,35 +32,38 @@ from torch import Tensor
 
 from torch_jit_ops import Op, Sample
 from torch_jit_ops.testing import oracle
-from torch_jit_ops.testing.check import kernel_alone
 
 
 def made_by_out(op: Op, sample: Sample, outs: tuple[Tensor, ...]) -> None:
-    op.out(*sample.args, **sample.kwargs, **dict(zip(op.outputs, outs, strict=True)))
+    op.out(*sample.args, **sample.kwargs, **dict(zip(op.declaration.outputs, outs, strict=True)))
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.qualified_name)
 def test_has_samples_of_each_dtype(op: Op) -> None:
-    assert op.samples is not None, f"{op.qualified_name} declares no samples, so nothing tests it"
-    assert set(op.kernels) & set(devices()), f"{op.qualified_name} has no kernel that this machine can run"
-    for dtype in op.dtypes:
-        samples = samples_of(op, "cpu", dtype)
-        assert len(samples) > 1, f"{op.qualified_name} has {len(samples)} samples for {dtype}"
+    assert op.declaration.samples is not None, f"{op.qualified_name} declares no samples, so nothing tests it"
+    assert set(op.declaration.kernels) & set(devices()), f"{op.qualified_name} has no kernel that this machine can run"
+    for dtypes in op.declaration.dtypes.combinations():
+        samples = samples_of(op, "cpu", dtypes)
+        assert len(samples) > 1, f"{op.qualified_name} has {len(samples)} samples for {dtypes}"
         assert all(sample.note for sample in samples), "each sample says why it is there"
-        assert any(tensor.dtype == dtype for sample in samples for tensor in tensors_of(sample)), f"no sample is {dtype}"
+        given = [op.declaration.by_name(sample.args, sample.kwargs) for sample in samples]
+        for name, dtype in dtypes.named:
+            assert any(name in args and args[name].dtype == dtype for args in given), f"no sample has {name} in {dtype}"
+        assert any(tensor.dtype == dtypes.first for sample in samples for tensor in tensors_of(sample)), f"no sample: {dtypes}"
 
 
 @over()
 def test_is_as_right_as_the_reference(case: Case) -> None:
     given = case.sample()
-    with kernel_alone(case.op):
+    with case.op.kernels_alone():
         actual = call(case.op, copy_with_storage(given))
     oracle.verify(case.op, case.device, case.dtypes, given, actual)
 
 
 @over(is_first, is_floating)
 def test_is_as_exact_on_average(case: Case) -> None:
-    for error, plain in oracle.average_errors(case.op, case.device, case.dtypes, lambda sample: call(case.op, sample)):
+    errors = oracle.average_errors(case.op, case.device, case.dtypes, lambda sample: call(case.op, sample))
+    for error, plain in errors.values():
         assert error <= 1.1 * plain, f"on average {error:.3f} ulp wrong, plain PyTorch {plain:.3f}"
 
 
@@ -70,9 +73,9 @@ def test_out_form_makes_the_same_bits(case: Case) -> None:
     expected = call(case.op, sample)
     outs = tuple(poisoned(tensor.shape, tensor.dtype, case.device) for tensor in expected.tensors)
     before = copy_with_storage(Sample(outs))
-    with kernel_alone(case.op):
+    with case.op.kernels_alone():
         made_by_out(case.op, sample, outs)
-    for name, out, tensor, old in zip(case.op.outputs, outs, expected.tensors, before.args, strict=True):
+    for name, out, tensor, old in zip(case.op.declaration.outputs, outs, expected.tensors, before.args, strict=True):
         assert_same_bits(out, tensor, name)
         assert_only_written_inside(out, old, name)
 
@@ -112,8 +115,8 @@ def test_same_bits_every_time(case: Case) -> None:
 @over(is_first)
 def test_extreme_values(case: Case) -> None:
     largest = oracle.largest_extreme(case.op, case.device, case.dtypes)
-    sample = with_extremes(case.sample(), case.dtype, largest=largest)
-    with kernel_alone(case.op):
+    sample = with_extremes(case.op, case.sample(), case.dtype, largest=largest)
+    with case.op.kernels_alone():
         actual = call(case.op, copy_with_storage(sample))
     oracle.verify(case.op, case.device, case.dtypes, sample, actual, extreme=True)
 
@@ -219,7 +222,7 @@ def test_the_profiler_shows_the_op_and_its_shapes(case: Case) -> None:
         if has_gradient(case):
             case.op.default(*wanting.args, **wanting.kwargs)
     shown = [event.input_shapes for event in profile.events() if event.name == case.op.qualified_name]
-    values = case.op.arguments(*sample.args, **sample.kwargs)
+    values = case.op.declaration.arguments(*sample.args, **sample.kwargs)
     shapes = [list(value.shape) if isinstance(value, Tensor) else [] for value in values]
     assert len(shown) == 1 + has_out(case) + has_gradient(case)
     for one in shown:

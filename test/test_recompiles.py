@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cases import OPS, samples_of, tokens_of
+from cases import OPS, last_dtypes, samples_of, tokens_of
 from child import ROOT
 
 

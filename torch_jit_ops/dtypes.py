@@ -1,7 +1,7 @@
 """Which dtypes an op has kernels for, argument by argument, and the combinations in which its samples come.
 
-    dtypes=(torch.float16, torch.bfloat16)                                          all tensors have the one or the other
-    dtypes={"q": (torch.bfloat16,), "positions": (torch.int32, torch.int64)}        each argument by itself: 1 times 2
+dtypes=(torch.float16, torch.bfloat16)                                          all tensors have the one or the other
+dtypes={"q": (torch.bfloat16,), "positions": (torch.int32, torch.int64)}        each argument by itself: 1 times 2
 """
 
 from __future__ import annotations
@@ -31,6 +31,10 @@ class Combination:
     named: tuple[tuple[str, torch.dtype], ...] = ()
     is_shared: bool = True
 
+    def distinct(self) -> list[torch.dtype]:
+        """Each dtype once, as ``build`` and ``check`` take them."""
+        return list(dict.fromkeys([self.first, *(dtype for _, dtype in self.named)]))
+
     def __str__(self) -> str:
         if self.is_shared:
             return shown([self.first])
@@ -45,9 +49,7 @@ class DTypes(Mapping[str, tuple[torch.dtype, ...]]):
         shared: the tuple, if the declaration gives one for all arguments.
     """
 
-    def __init__(
-        self, named: Mapping[str, tuple[torch.dtype, ...]], shared: tuple[torch.dtype, ...] | None = None
-    ) -> None:
+    def __init__(self, named: Mapping[str, tuple[torch.dtype, ...]], shared: tuple[torch.dtype, ...] | None = None) -> None:
         self._named = dict(named)
         self.shared = shared
 

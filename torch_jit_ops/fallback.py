@@ -1,4 +1,4 @@
-"""Says, once for an op, an argument and a dtype, that calls run the PyTorch function because no kernel takes their dtype.
+"""Says, once for an op and a dtype, that calls run the PyTorch function because no kernel takes their dtype.
 
 ``JITK_FALLBACK=error`` makes it an error. Where the function is what is wanted, as finite differences want float64:
 
@@ -61,7 +61,7 @@ def note(unserved: Unserved) -> None:
     if not _allowed and environment.fallback_is_error():
         raise RuntimeError(f"{unserved.who}: {unserved}\n  remedy: convert it, or unset JITK_FALLBACK=error")
     mine = object()
-    key = f"{unserved.who} {unserved.argument} {unserved.dtype}"
+    key = f"{unserved.who} {unserved.dtype}"
     if _allowed or _said.setdefault(key, mine) is not mine:
         return
     statistics.count_fallback(unserved.who)

@@ -9,7 +9,6 @@ torch_jit_ops.build(manifest="run.jsonl")                            what JITK_R
 from __future__ import annotations
 
 import contextlib
-import difflib
 import itertools
 import os
 import sys
@@ -22,11 +21,12 @@ from typing import Any
 
 import torch
 
-from torch_jit_ops import dispatcher, environment, fallback, manifest, progress
+from torch_jit_ops import dispatcher, environment, fallback, manifest, progress, registry
 from torch_jit_ops.backends import toolchain
-from torch_jit_ops.builder import limits, loader
+from torch_jit_ops.builder import compiler_jobs, loader
 from torch_jit_ops.dtypes import Combination, shown
-from torch_jit_ops.op import Op, libraries
+from torch_jit_ops.op import Op
+from torch_jit_ops.registry import find_ops, nearest
 from torch_jit_ops.samples import SampleMaker
 from torch_jit_ops.variant import Value, VariantPattern
 
@@ -41,7 +41,7 @@ class Wanted:
     arch: str
 
     def unit(self) -> loader.Unit:
-        return self.op.unit(self.backend, self.values, self.arch)
+        return self.op.declaration.unit(self.backend, self.values, self.arch)
 
 
 Names = str | Op | Sequence[str | Op] | None
@@ -117,7 +117,7 @@ def load_all(units: Iterable[loader.Unit], jobs: int | None = None) -> Report:
     # Of several GPUs the current one: the others' kernels are loaded, from this process's libraries, when they are called.
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else -1
     here = toolchain.device_arch(device) if device >= 0 else None
-    with _bar(len(wanted)) as working, ThreadPoolExecutor(jobs or limits.compiler_jobs()) as pool:
+    with _bar(len(wanted)) as working, ThreadPoolExecutor(jobs or compiler_jobs.compiler_jobs()) as pool:
 
         def load(unit: loader.Unit) -> loader.Loaded:
             with working(f"{unit.label} {unit.arch}"):
@@ -180,16 +180,16 @@ def needed(
     backends, archs = targets(arch, backend)
     given = {name: _listed(values) for name, values in (arguments or {}).items()}
     only = _listed(dtypes) if dtypes is not None else None
-    known = {part.text for op in chosen for kernel in op.kernels.values() for part in kernel.pattern.placeholders}
+    known = {part.text for op in chosen for kernel in op.declaration.kernels.values() for part in kernel.pattern.placeholders}
     for name in given:
         if name not in known:
-            raise ValueError(f"no op here has the placeholder {name!r}{_nearest(name, known)}")
+            raise ValueError(f"no op here has the placeholder {name!r}{nearest(name, known)}")
     wanted = []
     for op in chosen:
         combinations = _combinations(op, only, strict=ops is not None)
         for each in backends:
-            if each in op.kernels:
-                for values in _values(op, op.kernels[each].pattern, combinations, given):
+            if each in op.declaration.kernels:
+                for values in _values(op, op.declaration.kernels[each].pattern, combinations, given):
                     wanted += [Wanted(op, each, values, target) for target in archs_of(each, archs)]
     return wanted
 
@@ -199,7 +199,7 @@ def replayed(
 ) -> list[Wanted]:
     """The variants that a manifest lists; CUDA kernels for ``arch`` where it is given, else for what they were recorded for."""
     chosen = {op.qualified_name: op for op in find_ops(ops)}
-    everything = {op.qualified_name for library in libraries() for op in library.ops.values()}
+    everything = {op.qualified_name for op in registry.ops()}
     archs = _listed(arch) if arch is not None else []
     wanted = []
     for entry in manifest.read(file):
@@ -208,37 +208,13 @@ def replayed(
         if entry.op not in chosen or (backend is not None and entry.backend not in _listed(backend)):
             continue
         op = chosen[entry.op]
-        if entry.backend not in op.kernels:
+        if entry.backend not in op.declaration.kernels:
             raise ValueError(f"{file}: {entry.op} has no {entry.backend} kernel")
         (toolchain.gencode if entry.backend == "cuda" else toolchain.march)(entry.arch)
-        values = manifest.values_of(entry, op.kernels[entry.backend].pattern)
+        values = manifest.values_of(entry, op.declaration.kernels[entry.backend].pattern)
         targets = archs if entry.backend == "cuda" and archs else [entry.arch]
         wanted += [Wanted(op, entry.backend, values, target) for target in targets]
     return wanted
-
-
-def find_ops(names: Names = None) -> list[Op]:
-    """The ops of these names, ``scale`` or ``mylib::scale``; all for None.
-
-    Raises:
-        ValueError: there is no such op; the text names the nearest.
-    """
-    everything = [op for library in libraries() for op in library.ops.values()]
-    if names is None:
-        return everything
-    chosen: list[Op] = []
-    for name in _listed(names):
-        found = [op for op in everything if op is name or name in (op.qualified_name, op.name)]
-        if not found:
-            known = [op.qualified_name if "::" in str(name) else op.name for op in everything]
-            raise ValueError(f"there is no op {str(name)!r}{_nearest(str(name), known)}")
-        chosen += found
-    return list(dict.fromkeys(chosen))
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, sorted(set(known)), n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(sorted(set(known))) or 'none'}"
 
 
 def targets(arch: str | Sequence[str] | None, backend: str | Sequence[str] | None) -> tuple[list[str], list[str]]:
@@ -263,12 +239,12 @@ def _combinations(op: Op, only: Sequence[torch.dtype] | None, strict: bool) -> l
     """The op's combinations of dtypes in ``only``. If not all of those are the op's, an error if ``strict``, else fewer."""
     if only is None or strict:
         try:
-            return op.dtypes.combinations(only)
+            return op.declaration.dtypes.combinations(only)
         except ValueError:
-            raise ValueError(f"{op.qualified_name} has kernels for {op.dtypes}; got {shown(only or ())}") from None
-    known = {dtype for dtypes in (*op.dtypes.values(), op.dtypes.shared or ()) for dtype in dtypes}
+            raise ValueError(f"{op.qualified_name} has kernels for {op.declaration.dtypes}; got {shown(only or ())}") from None
+    known = {dtype for dtypes in (*op.declaration.dtypes.values(), op.declaration.dtypes.shared or ()) for dtype in dtypes}
     asked = [dtype for dtype in only if dtype in known]
-    return op.dtypes.combinations(asked) if asked else []
+    return op.declaration.dtypes.combinations(asked) if asked else []
 
 
 def _values(
@@ -294,16 +270,16 @@ def _seeds(
     rest = [part for part in pattern.placeholders if part.text not in chosen]
     # Tensors for which one dtype is declared may still have several in a sample, such as a weight of its own.
     may_miss = any(pattern.signature.arguments[part.argument].optional for part in rest)
-    names_all = len(rest) <= 1 if dtypes.is_shared else not (may_miss and op.samples)
+    names_all = len(rest) <= 1 if dtypes.is_shared else not (may_miss and op.declaration.samples)
     if names_all and all(part.what == "dtype" for part in rest):  # samples would tell nothing more
         named = dict(dtypes.named)
         names = (pattern.signature.arguments[part.argument].name for part in pattern.placeholders)
         yield tuple(named.get(name, dtypes.first) for name in names)
-    elif op.samples is not None:
-        for sample in op.samples(SampleMaker("cpu", dtypes)):
-            unserved = op.unserved(pattern.dtypes_of(op.by_name(sample.args, sample.kwargs)))
+    elif op.declaration.samples is not None:
+        for sample in op.declaration.samples(SampleMaker("cpu", dtypes)):
+            unserved = op.declaration.unserved(pattern.dtypes_of(op.declaration.by_name(sample.args, sample.kwargs)))
             if unserved is None:
-                yield pattern.values(pattern.words_of(op.arguments(*sample.args, **sample.kwargs)))
+                yield pattern.values(pattern.words_of(op.declaration.arguments(*sample.args, **sample.kwargs)))
             else:
                 fallback.warn_of_samples(unserved)
     else:

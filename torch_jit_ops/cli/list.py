@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from torch_jit_ops.ahead import build_ahead
+from torch_jit_ops import registry
 from torch_jit_ops.op import Op
 from torch_jit_ops.store import cache, listing
 
@@ -70,11 +70,11 @@ def _find(names: list[str]) -> list[Op]:
     Raises:
         ValueError: one of them fits no op.
     """
-    everything = build_ahead.find_ops()
+    everything = registry.find_ops()
     found: list[Op] = []
     for name in names:
         if not _is_pattern(name):
-            found += build_ahead.find_ops([name])
+            found += registry.find_ops([name])
             continue
         fitting = [op for op in everything if any(fnmatch.fnmatchcase(each, name) for each in (op.name, op.qualified_name))]
         if not fitting:
@@ -108,18 +108,18 @@ def _row(op: Op, compiled: list[str]) -> dict[str, Any]:
     return {
         "name": op.qualified_name,
         "summary": _summary(op),
-        "schemas": [str(getattr(op.packet, overload or "default")._schema) for overload in op.overloads()],
+        "schemas": [str(getattr(op.packet, overload or "default")._schema) for overload in op.declaration.overloads],
         "dtypes": _dtypes(op),
-        "kernels": {backend: kernel.source for backend, kernel in op.kernels.items()},
+        "kernels": {backend: kernel.source for backend, kernel in op.declaration.kernels.items()},
         "compiled": sorted(set(compiled)),
     }
 
 
 def _dtypes(op: Op) -> list[str] | dict[str, list[str]]:
     """Those that all arguments share, or those of each."""
-    if op.dtypes.shared is not None:
-        return _names(op.dtypes.shared)
-    return {argument: _names(dtypes) for argument, dtypes in op.dtypes.items()}
+    if op.declaration.dtypes.shared is not None:
+        return _names(op.declaration.dtypes.shared)
+    return {argument: _names(dtypes) for argument, dtypes in op.declaration.dtypes.items()}
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> list[str]:

@@ -17,17 +17,19 @@ from torch_jit_ops.samples import Sample, SampleMaker
 
 def samples_of(op: Op, device: str, dtypes: torch.dtype | Combination, seed: int = 0) -> list[Sample]:
     """Fresh arguments, the same in every call."""
-    return list(op.samples(SampleMaker(device, dtypes, seed))) if op.samples else []
+    make = op.declaration.samples
+    return list(make(SampleMaker(device, dtypes, seed))) if make is not None else []
 
 
 @functools.cache
 def kept_arguments(op: Op) -> frozenset[str]:
     """Names of the arguments that samples make of indices: another value would be another call, or none at all."""
     names: set[str] = set()
-    for dtypes in op.dtypes.combinations() if op.samples else ():
+    declaration = op.declaration
+    for dtypes in declaration.dtypes.combinations() if declaration.samples is not None else ():
         make = SampleMaker("cpu", dtypes)
-        for sample in op.samples(make):
-            given = op.by_name(sample.args, sample.kwargs)
+        for sample in declaration.samples(make):
+            given = declaration.by_name(sample.args, sample.kwargs)
             names |= {name for name, value in given.items() if isinstance(value, Tensor) and make.is_kept(value)}
     return frozenset(names)
 
@@ -86,7 +88,7 @@ def with_extremes(op: Op, sample: Sample, dtype: torch.dtype, seed: int = 0, lar
     """
     generator = torch.Generator().manual_seed(seed)
     special = _special_values(dtype, largest)
-    given = op.by_name(sample.args, sample.kwargs)
+    given = op.declaration.by_name(sample.args, sample.kwargs)
     kept = {id(given[name]) for name in kept_arguments(op) if name in given}
 
     def extreme(tensor: Tensor) -> Tensor:

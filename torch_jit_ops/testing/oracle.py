@@ -159,23 +159,25 @@ def has_steps(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or is_8bit_float(tensor.dtype)
 
 
-def average_errors(op: Op, device: str, dtypes: DTypes, actual: Callable[[Sample], Outcome]) -> list[tuple[float, float]]:
-    """Of each tensor of an outcome that is counted in units, over all samples: the errors of ``actual`` and of the reference.
+def average_errors(op: Op, device: str, dtypes: DTypes, actual: Callable[[Sample], Outcome]) -> dict[str, tuple[float, float]]:
+    """By name, of each tensor that is counted in units, over all samples: the errors of ``actual`` and of the reference.
 
     Tells rounding from cutting off, which the largest errors cannot. Where the reference errs by units it has lost its digits
     to cancellation; such elements count as one unit.
     """
-    sums: dict[int, list[list[Tensor]]] = {}
+    sums: dict[str, list[list[Tensor]]] = {}
     for sample in samples_of(op, device, dtypes):
-        plain = call(op, copy_with_storage(sample), op.reference).tensors
+        reference = call(op, copy_with_storage(sample), op.reference)
+        plain = reference.tensors
         mine = actual(copy_with_storage(sample)).tensors
         for place, truth in enumerate(in_float64(op, sample).tensors):
             if not has_steps(plain[place]):
                 truth = truth.double()
                 noise = _noise(truth, extreme=False)
                 pair = [_error(tensors[place].detach(), truth, noise).flatten().clamp(max=1) for tensors in (mine, plain)]
-                sums.setdefault(place, []).append(pair)
-    return [tuple(float(torch.cat(part).mean()) for part in zip(*pairs, strict=True)) for pairs in sums.values()]
+                sums.setdefault(reference.names[place], []).append(pair)
+    means = {name: [float(torch.cat(part).mean()) for part in zip(*pairs, strict=True)] for name, pairs in sums.items()}
+    return {name: (mine, plain) for name, (mine, plain) in means.items()}
 
 
 def _widened(sample: Sample) -> Sample:
