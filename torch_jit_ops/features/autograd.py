@@ -24,21 +24,21 @@ class Handover:
 
     Args:
         overloads: qualified names with their overloads: ``mylib::scale.out``.
-        is_open: while it says no, nothing is handed over.
+        is_due: while it says no, nothing is handed over.
     """
 
-    def __init__(self, overloads: Sequence[str], is_open: Callable[[], bool]) -> None:
+    def __init__(self, overloads: Sequence[str], is_due: Callable[[], bool]) -> None:
         self._overloads = overloads
-        self._is_open = is_open
-        self._passed = False
+        self._is_due = is_due
+        self._done = False
         self._lock = forks.Lock()
 
-    def happen(self) -> None:
+    def hand_over(self) -> None:
         """Hand over if the library is there. Each call that comes to a kernel in Python calls this."""
-        if self._passed or not self._is_open():
+        if self._done or not self._is_due():
             return
         with self._lock as again:
-            self._passed = self._passed or (not again and dispatcher.differentiate(self._overloads))
+            self._done = self._done or (not again and dispatcher.differentiate(self._overloads))
 
 
 def functional_kernel(
@@ -91,7 +91,7 @@ def functional_kernel(
             found = dict(zip(ctx.jitk_tensors, _as_tuple(backward(*grads, *args, **kwargs)), strict=True))
         return None, *(found.get(i) for i in range(len(values)))
 
-    # Of a single level: at the autograd key, functorch has chosen the level already, and would choose again.
+    # Handles one level: functorch picked it before the autograd key ran, and would pick again.
     function: Any = type(
         f"{overload._opname}_derivative",
         (torch.autograd.function._SingleLevelFunction,),
@@ -103,7 +103,7 @@ def functional_kernel(
     )
 
     def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
-        handover.happen()
+        handover.hand_over()
         if _has_tangent(*args, *kwargs.values()):
             return reference(*args, **kwargs)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args, *kwargs.values()):
@@ -131,7 +131,7 @@ def writing_kernel(
     written = [argument.name for argument in signature.arguments if argument.written]
 
     def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
-        handover.happen()
+        handover.hand_over()
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         for name, value in given.items():
             if torch.is_grad_enabled() and isinstance(value, Tensor) and value.requires_grad:
