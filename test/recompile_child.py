@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import user_library  # noqa: F401  (its ops join the registry)
+import trial_library  # noqa: F401  (its ops join the registry)
+import user_library  # noqa: F401  (the same)
 from cases import (
     OPS,
     assert_same_bits,
