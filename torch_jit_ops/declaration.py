@@ -15,6 +15,7 @@ from torch_jit_ops import per_target, variant
 from torch_jit_ops.backends.wheels import WheelLibrary
 from torch_jit_ops.builder import loader
 from torch_jit_ops.checks import matcher
+from torch_jit_ops.dtypes import DTypes
 from torch_jit_ops.fallback import Unserved
 from torch_jit_ops.features import planned_out
 from torch_jit_ops.rows import Rows
@@ -48,7 +49,7 @@ class Declaration:
         signature: of the functional or in-place form.
         folders: where its sources are, if they are files, and then the library's folders of headers.
         kernels: by backend, ``"cuda"`` and ``"cpu"``.
-        dtypes: those that the kernels are compiled for.
+        dtypes: those that the kernels are compiled for, by argument.
         outputs: names of the out form's arguments; empty if there is no out form.
         tensors: what tensor arguments and outputs must be.
         rows: which arguments have rows, and what the op does with them.
@@ -64,7 +65,7 @@ class Declaration:
     signature: Signature
     folders: tuple[per_target.Folder, ...]
     kernels: Mapping[str, Kernel] = field(default_factory=dict)
-    dtypes: tuple[torch.dtype, ...] = ()
+    dtypes: DTypes = field(default_factory=lambda: DTypes({}, ()))
     outputs: tuple[str, ...] = ()
     tensors: tuple[matcher.TensorPattern, ...] = ()
     rows: Rows = field(default_factory=Rows)
@@ -124,8 +125,9 @@ class Declaration:
     def unserved(self, dtypes: Mapping[str, torch.dtype | None]) -> Unserved | None:
         """The first of these dtypes, of the arguments whose dtype picks the kernel, that no kernel is compiled for."""
         for argument, dtype in dtypes.items():
-            if dtype not in self.dtypes:
-                return Unserved(self.qualified_name, argument, dtype, self.dtypes)
+            kernels = self.dtypes.of(argument)
+            if dtype not in kernels:
+                return Unserved(self.qualified_name, argument, dtype, kernels)
         return None
 
     # --- the C++ of a variant ---------------------------------------------------------------------

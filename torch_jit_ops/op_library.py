@@ -28,6 +28,7 @@ from torch_jit_ops import options, per_target, registry, sources
 from torch_jit_ops.backends.wheels import WheelLibrary
 from torch_jit_ops.checks import matcher
 from torch_jit_ops.declaration import Declaration, Samples
+from torch_jit_ops.dtypes import Given
 from torch_jit_ops.op import Op, Parameters, Results
 from torch_jit_ops.rows import Rows
 from torch_jit_ops.signature import signature_of
@@ -85,7 +86,7 @@ class OpLibrary:
         cpu: str | Sequence[str] | None = None,
         cuda_source: str | None = None,
         cpu_source: str | None = None,
-        dtypes: Sequence[torch.dtype] = FLOATS,
+        dtypes: Given = FLOATS,
         mutates: Sequence[str] = (),
         outputs: Sequence[str] | None = None,
         tensors: Mapping[str, str] | None = None,
@@ -110,7 +111,9 @@ class OpLibrary:
                 function itself.
             cuda_source, cpu_source: the source itself in place of a file, for notebooks and tests.
             dtypes: those for which the kernel is compiled, of every tensor whose dtype ``variant`` uses. Others run the
-                function itself.
+                function itself. A mapping says it argument by argument, ``{"q": HALVES, "positions": (torch.int32,
+                torch.int64)}``, and samples come in every combination; it names all whose dtype ``variant`` uses, and may name
+                others for the samples alone.
             mutates: tensor arguments that are written. Such an op returns what it returns, and has no out form.
             outputs: names of the out form's arguments: by default ``("out",)`` for one result; needed for several.
             tensors: what arguments and outputs must be, as the kernel's matcher says it: ``{"input": "[tokens..., hidden]
@@ -145,7 +148,7 @@ class OpLibrary:
             if known is not None:
                 first = inspect.getfile(known.declaration.function)
                 raise ValueError(f"{who} is declared twice; the first is in {first}")
-            options.check_lists(who, dtypes=dtypes, patterns=patterns, mutates=mutates, reusable=reusable, outputs=outputs)
+            options.check_lists(who, patterns=patterns, mutates=mutates, reusable=reusable, outputs=outputs)
             if not isinstance(rows, Rows):
                 options.check_lists(who, rows=rows)
             texts = {"cuda": cuda_source, "cpu": cpu_source}
@@ -154,7 +157,6 @@ class OpLibrary:
             flags_of = per_target.flags(who, flags, found)
             include_of = per_target.include(who, include, found)
             ldflags_of = per_target.ldflags(who, ldflags, found)
-            options.check_dtypes(who, dtypes)
             of_rows = rows if isinstance(rows, Rows) else Rows(*rows)
             own = of_rows.arguments if of_rows.elementwise else ()
             signature = signature_of(function, mutates, own if reusable is None else reusable)
@@ -168,7 +170,7 @@ class OpLibrary:
                     signature=signature,
                     folders=self._folders,
                     kernels=kernels,
-                    dtypes=tuple(dtypes),
+                    dtypes=options.dtypes_of(who, dtypes, signature, kernels),
                     outputs=names,
                     tensors=matcher.parse(who, tensors or {}, signature, names),
                     rows=of_rows,

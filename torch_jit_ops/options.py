@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
-from torch_jit_ops import variant
+from torch_jit_ops import dtypes, variant
 from torch_jit_ops.declaration import Kernel
 from torch_jit_ops.signature import Signature
 from torch_jit_ops.sources import SUFFIXES, Source
@@ -19,19 +17,8 @@ def check_lists(who: str, **options: Any) -> None:
         if isinstance(value, (str, bytes)) or not isinstance(value, (Sequence, type(None))):
             raise TypeError(f"{who}: {option} must be a list, got {value!r}")
         for item in value or ():
-            if option not in ("dtypes", "patterns") and not isinstance(item, str):
+            if option != "patterns" and not isinstance(item, str):
                 raise TypeError(f"{who}: {option} must hold names, got {item!r}")
-
-
-def check_dtypes(who: str, dtypes: Sequence[torch.dtype]) -> None:
-    """Refuse what is no dtype, or one that kernels have no type for."""
-    for dtype in dtypes:
-        if not isinstance(dtype, torch.dtype):
-            raise TypeError(f"{who}: dtypes must hold dtypes of torch, got {dtype!r}")
-        try:
-            variant.cpp_name(dtype)
-        except ValueError as error:
-            raise ValueError(f"{who}: dtypes: {error}") from error
 
 
 def kernels(
@@ -45,6 +32,13 @@ def kernels(
             raise ValueError(f"{who} has a {backend} source, but variant names only {', '.join(variants or {})}")
         found[backend] = Kernel(source, variant.parse_variant(who, text, signature))
     return found
+
+
+def dtypes_of(who: str, given: dtypes.Given, signature: Signature, kernels: Mapping[str, Kernel]) -> dtypes.DTypes:
+    """The dtypes that have kernels, by argument."""
+    tensors = [argument.name for argument in signature.arguments if argument.kind == "T"]
+    picking = dict.fromkeys(name for kernel in kernels.values() for name in kernel.pattern.arguments_of("dtype"))
+    return dtypes.parse(who, given, tensors, tuple(picking))
 
 
 def check_variant(who: str, variants: str | Mapping[str, str] | None, sources: Mapping[str, Source]) -> None:

@@ -121,7 +121,7 @@ def inlined(name: str, text: str) -> str:
 
 def line_directive(text: str, name: str, backend: str) -> str:
     """A line behind inlined sources: what follows is in the generated source again, and not the author's."""
-    return f'#line {text.count(chr(10)) + 2} "{file_name(name, backend)}"\n'
+    return f'#line {text.count(chr(10)) + 2} "{file_name(name, named(backend))}"\n'
 
 
 def inlined_in(text: str) -> Iterator[tuple[str, list[str]]]:
