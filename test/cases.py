@@ -63,7 +63,7 @@ _kept = functools.lru_cache(maxsize=4)(samples_of)
 
 @functools.cache
 def samples_in(op: Op) -> int:
-    return len(samples_of(op, "cpu", op.dtypes[0]))
+    return len(samples_of(op, "cpu", op.declaration.dtypes[0]))
 
 
 def every_case() -> list[Case]:
@@ -71,8 +71,8 @@ def every_case() -> list[Case]:
         Case(op, device, dtype, index)
         for op in OPS
         for device in devices()
-        if device in op.kernels
-        for dtype in op.dtypes
+        if device in op.declaration.kernels
+        for dtype in op.declaration.dtypes
         for index in range(samples_in(op))
     ]
 
@@ -84,7 +84,7 @@ def is_first(case: Case) -> bool:
 
 def is_first_of_op(case: Case) -> bool:
     """One case for each op, in the last of its dtypes."""
-    return case.index == 0 and case.dtype == case.op.dtypes[-1]
+    return case.index == 0 and case.dtype == case.op.declaration.dtypes[-1]
 
 
 def is_floating(case: Case) -> bool:
@@ -92,7 +92,7 @@ def is_floating(case: Case) -> bool:
 
 
 def has_out(case: Case) -> bool:
-    return bool(case.op.outputs)
+    return bool(case.op.declaration.outputs)
 
 
 def has_gradient(case: Case) -> bool:

@@ -41,7 +41,7 @@ import torch  # noqa: E402
 import user_library  # noqa: E402, F401  (its ops join the registry, so every generic test covers them)
 
 from torch_jit_ops import dispatcher, fallback  # noqa: E402
-from torch_jit_ops.builder import limits, loader  # noqa: E402
+from torch_jit_ops.builder import compiler_jobs, loader  # noqa: E402
 
 pytest_plugins = ["alone", "minimum"]
 
@@ -53,7 +53,7 @@ def pytest_xdist_auto_num_workers() -> int:
     """``-n auto``: as many as compilers can run, since that is what most of the time goes into, and as a GPU has memory for."""
     if named := os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS"):
         return int(named)
-    count = limits.compiler_jobs()
+    count = compiler_jobs.compiler_jobs()
     for device in range(torch.cuda.device_count()):
         count = min(count, torch.cuda.get_device_properties(device).total_memory // _GPU_BYTES)
     return max(1, count)

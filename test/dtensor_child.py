@@ -23,25 +23,25 @@ from torch.distributed.tensor.experimental import register_sharding
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 
 import torch_jit_ops
-from torch_jit_ops import Op, OpLibrary, Sample, fallback
+from torch_jit_ops import Op, OpLibrary, Rows, Sample, fallback
 from torch_jit_ops.features import planned_out
 
 ops = torch.ops.jitk
 library = OpLibrary("sharded", csrc=Path(__file__).parent)
 
 
-@library.op(outputs=("out", "largest", "total"), rows=("x",), sums=("total",))
+@library.op(outputs=("out", "largest", "total"), rows=Rows("x", sums=("total",)))
 def scaled(x: Tensor, *, by: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """One that has it all: a weight by keyword, a result without the last dimension, a sum."""
     return x.clone(), x.abs().amax(-1), (x * by).sum_to_size(x.shape[-1])
 
 
-@library.op(rows=("x",))
+@library.op(rows=Rows("x"))
 def widened(x: Tensor, *, twice: bool = False) -> Tensor:
     return torch.cat([x, x], -1) if twice else x.clone()
 
 
-@library.op(rows=("x",))
+@library.op(rows=Rows("x"))
 def negated(x: Tensor) -> Tensor:
     return -x
 
@@ -76,7 +76,7 @@ def placed(op: Op, sample: Sample, mesh: dist.DeviceMesh, *placements: Placement
     """The arguments; ``placements`` are those of rows, and the others are replicated."""
     args = []
     for argument, arg in zip(op.signature.arguments, sample.args, strict=False):
-        own = placements if argument.name in op.rows.arguments else [Replicate()] * mesh.ndim
+        own = placements if argument.name in op.declaration.rows.arguments else [Replicate()] * mesh.ndim
         args.append(on(mesh, arg, *own) if isinstance(arg, Tensor) else arg)
     return args
 
@@ -84,11 +84,11 @@ def placed(op: Op, sample: Sample, mesh: dist.DeviceMesh, *placements: Placement
 def test_every_op_on_its_rows() -> None:
     """In float64, where all is the function's own arithmetic. Sharded as no rule says: right all the same, or refused."""
     line, square = dist.init_device_mesh("cpu", (2,)), dist.init_device_mesh("cpu", (1, 2))
-    for op in (op for op in torch_jit_ops.library.ops.values() if op.rows.arguments):
+    for op in (op for op in torch_jit_ops.library.ops.values() if op.declaration.rows.arguments):
         sample = map_tensors(samples_of(op, "cpu", torch.float32)[0], lambda tensor: tensor.double())
         expected = results_of(op, copy_with_storage(sample).args)
-        ndim = sample.args[op.signature.index(op.rows.arguments[0])].dim()
-        dims = range(ndim if op.rows.elementwise else ndim - 1)
+        ndim = sample.args[op.signature.index(op.declaration.rows.arguments[0])].dim()
+        dims = range(ndim if op.declaration.rows.elementwise else ndim - 1)
         meshes = [(line, (Shard(dim),)) for dim in range(ndim)]
         meshes += [(line, (Replicate(),)), (line, (Partial(),))]
         meshes += [(square, (Shard(0), Shard(0))), (square, (Replicate(), Shard(0)))]
@@ -101,7 +101,7 @@ def test_every_op_on_its_rows() -> None:
                 continue
             results = results_of(op, args)
             for place, (actual, plain) in enumerate(zip(results, expected, strict=True)):
-                is_sum = place < len(op.outputs) and op.outputs[place] in op.rows.sums
+                is_sum = place < len(op.declaration.outputs) and op.declaration.outputs[place] in op.declaration.rows.sums
                 own = tuple(Partial() if is_sum and isinstance(p, Shard) else p for p in placements)
                 assert not kept or actual.placements == own, (op, placements, actual.placements)
                 where = f"{op} {placements}, result {place}: "

@@ -32,15 +32,15 @@ from fuse_program import Program
 from fuse_spellings import SPELLINGS
 from torch._dynamo.backends.debugging import aot_eager
 
+from torch_jit_ops import registry
 from torch_jit_ops.inductor import Rewrite, fuse
-from torch_jit_ops.op import libraries
 
 EXTRA = ("relu2", "fused_add_relu", "userlib::affine")  # without patterns of their own: found by their reference
 
 
 def everything() -> Rewrite:
     """``fuse`` of all ops that it can find."""
-    declared = [op for library in libraries() for op in library.ops.values() if op.patterns is not None]
+    declared = [op for op in registry.ops() if op.declaration.patterns is not None]
     return fuse([*declared, *EXTRA])
 
 

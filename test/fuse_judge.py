@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from torch_jit_ops.op import libraries
+from torch_jit_ops import registry
 
 _CASTS = {"float", "half", "bfloat16", "double", "to", "type", "type_as"}
 _RANDOM = {"randn_like", "rand_like", "normal", "bernoulli", "dropout", "randn", "rand", "poisson", "multinomial", "randperm"}
@@ -274,7 +274,7 @@ def backend_of(
 
 def ops_of(graph: torch.fx.Graph) -> list[str]:
     """The ops of libraries that it calls."""
-    declared = {op.default: op.qualified_name for library in libraries() for op in library.ops.values()}
+    declared = {op.default: op.qualified_name for op in registry.ops()}
     return [declared[node.target] for node in graph.nodes if node.op == "call_function" and node.target in declared]
 
 

@@ -23,7 +23,7 @@ Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
 
 def _first_with_tokens(op: Op) -> Sample | None:
     """Of at least two tokens, since Dynamo takes 0 and 1 for constants."""
-    samples = samples_of(op, DEVICE, op.dtypes[-1])
+    samples = samples_of(op, DEVICE, op.declaration.dtypes[-1])
     return next((with_tokens(sample, TOKENS) for sample in samples if (tokens_of(sample) or 0) > 1), None)
 
 

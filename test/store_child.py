@@ -15,11 +15,11 @@ from typing import Any
 from torch.utils import cpp_extension  # noqa: F401  (imported once, by the process that forks the others)
 
 from torch_jit_ops import progress
-from torch_jit_ops.builder import loader
+from torch_jit_ops.builder import compile, loader
 from torch_jit_ops.store import cache, trust
 
 DEATHS = {
-    "compiling": (loader, "_run_cpp_extension"),
+    "compiling": (compile, "_run_cpp_extension"),
     "holding the lock": (progress, "building"),
     "before the rename": (cache.Store, "publish"),
     "ready for the rename": (trust, "make_files_private"),

@@ -51,7 +51,7 @@ def _library_for_autograd() -> None:
 
 def ready(op: Op) -> Op:
     """The op, with its autograd keys handed over to C++."""
-    sample = next(iter(op.samples(torch_jit_ops.SampleMaker("cpu", op.dtypes[-1]))))
+    sample = next(iter(op.declaration.samples(torch_jit_ops.SampleMaker("cpu", op.declaration.dtypes[-1]))))
     for _ in range(2):
         with torch.no_grad():
             call(op, copy_with_storage(sample))
@@ -401,7 +401,7 @@ def test_an_op_that_writes_refuses_to_be_differentiated(case: Case) -> None:
 def test_an_out_form_refuses_to_be_differentiated(case: Case) -> None:
     sample = wanting(case.sample())
     outs = [poisoned(tensor.shape, tensor.dtype, case.device) for tensor in call(case.op, sample).tensors]
-    kwargs = {**sample.kwargs, **dict(zip(case.op.outputs, outs, strict=True))}
+    kwargs = {**sample.kwargs, **dict(zip(case.op.declaration.outputs, outs, strict=True))}
     with pytest.raises(RuntimeError, match="don't support automatic differentiation"):
         case.op.out(*sample.args, **kwargs)
     with torch.no_grad():
@@ -443,7 +443,7 @@ def test_refusals(op_without_derivative: tuple[Op, Op]) -> None:
     ):
         with pytest.raises(RuntimeError) as caught:
             run()
-        texts.append(str(caught.value).replace(twice.library.namespace, "lib"))
+        texts.append(str(caught.value).replace(twice.declaration.namespace, "lib"))
     assert_expected_inline(
         "\n".join(texts),
         """\
@@ -582,7 +582,7 @@ def test_refusals_in_forward_mode(op_without_derivative: tuple[Op, Op], backend:
             (run if backend is None else torch.compile(run, backend=backend))(torch.ones(2))
         while forward_ad._current_level >= 0:  # Dynamo leaves it entered where tracing ends by an error
             forward_ad.exit_dual_level()
-        said = str(caught.value).replace(twice.library.namespace, "lib")
+        said = str(caught.value).replace(twice.declaration.namespace, "lib")
         texts.append(said[said.index("lib::") :].split("\n\n")[0])
     if backend is None:
         assert_expected_inline(

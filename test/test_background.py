@@ -16,7 +16,7 @@ from child import ROOT, run_python
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from torch_jit_ops import dispatcher, op
+from torch_jit_ops import OpLibrary, dispatcher, registry
 from torch_jit_ops.backends import toolchain
 from torch_jit_ops.features import build_while_tracing
 
@@ -28,6 +28,7 @@ import torch
 from torch_jit_ops import OpLibrary
 from torch_jit_ops.backends import toolchain
 from torch_jit_ops.builder import loader
+from torch_jit_ops.builder import load as load_module
 
 folder = Path({folder!r})
 (folder / "twice.cpp").write_text('''
@@ -53,7 +54,7 @@ def twice(x: torch.Tensor) -> torch.Tensor:
 
 events = []
 started, called = threading.Event(), threading.Event()
-load, build = loader.load, loader._build
+load, build = loader.load, load_module._build
 
 def recorded_load(unit, *args):
     if unit.name == "ahead.twice":
@@ -69,7 +70,7 @@ def recorded_build(unit, *args):
         {meanwhile}
     return build(unit, *args)
 
-loader.load, loader._build = recorded_load, recorded_build
+loader.load, load_module._build = recorded_load, recorded_build
 x = torch.arange(3.0)
 model = torch.compile(lambda x: twice.default(x), fullgraph=True, backend="aot_eager")
 """
@@ -168,7 +169,7 @@ called.set()
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), twice.default(x).tolist())
 child = os.fork()
 if child == 0:
-    loader._results.clear()
+    load_module._results.clear()
     model(x)
     os._exit(int(model(x)[2]))
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
@@ -236,14 +237,14 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("wide")
     for source in ("wide.cpp", "wide.cu"):
         (folder / source).write_text("")
-    library = op.OpLibrary("aheadwide", csrc=folder)
+    library = OpLibrary("aheadwide", csrc=folder)
 
     @library.op(cpu="wide.cpp", cuda="wide.cu", variant="wide<{x.dtype}, {x.shape[-1]}, {n}>")
     def wide(x: Tensor, n: int) -> Tensor:
         return x + n
 
     yield wide.default
-    op._libraries.remove(library)
+    registry.remove(library)
 
 
 def trace(function: Callable[..., Any], *args: Any, dynamic: dict[int, Any] | None = None) -> None:
@@ -302,7 +303,7 @@ def test_the_out_form_starts_one_too(asked: list[object]) -> None:
 
 
 def test_no_more_threads_than_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch_jit_ops.builder.limits.compiler_jobs", lambda: 2)
+    monkeypatch.setattr("torch_jit_ops.builder.compiler_jobs.compiler_jobs", lambda: 2)
     workers = build_while_tracing._Workers()
     names: list[str] = []
     gate, done = threading.Event(), threading.Semaphore(0)

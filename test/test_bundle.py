@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from torch_jit_ops.builder import loader
+from torch_jit_ops.builder import loader, shared_object
 from torch_jit_ops.store import bundle, cache, listing
 
 UNIT = loader.Unit(
@@ -52,7 +52,7 @@ def test_a_variant_travels(exported: Path, tmp_path: Path, monkeypatch: pytest.M
         assert bundle.import_variants(exported, store) == 1
     library = found(store)
     assert library is not None
-    assert loader._open(library).answer() == 42
+    assert shared_object.open_library(library).answer() == 42
     assert list((store.root / "staging").iterdir()) == []
     monkeypatch.setenv("JITK_CACHE_DIR", str(store.root))
     assert not loader.load(UNIT).compiled

@@ -19,7 +19,8 @@ from expecttest import assert_expected_inline
 
 from torch_jit_ops import environment
 from torch_jit_ops.backends import toolchain
-from torch_jit_ops.builder import loader
+from torch_jit_ops.builder import compilers, loader
+from torch_jit_ops.builder import load as load_module
 from torch_jit_ops.store import cache
 
 _TEXT = """#include <answer.h>
@@ -48,9 +49,9 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[loader.Unit], loader.Load
     """``loader.load`` as in a process that has loaded nothing."""
 
     def load(unit: loader.Unit) -> loader.Loaded:
-        monkeypatch.setattr(loader, "_results", {})
+        monkeypatch.setattr(load_module, "_results", {})
         monkeypatch.setattr(cache, "_file_digests", {})
-        monkeypatch.setattr(loader, "_compilers", {})
+        monkeypatch.setattr(compilers, "_known", {})
         return loader.load(unit)
 
     return load

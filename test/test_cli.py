@@ -17,7 +17,7 @@ from expecttest import assert_expected_inline
 from test_docs import compile_for_gpu
 
 import torch_jit_ops
-from torch_jit_ops.ahead import build_ahead
+from torch_jit_ops import registry
 from torch_jit_ops.backends import toolchain
 from torch_jit_ops.builder import loader
 from torch_jit_ops.cli import doctor, main
@@ -119,7 +119,7 @@ SILU_AND_MUL = (
 
 def test_list_has_a_line_for_each_op(call: Call) -> None:
     lines = call("list").splitlines()
-    assert [line.split()[0] for line in lines] == [op.qualified_name for op in build_ahead.find_ops()]
+    assert [line.split()[0] for line in lines] == [op.qualified_name for op in registry.find_ops()]
     assert f"jitk::silu_and_mul{' ' * 13}{SILU_AND_MUL}" in lines
     assert all(len(line.split(maxsplit=1)) == 2 for line in lines if line.startswith("jitk::")), "an op without a summary"
 

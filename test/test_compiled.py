@@ -43,13 +43,14 @@ def assert_same_outcome(actual: Outcome, expected: Outcome) -> None:
 def outs_for(op: Op, sample: Sample) -> dict[str, Tensor]:
     results = call(op, sample).tensors
     return {
-        name: poisoned(result.shape, result.dtype, result.device.type) for name, result in zip(op.outputs, results, strict=True)
+        name: poisoned(result.shape, result.dtype, result.device.type)
+        for name, result in zip(op.declaration.outputs, results, strict=True)
     }
 
 
 def widest_dtype_or_first(case: Case) -> bool:
     """Every sample in one dtype, and one sample in every dtype: tracing looks at shapes."""
-    return is_first(case) or case.dtype == case.op.dtypes[-1]
+    return is_first(case) or case.dtype == case.op.declaration.dtypes[-1]
 
 
 # --- opcheck: schema, autograd registration, fake, aot_dispatch --------------------------------------
@@ -221,7 +222,7 @@ def test_gradient_in_a_graph(case: Case) -> None:
 @over(is_first_of_op)
 def test_called_through_its_packet_and_its_declaration(case: Case) -> None:
     """``torch.ops.jitk.op(x)`` and the decorated function are the op too, also in a graph."""
-    packet = getattr(getattr(torch.ops, case.op.library.namespace), case.op.name)
+    packet = getattr(getattr(torch.ops, case.op.declaration.namespace), case.op.name)
     expected = call(case.op, copy_with_storage(case.sample()))
     assert_same_outcome(call(case.op, copy_with_storage(case.sample()), packet), expected)
     assert_same_outcome(call(case.op, copy_with_storage(case.sample()), case.op), expected)
@@ -256,7 +257,7 @@ def test_exported_program_survives_a_file(case: Case) -> None:
     module = _Module(case.op, dict(sample.kwargs))
     program = torch.export.export(module, sample.args, dynamic_shapes=(shapes,))
     names = {str(node.target) for node in program.graph.nodes}
-    assert f"{case.op.library.namespace}.{case.op.name}.default" in names, names
+    assert f"{case.op.declaration.namespace}.{case.op.name}.default" in names, names
 
     file = io.BytesIO()
     torch.export.save(program, file)

@@ -51,7 +51,7 @@ def zeroed(sample: Sample) -> Sample:
 
 
 def out_form(op: Op, sample: Sample, outs: tuple[Tensor, ...]) -> None:
-    op.out(*sample.args, **sample.kwargs, **dict(zip(op.outputs, outs, strict=True)))
+    op.out(*sample.args, **sample.kwargs, **dict(zip(op.declaration.outputs, outs, strict=True)))
 
 
 # --- streams ---------------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ def test_launches_that_follow_each_other(case: Case) -> None:
 
 def _makes_its_own_input(case: Case) -> bool:
     """The result can be the first argument of the next call."""
-    if len(case.op.outputs) != 1 or not case.dtype.is_floating_point:
+    if len(case.op.declaration.outputs) != 1 or not case.dtype.is_floating_point:
         return False
     sample = case.sample()
     first, result = tensors_of(sample)[0], call(case.op, sample, case.op.reference).tensors[0]
@@ -135,7 +135,7 @@ def test_a_chain_of_launches(case: Case) -> None:
     def chain(wait: bool) -> Tensor:
         now, other = start.clone(), torch.empty_like(start)
         for _ in range(40):
-            op.out(now, *sample.args[1:], **sample.kwargs, **{op.outputs[0]: other})
+            op.out(now, *sample.args[1:], **sample.kwargs, **{op.declaration.outputs[0]: other})
             now, other = other, now
             if wait:
                 torch.cuda.synchronize()
@@ -225,7 +225,7 @@ def test_tensors_on_two_gpus_are_refused(case: Case) -> None:
 
 def _is_smallest_with_tokens(case: Case) -> bool:
     """One case for each op, in its smallest dtype: the largest tensors that fit."""
-    smallest = min(case.op.dtypes, key=lambda dtype: dtype.itemsize)
+    smallest = min(case.op.declaration.dtypes, key=lambda dtype: dtype.itemsize)
     with_rows = [i for i, sample in enumerate(samples_of(case.op, "cpu", smallest)) if tensors_of(sample)[0].dim() > 1]
     return case.dtype == smallest and with_rows[:1] == [case.index]
 

@@ -16,7 +16,7 @@ from torch_jit_ops.backends import toolchain
 from torch_jit_ops.builder import loader
 
 needs_gpu = pytest.mark.skipif("cuda" not in devices(), reason="no GPU")
-ON_CUDA = [op for op in OPS if "cuda" in op.kernels and op.samples is not None]
+ON_CUDA = [op for op in OPS if "cuda" in op.declaration.kernels and op.declaration.samples is not None]
 
 _START = """
 import os
@@ -28,9 +28,9 @@ from cases import OPS, assert_same_bits, call, copy_with_storage, is_batched, ma
 from torch_jit_ops import Sample
 
 def first(op):
-    return samples_of(op, "cuda", op.dtypes[-1])[0]
+    return samples_of(op, "cuda", op.declaration.dtypes[-1])[0]
 
-ops = [op for op in OPS if "cuda" in op.kernels and op.samples is not None]
+ops = [op for op in OPS if "cuda" in op.declaration.kernels and op.declaration.samples is not None]
 
 def capture(op, sample):
     graph = torch.cuda.CUDAGraph()
@@ -81,7 +81,7 @@ def test_what_was_built_is_captured_without_a_call(arch: str) -> None:
     arch = repr(toolchain.device_arch(0)) if arch else "None"
     code = f"""
 for op in ops:
-    torch_jit_ops.build(op, [op.dtypes[-1]], backend="cuda", arch={arch})
+    torch_jit_ops.build(op, [op.declaration.dtypes[-1]], backend="cuda", arch={arch})
 for op in ops:
     sample = first(op)
     before = copy_with_storage(sample)
@@ -101,7 +101,7 @@ def strided(tensor):
     return wide[..., : tensor.shape[-1]].copy_(tensor)
 
 for op in ops:
-    samples = samples_of(op, "cuda", op.dtypes[-1])
+    samples = samples_of(op, "cuda", op.declaration.dtypes[-1])
     call(op, copy_with_storage(samples[0]))
     for sample in samples:
         before = copy_with_storage(sample)
@@ -188,9 +188,9 @@ op = torch_jit_ops.library.ops["silu_and_mul"]
 x = torch.randn(4, 64, device="cuda", dtype=torch.bfloat16)
 op.default(x)
 arch = torch_jit_ops.backends.toolchain.device_arch(0)
-loaded = [torch_jit_ops.builder.loader.load(each.unit("cuda", (torch.float16,), arch))
-          for each in torch_jit_ops.library.ops.values() if each.name != "add_constant" and "cuda" in each.kernels
-          and [part.what for part in each.kernels["cuda"].pattern.placeholders] == ["dtype"]]
+loaded = [torch_jit_ops.builder.loader.load(each.declaration.unit("cuda", (torch.float16,), arch))
+          for each in torch_jit_ops.library.ops.values() if each.name != "add_constant" and "cuda" in each.declaration.kernels
+          and [part.what for part in each.declaration.kernels["cuda"].pattern.placeholders] == ["dtype"]]
 started, go = threading.Event(), threading.Event()
 
 def load_all():

@@ -17,7 +17,7 @@ from expecttest import assert_expected_inline
 from torch import Tensor
 
 import torch_jit_ops
-from torch_jit_ops import Op, OpLibrary, libraries
+from torch_jit_ops import Op, OpLibrary, Rows, libraries
 from torch_jit_ops.features import planned_out
 
 _numbers = itertools.count()
@@ -59,9 +59,9 @@ def words(caught: pytest.ExceptionInfo[BaseException], csrc: Path) -> str:
 def schemas(op: Op) -> str:
     """With RETURNED for what the out form returns: its outputs from PyTorch 2.13, and nothing before."""
     texts = [str(op.default._schema)]
-    if op.outputs:
+    if op.declaration.outputs:
         arguments, _, returned = str(op.out._schema).partition(" -> ")
-        outputs = [f"Tensor({re.search(rf'(a[0-9]+!). {name}', arguments)[1]})" for name in op.outputs]
+        outputs = [f"Tensor({re.search(rf'(a[0-9]+!). {name}', arguments)[1]})" for name in op.declaration.outputs]
         outputs = outputs if planned_out.PLANNED else []
         assert returned == (outputs[0] if len(outputs) == 1 else f"({', '.join(outputs)})")
         texts.append(f"{arguments} -> RETURNED")
@@ -258,7 +258,6 @@ def test_options_that_cannot_work(library: OpLibrary, csrc: Path) -> None:
         {"rows": "x"},
         {"rows": {"x"}},
         {"rows": (0,)},
-        {"sums": "out"},
         {"dtypes": torch.float32},
         {"dtypes": "float32"},
         {"dtypes": ["float32"]},
@@ -288,13 +287,12 @@ TypeError lib::op: outputs must be a list, got 'out'
 TypeError lib::op: rows must be a list, got 'x'
 TypeError lib::op: rows must be a list, got {'x'}
 TypeError lib::op: rows must hold names, got 0
-TypeError lib::op: sums must be a list, got 'out'
 TypeError lib::op: dtypes must be a list, got torch.float32
 TypeError lib::op: dtypes must be a list, got 'float32'
 TypeError lib::op: dtypes must hold dtypes of torch, got 'float32'
 ValueError lib::op: dtypes: torch.complex64 has no C++ type in kernels; those ...""",
     )
-    assert declare(library, op, cuda="kernels.cu", flags={"cuda": ["-lineinfo"]}).kernels.keys() == {"cpu", "cuda"}
+    assert declare(library, op, cuda="kernels.cu", flags={"cuda": ["-lineinfo"]}).declaration.kernels.keys() == {"cpu", "cuda"}
 
 
 @pytest.mark.parametrize("namespace", ["aten", "prims", "torch", "_C", "load_library", "jitk", "class", "lambda"])
@@ -391,7 +389,7 @@ def test_a_variant_for_each_backend(library: OpLibrary, csrc: Path) -> None:
         declare(library, op, variant={"cuda": "op"})
     assert_expected_inline(words(caught, csrc), """lib::op has a cpu source, but variant names only cuda""")
     declare(library, op, variant={"cuda": "op_cuda<{x.dtype}>", "cpu": "op_cpu"})
-    patterns = {backend: kernel.pattern.text for backend, kernel in library.ops["op"].kernels.items()}
+    patterns = {backend: kernel.pattern.text for backend, kernel in library.ops["op"].declaration.kernels.items()}
     assert patterns == {"cpu": "op_cpu"}
 
 
@@ -490,6 +488,22 @@ op: mutates names 'n'; its tensor arguments are x""",
     )
 
 
+def test_rows_that_are_no_lists_of_names() -> None:
+    texts = []
+    for arguments, options in ((("x",), {"sums": "out"}), (("x",), {"per_token": {"y"}}), ((0,), {}), (("x",), {"sums": (1,)})):
+        with pytest.raises(TypeError) as caught:
+            Rows(*arguments, **options)
+        texts.append(str(caught.value))
+    assert_expected_inline(
+        "\n".join(texts),
+        """\
+Rows: sums must be a list, got 'out'
+Rows: per_token must be a list, got {'y'}
+Rows: arguments must hold names, got 0
+Rows: sums must hold names, got 1""",
+    )
+
+
 def test_rows_that_mean_nothing(library: OpLibrary, csrc: Path) -> None:
     def op(x: Tensor, n: int) -> Tensor:
         return x
@@ -502,10 +516,13 @@ def test_rows_that_mean_nothing(library: OpLibrary, csrc: Path) -> None:
         (op, {"rows": ("y",)}),
         (op, {"rows": ("n",)}),
         (accumulate, {"rows": ("x",), "mutates": ("total",)}),
-        (op, {"rows": ("x",), "sums": ("x",)}),
-        (accumulate, {"rows": ("x", "total"), "mutates": ("total",), "sums": ("total",)}),
-        (op, {"sums": ("out",)}),
-        (op, {"elementwise": True}),
+        (op, {"rows": Rows("x", sums=("x",))}),
+        (accumulate, {"rows": Rows("x", "total", sums=("total",)), "mutates": ("total",)}),
+        (op, {"rows": Rows(sums=("out",))}),
+        (op, {"rows": Rows(elementwise=True)}),
+        (op, {"rows": Rows(per_token=("x",))}),
+        (op, {"rows": Rows("x", per_token=("n",))}),
+        (op, {"rows": Rows("x", per_token=("x",))}),
     ):
         with pytest.raises(ValueError) as caught:
             declare(library, function, **options)
@@ -519,7 +536,10 @@ lib::accumulate: rows must name 'total', too: the op writes it
 lib::op: sums names 'x'; the out form's arguments are out
 lib::accumulate: sums names 'total'; the out form's arguments are none
 lib::op: sums is about rows, but rows names none
-lib::op: elementwise is about rows, but rows names none""",
+lib::op: elementwise is about rows, but rows names none
+lib::op: per_token is about rows, but rows names none
+lib::op: per_token names 'n'; its tensor arguments are x
+lib::op: 'x' is among the rows and per_token; it can be one of them""",
     )
 
 
@@ -722,5 +742,5 @@ def test_the_public_names() -> None:
     """What users import; a name that goes is a promise broken."""
     public = sorted(name for name in vars(torch_jit_ops) if name[0].isupper() and name != "TYPE_CHECKING")
     assert_expected_inline(
-        " ".join(public), """BuildError MissingCompiler Module Op OpLibrary Sample SampleMaker Statistics Stats"""
+        " ".join(public), """BuildError MissingCompiler Module Op OpLibrary Rows Sample SampleMaker Statistics Stats"""
     )

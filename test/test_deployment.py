@@ -28,7 +28,7 @@ from torch_jit_ops.cli import main
 from torch_jit_ops.features import planned_out
 
 EXAMPLE = ROOT / "examples/aot_cpp"
-ON_CPU = [op for op in OPS if "cpu" in op.kernels and op.samples is not None]
+ON_CPU = [op for op in OPS if "cpu" in op.declaration.kernels and op.declaration.samples is not None]
 
 
 # --- a program without Python -----------------------------------------------------------------------
@@ -135,9 +135,9 @@ assert "torch_jit_ops" not in sys.modules
 @pytest.fixture(scope="module")
 def every_op(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("deployed")
-    wanted = [each for op in ON_CPU for each in build_ahead.needed([op], [op.dtypes[-1]], backend="cpu")]
+    wanted = [each for op in ON_CPU for each in build_ahead.needed([op], [op.declaration.dtypes[-1]], backend="cpu")]
     entries = [
-        manifest.entry_of(each.op.qualified_name, "cpu", each.op.kernels["cpu"].pattern, each.values, each.arch)
+        manifest.entry_of(each.op.qualified_name, "cpu", each.op.declaration.kernels["cpu"].pattern, each.values, each.arch)
         for each in wanted
     ]
     lines = [json.dumps({**asdict(entry), "values": dict(entry.values)}) for entry in entries]
@@ -148,10 +148,10 @@ def every_op(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_op_is_itself(every_op: Path, tmp_path: Path) -> None:
     calls = []
     for op in ON_CPU:
-        for sample in samples_of(op, "cpu", op.dtypes[-1]):
+        for sample in samples_of(op, "cpu", op.declaration.dtypes[-1]):
             expected = call(op, copy_with_storage(sample))
             written = [argument.written for argument in op.signature.arguments]
-            calls.append((op.library.namespace, op.name, sample.args, dict(sample.kwargs), written, list(expected.tensors)))
+            calls.append((op.declaration.namespace, op.name, sample.args, dict(sample.kwargs), written, list(expected.tensors)))
     torch.save(calls, tmp_path / "calls.pt")
     code = f"""
 for namespace, name, args, kwargs, written, expected in torch.load({str(tmp_path / "calls.pt")!r}):
@@ -165,7 +165,7 @@ for namespace, name, args, kwargs, written, expected in torch.load({str(tmp_path
     print(namespace, name)
 """
     said = without_package(every_op / deployment.LIBRARY, code)
-    assert set(said.splitlines()) == {f"{op.library.namespace} {op.name}" for op in ON_CPU}
+    assert set(said.splitlines()) == {f"{op.declaration.namespace} {op.name}" for op in ON_CPU}
 
 
 # --- what is not there ------------------------------------------------------------------------------
@@ -540,7 +540,7 @@ def test_programs_that_cannot_be_served(tmp_path: Path) -> None:
             "sizes static, or name the op and the values instead of the program"
         )
     finally:
-        torch_jit_ops.op._libraries.remove(library)
+        torch_jit_ops.registry.remove(library)
 
 
 # --- the command ------------------------------------------------------------------------------------

@@ -25,9 +25,8 @@ from cases import assert_same_bits
 from expecttest import assert_expected_inline
 from torch import Tensor
 
-from torch_jit_ops import OpLibrary, dispatcher, environment, variant
-from torch_jit_ops.builder import loader
-from torch_jit_ops.op import _libraries
+from torch_jit_ops import OpLibrary, dispatcher, environment, registry, variant
+from torch_jit_ops.builder import compile, loader
 from torch_jit_ops.signature import signature_of
 
 Order = Literal["ascending", "descending"]
@@ -295,13 +294,13 @@ def ops(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 def compiled(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Counts compilations by label."""
     counts: Counter[str] = Counter()
-    original = loader._run_cpp_extension
+    original = compile._run_cpp_extension
 
     def counting(unit: loader.Unit, *args: Any) -> str:
         counts[unit.label] += 1
         return original(unit, *args)
 
-    monkeypatch.setattr(loader, "_run_cpp_extension", counting)
+    monkeypatch.setattr(compile, "_run_cpp_extension", counting)
     return counts
 
 
@@ -721,7 +720,7 @@ def lists(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]
         return None
 
     yield SimpleNamespace(**library.ops)
-    _libraries.remove(library)
+    registry.remove(library)
 
 
 @pytest.mark.parametrize("path", ["hit", "hit after None", "reference", "refused"])
@@ -805,7 +804,7 @@ def test_more_kernels_than_there_is_room_for(tmp_path: Path, monkeypatch: pytest
     declare(first)
     with pytest.raises(ValueError) as error:
         declare(second)
-    _libraries.remove(library)
+    registry.remove(library)
     assert str(error.value) == (
         "manylib::second: a process can have 16384 kernels, one for each overload of an op and each backend; "
         "16383 are declared, and this makes 2 more"
@@ -850,7 +849,7 @@ def _raising(error: Exception) -> Any:
 @pytest.mark.parametrize("times", [1, 2, 3])
 def test_calls_raise_what_the_build_raised(ops: SimpleNamespace, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for error in (loader.BuildError("12345"), loader.CompileRefused("not now"), KeyError("a key")):
-        monkeypatch.setattr(type(ops.describe), "_load", lambda *_, error=error: _raising(error)(None))
+        monkeypatch.setattr(ops.cold._boot, "load", lambda *_, error=error: _raising(error)(None))
         with pytest.raises(type(error)) as caught:
             ops.cold(torch.ones(3), 7000 + times)  # a key that no other test has
         assert caught.value is error
@@ -860,7 +859,7 @@ def test_a_kind_of_runtime_error_of_a_reference_stays(ops: SimpleNamespace, monk
     def fail(*_: Any) -> Tensor:
         raise torch.OutOfMemoryError("no more")
 
-    monkeypatch.setattr(ops.fail, "reference", fail)
+    monkeypatch.setattr(ops.fail._reference, "_function", fail)
     for _ in range(2):
         with pytest.raises(torch.OutOfMemoryError, match="no more"):
             ops.fail(_X.double(), "this")

@@ -184,7 +184,7 @@ def test_every_cuda_example_is_compiled() -> None:
 def test_every_overload_has_its_schema_in_the_reference(op: torch_jit_ops.Op) -> None:
     text = (ROOT / "docs/ops.md").read_text()
     assert f"## {op.name}\n" in text
-    for overload in op.overloads():
+    for overload in op.declaration.overloads:
         schema = str(getattr(op.packet, overload or "default")._schema)
         if overload == "out" and not planned_out.PLANNED:  # the document is that of PyTorch 2.13
             outputs = re.findall(r"Tensor\(a\d+!\)", schema)

@@ -14,7 +14,7 @@ from fuse_program import Program
 from fuse_spellings import SPELLINGS
 from torch.fx import Graph, Node
 
-from torch_jit_ops.op import libraries
+from torch_jit_ops import registry
 
 CHUNK = 25
 
@@ -52,7 +52,7 @@ def test_what_went_wrong_once(name: str) -> None:
 
 
 def test_every_op_that_is_looked_for_has_programs() -> None:
-    declared = {op.qualified_name for library in libraries() for op in library.ops.values() if op.patterns is not None}
+    declared = {op.qualified_name for op in registry.ops() if op.declaration.patterns is not None}
     extra = {name if "::" in name else f"jitk::{name}" for name in EXTRA}
     assert {name for name in declared | extra if name.startswith(("jitk::", "userlib::"))} == set(SPELLINGS)
 

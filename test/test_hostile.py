@@ -133,7 +133,7 @@ def _is_worth_a_call(case: Case, layout: Layout, alone: bool = False) -> bool:
         return True
     if layout.is_of_rows and not alone:
         return True
-    return case.dtype == case.op.dtypes[-1] and (layout.is_of_rows or case.index < 2)
+    return case.dtype == case.op.declaration.dtypes[-1] and (layout.is_of_rows or case.index < 2)
 
 
 def _in_layouts() -> list[Any]:
@@ -211,7 +211,7 @@ def _outs(case: Case, make: Callable[[Tensor], Tensor] = lambda tensor: tensor) 
     results = call(case.op, case.sample()).tensors
     return {
         name: make(poisoned(result.shape, result.dtype, case.device))
-        for name, result in zip(case.op.outputs, results, strict=True)
+        for name, result in zip(case.op.declaration.outputs, results, strict=True)
     }
 
 
@@ -251,7 +251,7 @@ def test_out_whose_rows_are_one_is_refused(case: Case) -> None:
 @over(has_out, is_first)
 def test_out_of_wrong_shape_or_dtype_or_number_of_dimensions(case: Case) -> None:
     sample = case.sample()
-    for name in case.op.outputs:
+    for name in case.op.declaration.outputs:
         for wrong in (
             lambda tensor: tensor.new_empty([*tensor.shape[:-1], tensor.shape[-1] + 1]),
             lambda tensor: tensor.new_empty([tensor.shape[0] + 1, *tensor.shape[1:]]),
@@ -267,7 +267,7 @@ def test_out_of_wrong_shape_or_dtype_or_number_of_dimensions(case: Case) -> None
 
 
 def _can_be_written_in_place(case: Case) -> bool:
-    if len(case.op.outputs) != 1:
+    if len(case.op.declaration.outputs) != 1:
         return False
     first = tensors_of(case.sample())[0]
     result = call(case.op, case.sample(), case.op.reference).tensors[0]
@@ -287,7 +287,7 @@ def test_out_in_the_memory_of_an_input(case: Case) -> None:
             start = out.shape[-1] - expected.shape[-1] if from_end else 0
             out = out.narrow(-1, start, expected.shape[-1])
         try:
-            case.op.out(*passed.args, **passed.kwargs, **{case.op.outputs[0]: out})
+            case.op.out(*passed.args, **passed.kwargs, **{case.op.declaration.outputs[0]: out})
         except RuntimeError as error:
             refused = not first.reusable and f"shares memory with argument '{first.name}'" in str(error)
             assert refused or ".contiguous()" in str(error) or "overlap" in str(error)
@@ -319,11 +319,11 @@ def test_rows_farther_apart_than_an_int32_reaches(case: Case) -> None:
             assert ".contiguous()" in str(error)
             continue
         oracle.verify(case.op, case.device, case.dtype, plain, actual)
-    for place, name in enumerate(case.op.outputs):
+    for place, name in enumerate(case.op.declaration.outputs):
         expected = call(case.op, plain)
         if not is_batched(expected.tensors[place], tokens):
             continue
-        outs = dict(zip(case.op.outputs, (torch.empty_like(tensor) for tensor in expected.tensors), strict=True))
+        outs = dict(zip(case.op.declaration.outputs, (torch.empty_like(tensor) for tensor in expected.tensors), strict=True))
         outs[name] = far(outs[name].fill_(0))
         try:
             case.op.out(*plain.args, **plain.kwargs, **outs)
@@ -365,7 +365,7 @@ def _same_as_the_reference(case: Case, sample: Sample, refusal: str = "", cancel
 
 def _is_one_of_few(case: Case) -> bool:
     """All cases, but of an op with many those of one dtype and the first samples of each."""
-    return not _takes_many_calls(case) or case.dtype == case.op.dtypes[-1] or case.index < 2
+    return not _takes_many_calls(case) or case.dtype == case.op.declaration.dtypes[-1] or case.index < 2
 
 
 @over(has_tokens, _is_one_of_few)
@@ -374,10 +374,10 @@ def test_other_numbers_of_tokens(case: Case, tokens: int) -> None:
     given = with_tokens(case.sample(), tokens)
     actual = call(case.op, copy_with_storage(given))
     oracle.verify(case.op, case.device, case.dtype, given, actual)
-    if case.op.outputs:
+    if case.op.declaration.outputs:
         outs = tuple(poisoned(tensor.shape, tensor.dtype, case.device) for tensor in actual.tensors)
-        case.op.out(*given.args, **given.kwargs, **dict(zip(case.op.outputs, outs, strict=True)))
-        for name, out, tensor in zip(case.op.outputs, outs, actual.tensors, strict=True):
+        case.op.out(*given.args, **given.kwargs, **dict(zip(case.op.declaration.outputs, outs, strict=True)))
+        for name, out, tensor in zip(case.op.declaration.outputs, outs, actual.tensors, strict=True):
             assert_same_bits(out, tensor, name)
 
 
@@ -430,7 +430,7 @@ def _mixed_dtypes() -> list[Any]:
             continue
         half = torch.bfloat16 if case.dtype == torch.float16 else torch.float16
         # A kernel may serve a mixture of those it knows, and then each is a compilation.
-        serves = [half] if case.dtype == case.op.dtypes[-1] or not _takes_many_calls(case) else []
+        serves = [half] if case.dtype == case.op.declaration.dtypes[-1] or not _takes_many_calls(case) else []
         chosen += [pytest.param(case, dtype, id=f"{case}-{dtype}") for dtype in (torch.float64, torch.int64, *serves)]
     return chosen
 

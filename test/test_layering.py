@@ -30,18 +30,33 @@ HEAVY |= {"stdexcept", "tuple", "map", "unordered_map", "memory", "iomanip", "fs
 
 # Lower modules first; a module imports from those above it in this list alone. The root module and the CLI see all of them.
 ORDER = [
-    ("forks",),
-    ("builder/driver", "environment", "store/forms", "checks/layout", "builder/limits", "features/planned_out", "samples"),
+    ("forks", "registry"),
+    (
+        "builder/workarounds",
+        "environment",
+        "store/forms",
+        "checks/layout",
+        "builder/compiler_jobs",
+        "features/planned_out",
+        "samples",
+    ),
     ("signature", "statistics"),
+    ("rows",),
     ("features/vmap", "fallback", "checks/matcher", "checks/overlap", "progress", "features/dtensor", "store/trust", "variant"),
     ("store/lock", "backends/toolchain"),
-    ("store/prune", "builder/remedy"),
+    ("store/prune", "builder/errors"),
     ("store/cache",),
+    ("builder/log", "builder/unit"),
+    ("builder/compilers", "builder/shared_object"),
+    ("builder/compile",),
+    ("builder/load",),
     ("builder/loader",),
     ("dispatcher", "store/listing", "manifest"),
-    ("features/build_while_tracing",),
-    ("features/autograd",),
+    ("declaration",),
+    ("features/build_while_tracing", "options", "reference"),
+    ("boot", "features/autograd", "features/traced"),
     ("op", "jit_module"),
+    ("op_library",),
     ("store/bundle", "testing", "ahead/build_ahead"),
     ("ahead/deployment",),
     ("ops",),
@@ -106,9 +121,13 @@ def _modules() -> list[Path]:
 
 
 def _imported(path: Path) -> set[str]:
-    """Names of this package's modules that ``path`` imports, also inside of functions."""
+    """Names of this package's modules that ``path`` imports, also inside of functions; those for annotations alone left out."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch_jit_ops import Op, Sample
 from torch_jit_ops.testing import oracle
 
-NORMS = {op.name: op for op in OPS if op.library.namespace == "jitk" and "norm" in op.name}
+NORMS = {op.name: op for op in OPS if op.declaration.namespace == "jitk" and "norm" in op.name}
 HALVES = [torch.float16, torch.bfloat16]
-DEVICES = [device for device in devices() if device in NORMS["rmsnorm"].kernels]
+DEVICES = [device for device in devices() if device in NORMS["rmsnorm"].declaration.kernels]
 ops = torch.ops.jitk
 
 

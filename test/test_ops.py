@@ -36,14 +36,14 @@ from torch_jit_ops.testing.check import kernel_alone
 
 
 def made_by_out(op: Op, sample: Sample, outs: tuple[Tensor, ...]) -> None:
-    op.out(*sample.args, **sample.kwargs, **dict(zip(op.outputs, outs, strict=True)))
+    op.out(*sample.args, **sample.kwargs, **dict(zip(op.declaration.outputs, outs, strict=True)))
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.qualified_name)
 def test_has_samples_of_each_dtype(op: Op) -> None:
-    assert op.samples is not None, f"{op.qualified_name} declares no samples, so nothing tests it"
-    assert set(op.kernels) & set(devices()), f"{op.qualified_name} has no kernel that this machine can run"
-    for dtype in op.dtypes:
+    assert op.declaration.samples is not None, f"{op.qualified_name} declares no samples, so nothing tests it"
+    assert set(op.declaration.kernels) & set(devices()), f"{op.qualified_name} has no kernel that this machine can run"
+    for dtype in op.declaration.dtypes:
         samples = samples_of(op, "cpu", dtype)
         assert len(samples) > 1, f"{op.qualified_name} has {len(samples)} samples for {dtype}"
         assert all(sample.note for sample in samples), "each sample says why it is there"
@@ -72,7 +72,7 @@ def test_out_form_makes_the_same_bits(case: Case) -> None:
     before = copy_with_storage(Sample(outs))
     with kernel_alone(case.op):
         made_by_out(case.op, sample, outs)
-    for name, out, tensor, old in zip(case.op.outputs, outs, expected.tensors, before.args, strict=True):
+    for name, out, tensor, old in zip(case.op.declaration.outputs, outs, expected.tensors, before.args, strict=True):
         assert_same_bits(out, tensor, name)
         assert_only_written_inside(out, old, name)
 
@@ -219,7 +219,7 @@ def test_the_profiler_shows_the_op_and_its_shapes(case: Case) -> None:
         if has_gradient(case):
             case.op.default(*wanting.args, **wanting.kwargs)
     shown = [event.input_shapes for event in profile.events() if event.name == case.op.qualified_name]
-    values = case.op.arguments(*sample.args, **sample.kwargs)
+    values = case.op.declaration.arguments(*sample.args, **sample.kwargs)
     shapes = [list(value.shape) if isinstance(value, Tensor) else [] for value in values]
     assert len(shown) == 1 + has_out(case) + has_gradient(case)
     for one in shown:

@@ -11,9 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from torch_jit_ops import OpLibrary
+from torch_jit_ops import OpLibrary, registry
 from torch_jit_ops.checks import overlap
-from torch_jit_ops.op import _libraries
 
 _TOUCH = """
 #include <jitk/result.h>
@@ -50,7 +49,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
         return None
 
     yield made
-    _libraries.remove(made)
+    registry.remove(made)
 
 
 def _bytes(tensor: Tensor) -> list[int]:

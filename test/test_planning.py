@@ -43,14 +43,14 @@ def test_pytorch_finds_the_out_form(case: Case) -> None:
 def test_the_out_form_returns_its_outputs_or_nothing(case: Case) -> None:
     sample = case.sample()
     outs = [poisoned(tensor.shape, tensor.dtype, case.device) for tensor in call(case.op, sample).tensors]
-    kwargs = dict(zip(case.op.outputs, outs, strict=True))
+    kwargs = dict(zip(case.op.declaration.outputs, outs, strict=True))
     for change in (lambda tensor: tensor, lambda tensor: tensor.double()):  # no kernel serves float64: the reference does
         given = [change(arg) if isinstance(arg, Tensor) else arg for arg in sample.args]
         if not planned_out.PLANNED:
             assert case.op.out(*sample.args, **sample.kwargs, **kwargs) is None
             continue
         outs = [torch.empty_like(tensor) for tensor in call(case.op, Sample(tuple(given), sample.kwargs)).tensors]
-        returned = case.op.out(*given, **sample.kwargs, **dict(zip(case.op.outputs, outs, strict=True)))
+        returned = case.op.out(*given, **sample.kwargs, **dict(zip(case.op.declaration.outputs, outs, strict=True)))
         for out, result in zip(outs, returned if isinstance(returned, (tuple, list)) else [returned], strict=True):
             assert result is out
 
@@ -69,7 +69,7 @@ def test_generated_code_calls_the_out_form(case: Case, dynamic: bool) -> None:
 
     compiled = torch.compile(run, fullgraph=True, dynamic=dynamic)
     results, [code] = run_and_get_code(compiled, case.sample().args, dict(case.sample().kwargs))
-    name = f"torch.ops.{case.op.library.namespace}.{case.op.name}"
+    name = f"torch.ops.{case.op.declaration.namespace}.{case.op.name}"
     assert len(re.findall(rf"= {re.escape(name)}\.{'out' if planned_out.PLANNED else 'default'}\(", code)) == 1, code
     for tokens in (None, 5, 64) if dynamic else (None,):
         sample = case.sample() if tokens is None else with_tokens(case.sample(), tokens)

@@ -35,6 +35,6 @@ def run(scenario: str, backend: str, folder: Path) -> str:
     ],
 )
 def test_one_graph_of_all_ops_serves_every_number_of_tokens(scenario: str, backend: str, graphs: int, tmp_path: Path) -> None:
-    ops = [op for op in OPS if any((tokens_of(sample) or 0) > 1 for sample in samples_of(op, "cpu", op.dtypes[-1]))]
+    ops = [op for op in OPS if any((tokens_of(sample) or 0) > 1 for sample in samples_of(op, "cpu", op.declaration.dtypes[-1]))]
     assert len(ops) > 10
     assert run(scenario, backend, tmp_path) == f"{len(ops)} ops, 0 graph breaks, {graphs} graphs\n"

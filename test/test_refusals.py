@@ -24,7 +24,7 @@ from torch_jit_ops import Op
 _HOSTILE = int(os.environ.get("JITK_TEST_REFUSALS", "60"))
 _COMPILED = 6  # of them
 
-BUILT_IN = [op for op in OPS if op.library.namespace == "jitk"]
+BUILT_IN = [op for op in OPS if op.declaration.namespace == "jitk"]
 DEVICE = devices()[-1]
 DTYPES = [torch.float64, torch.int32, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn, torch.float16]
 
@@ -38,12 +38,12 @@ def _arguments(op: Op, rng: random.Random) -> dict[str, Any]:
     sizes = {"hidden": 8, "d": 4, "head_dim": 8, "tokens": 3, "q_heads": 4, "k_heads": 2}
     given: dict[str, Any] = {}
     for argument in op.signature.arguments:
-        pattern = next((pattern for pattern in op.tensors if pattern.name == argument.name), None)
+        pattern = next((pattern for pattern in op.declaration.tensors if pattern.name == argument.name), None)
         if pattern is not None:
             shape = (leading if pattern.leading else []) + [
                 size.number * sizes[size.name] for size in pattern.sizes if size.name
             ]
-            given[argument.name] = torch.ones(shape, dtype=op.dtypes[-1])
+            given[argument.name] = torch.ones(shape, dtype=op.declaration.dtypes[-1])
         elif argument.kind == "i":
             given[argument.name] = 5
     return given
@@ -124,10 +124,10 @@ def _hostile(op: Op, seed: int) -> tuple[dict[str, Any], dict[str, Tensor], str]
     rng = random.Random(f"{op.qualified_name} {seed}")
     given = _arguments(op, rng)
     outs: dict[str, Tensor] = {}
-    if op.outputs and rng.random() < 0.5:
+    if op.declaration.outputs and rng.random() < 0.5:
         results = op.default(**given)
         results = results if isinstance(results, tuple) else (results,)
-        outs = dict(zip(op.outputs, map(torch.empty_like, results), strict=True))
+        outs = dict(zip(op.declaration.outputs, map(torch.empty_like, results), strict=True))
     said = []
     for _ in range(rng.choice([0, 1, 1, 1, 1, 2, 2])):
         both = {**given, **outs}

@@ -16,7 +16,9 @@ from expecttest import assert_expected_inline
 
 from torch_jit_ops import dispatcher
 from torch_jit_ops.backends import toolchain
-from torch_jit_ops.builder import loader, remedy
+from torch_jit_ops.builder import compilers, loader
+from torch_jit_ops.builder import load as load_module
+from torch_jit_ops.builder import log as build_log
 from torch_jit_ops.store import cache, trust
 
 _LOGS = {
@@ -42,7 +44,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("JITK_CACHE_PATH", raising=False)
     cache._warned.clear()
     yield
-    loader._compilers.clear()
+    compilers._known.clear()
 
 
 @pytest.fixture
@@ -64,7 +66,7 @@ def failure(unit: loader.Unit) -> str:
 
 
 def test_the_remedies() -> None:
-    remedies = [f"{name}: {remedy.remedy_for(log)}" for name, log in _LOGS.items()]
+    remedies = [f"{name}: {build_log.remedy_for(log)}" for name, log in _LOGS.items()]
     assert_expected_inline(
         "\n".join(textwrap.fill(text, 100, subsequent_indent="    ") for text in remedies),
         """\
@@ -98,7 +100,7 @@ no ninja: pip install ninja""",
     ],
 )
 def test_no_remedy_where_the_cause_is_not_known(log: str) -> None:
-    assert remedy.remedy_for(log) is None
+    assert build_log.remedy_for(log) is None
 
 
 def test_an_error_with_its_remedy(compiler: Path) -> None:
@@ -213,7 +215,7 @@ the dispatcher for x86-64 is not in the kernel cache, and JITK_NO_COMPILE=1 forb
 def test_no_compile_lets_a_kernel_in_the_cache_load(monkeypatch: pytest.MonkeyPatch) -> None:
     unit = store_child.unit(9)
     loader.load(unit)
-    loader._results.clear()
+    load_module._results.clear()
     monkeypatch.setenv("JITK_NO_COMPILE", "1")
     assert store_child.value(loader.load(unit)) == 9
 

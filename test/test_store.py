@@ -17,7 +17,8 @@ import store_child
 from expecttest import assert_expected_inline
 
 from torch_jit_ops import environment
-from torch_jit_ops.builder import loader
+from torch_jit_ops.builder import compilers, loader
+from torch_jit_ops.builder import load as load_module
 from torch_jit_ops.store import cache, trust
 
 DAY_S = 86400.0
@@ -32,7 +33,7 @@ class Here:
 
     def load(self, unit: loader.Unit) -> tuple[int, bool]:
         """What the library returns, and whether it was compiled."""
-        loader._results.clear()
+        load_module._results.clear()
         cache._file_digests.clear()
         loaded = loader.load(unit)
         return store_child.value(loaded), loaded.compiled
@@ -52,8 +53,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Here]:
     monkeypatch.setenv("JITK_VERBOSE", "1")
     cache._warned.clear()
     yield Here(tmp_path)
-    loader._results.clear()
-    loader._compilers.clear()
+    load_module._results.clear()
+    compilers._known.clear()
 
 
 def reading(folder: Path) -> loader.Unit:
@@ -105,7 +106,7 @@ def test_a_hit_starts_no_process(here: Here, monkeypatch: pytest.MonkeyPatch) ->
     units = [store_child.unit(number) for number in range(3)]
     for unit in units:
         here.load(unit)
-    loader._compilers.clear()
+    compilers._known.clear()
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a process was started"))
     assert [here.load(unit) for unit in units] == [(number, False) for number in range(3)]
 

@@ -23,7 +23,8 @@ from expecttest import assert_expected_inline
 import torch_jit_ops
 from torch_jit_ops import manifest, variant
 from torch_jit_ops.backends import toolchain
-from torch_jit_ops.builder import loader
+from torch_jit_ops.builder import compilers, loader
+from torch_jit_ops.builder import load as load_module
 from torch_jit_ops.signature import Argument, Signature
 from torch_jit_ops.store import cache, forms, listing, lock, trust
 
@@ -40,8 +41,8 @@ class Here:
 
     def load(self, unit: loader.Unit) -> tuple[int, bool]:
         """What the library returns, and whether it was compiled."""
-        loader._results.clear()
-        loader._compilers.clear()
+        load_module._results.clear()
+        compilers._known.clear()
         cache._file_digests.clear()
         loaded = loader.load(unit)
         return store_child.value(loaded), loaded.compiled
@@ -61,8 +62,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Here]:
     monkeypatch.setenv("JITK_VERBOSE", "1")
     cache._warned.clear()
     yield Here(tmp_path)
-    loader._results.clear()
-    loader._compilers.clear()
+    load_module._results.clear()
+    compilers._known.clear()
 
 
 @pytest.fixture(autouse=True)
@@ -469,7 +470,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JITK_CACHE_DIR", str(root))
         patch.delenv("CXX", raising=False)  # as for the tests
-        loader._results.clear()
+        load_module._results.clear()
         loader.load(store_child.unit(1))
     return root
 

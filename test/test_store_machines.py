@@ -24,7 +24,8 @@ from torch.utils import cpp_extension
 from torch_jit_ops import dispatcher, environment
 from torch_jit_ops.ahead import build_ahead
 from torch_jit_ops.backends import toolchain
-from torch_jit_ops.builder import driver, loader
+from torch_jit_ops.builder import compilers, errors, loader, shared_object, workarounds
+from torch_jit_ops.builder import load as load_module
 from torch_jit_ops.cli import doctor
 from torch_jit_ops.store import cache, lock, trust
 
@@ -113,14 +114,14 @@ def test_nowhere_to_run_programs(here: Here, noexec: Path, monkeypatch: pytest.M
 def test_a_library_that_may_not_be_run(here: Here, said: str, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     """As where a policy of the system forbids it."""
     assert here.load(store_child.unit(1)) == (1, True)
-    original = loader._open
+    original = shared_object.open_library
 
     def refuse(path: Path) -> Any:
         if here.store.root in path.parents:
             raise OSError(f"{path}: failed to map segment from shared object{said}")
         return original(path)
 
-    monkeypatch.setattr(loader, "_open", refuse)
+    monkeypatch.setattr(shared_object, "open_library", refuse)
     before = here.tree("cache")
     assert warned(here, store_child.unit(1), (1, False)) == [NOEXEC]
     assert here.tree("cache") == before
@@ -133,7 +134,7 @@ def test_a_process_without_room_deletes_nothing(here: Here, said: str, monkeypat
     def refuse(path: Path) -> Any:
         raise OSError(said)
 
-    monkeypatch.setattr(loader, "_open", refuse)
+    monkeypatch.setattr(shared_object, "open_library", refuse)
     before = here.tree("cache")
     with pytest.raises(OSError, match=said):
         here.load(store_child.unit(1))
@@ -206,7 +207,7 @@ def test_a_lock_of_pytorchs_own_is_not_taken(here: Here, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(cpp_extension, "FileLock", NoLock, raising=False)
     monkeypatch.setattr(cpp_extension, "_jit_compile", locking)
-    driver._install.cache_clear()
+    workarounds._install.cache_clear()
     assert here.load(store_child.unit(1)) == (1, True)
     with pytest.raises(NotImplementedError):  # a program's own use
         cpp_extension.FileLock("lock")
@@ -285,7 +286,7 @@ def test_folders_of_headers_in_the_environment(here: Here, name: str, monkeypatc
 )
 def test_variables_that_compilers_obey(name: str, cpu: bool, cuda: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     def identity(backend: str) -> list[str]:
-        return list(loader._identity(backend, [toolchain.host_command()], Path(os.devnull)))
+        return list(compilers.identity(backend, [toolchain.host_command()], Path(os.devnull)))
 
     monkeypatch.delenv(name, raising=False)
     before = [identity(backend) for backend in ("cpu", "cuda")]
@@ -375,7 +376,7 @@ def test_a_failed_link_names_the_symbol(here: Here) -> None:  # noqa: F811
     extern "C" __attribute__((visibility("default"))) int jitk_value() { return mylib::helper<7>(1, ""); }
     """
     unit = store_child.unit(text=text)
-    loader._results.clear()
+    load_module._results.clear()
     errors = []
     for _ in range(2):
         with pytest.raises(loader.BuildError) as caught:
@@ -409,7 +410,7 @@ def nvcc_that_says(root: Path, text: str) -> toolchain.Toolkit:
 def test_a_gpu_that_nvcc_does_not_know(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     toolkit = nvcc_that_says(here.root, "nvcc fatal   : Unsupported gpu architecture 'compute_130a'")
     monkeypatch.setattr(toolchain, "cuda_toolkit", lambda: toolkit)
-    monkeypatch.setattr(loader, "_identity", lambda *_: ["nvcc"])
+    monkeypatch.setattr(compilers, "identity", lambda *_: ["nvcc"])
     unit = replace(store_child.unit(1), backend="cuda", arch="13.0a")
     with pytest.raises(loader.BuildError) as caught:
         here.load(unit)
@@ -418,8 +419,8 @@ def test_a_gpu_that_nvcc_does_not_know(here: Here, monkeypatch: pytest.MonkeyPat
         "<root>/bin/nvcc does not know compute_130a, so CUDA kernels cannot be built for this GPU\n"
         "  remedy: install a newer CUDA toolkit and set CUDA_HOME to its folder"
     )
-    assert isinstance(loader._build_error(str(caught.value)), loader.UnknownGpu)
-    assert type(loader._build_error("x did not compile")) is loader.BuildError
+    assert isinstance(errors.told(str(caught.value)), loader.UnknownGpu)
+    assert type(errors.told("x did not compile")) is loader.BuildError
     assert staged(here) == []
     dispatcher._warned.clear()
     monkeypatch.setenv("JITK_FALLBACK", "warn")

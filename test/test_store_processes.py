@@ -20,6 +20,7 @@ import pytest
 import store_child
 from expecttest import assert_expected_inline
 
+from torch_jit_ops.builder import load as load_module
 from torch_jit_ops.builder import loader
 from torch_jit_ops.store import cache, lock
 
@@ -85,11 +86,11 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine
     for name, text in made.environment.items():
         monkeypatch.setenv(name, text)
     yield made
-    loader._results.clear()
+    load_module._results.clear()
 
 
 def load_here(unit: loader.Unit) -> int:
-    loader._results.clear()
+    load_module._results.clear()
     return store_child.value(loader.load(unit))
 
 
@@ -258,10 +259,10 @@ def test_without_locks_the_rename_is_enough(machine: Machine, monkeypatch: pytes
         raise error
 
     monkeypatch.setattr(filelock.FileLock, "acquire", fail)
-    monkeypatch.setattr(loader.cache.Store, "find", lambda *_, **__: None)  # so that both build
+    monkeypatch.setattr(cache.Store, "find", lambda *_, **__: None)  # so that both build
     unit = store_child.unit(6)
     for _ in range(2):
-        loader._results.clear()
+        load_module._results.clear()
         loaded = loader.load(unit)
         assert store_child.value(loaded) == 6
         assert loaded.path.is_file(), "of the two, the first stays"
@@ -275,7 +276,7 @@ def test_without_locks_the_rename_is_enough(machine: Machine, monkeypatch: pytes
 def test_a_fork_in_the_middle_of_a_build(machine: Machine) -> None:
     machine.set_delay(0.5)
     unit = store_child.unit(7)
-    loader._results.clear()
+    load_module._results.clear()
     builder = threading.Thread(target=loader.load, args=(unit,))
     builder.start()
     while machine.compiled() == 0:

@@ -14,7 +14,7 @@ import user_library
 from expecttest import assert_expected_inline
 from torch import Tensor
 
-from torch_jit_ops import Op, OpLibrary, Sample, SampleMaker
+from torch_jit_ops import Op, OpLibrary, Rows, Sample, SampleMaker
 from torch_jit_ops.testing import check
 
 _KERNELS = """\
@@ -128,10 +128,10 @@ def test_rows_that_are_not_what_they_are_declared(tmp_path: Path) -> None:
     texts = []
     for function, options in (
         (written, {"mutates": ("x",)}),
-        (mean, {"sums": ("out",)}),
-        (last, {"elementwise": True}),
+        (mean, {"rows": Rows("x", sums=("out",))}),
+        (last, {"rows": Rows("x", elementwise=True)}),
     ):
-        declare = library.op(rows=("x",), samples=_samples, dtypes=(torch.float32,), **options)
+        declare = library.op(samples=_samples, dtypes=(torch.float32,), **{"rows": ("x",), **options})
         texts.append(complaint(declare(function)))
     assert_expected_inline(
         "\n".join(texts),
@@ -142,6 +142,27 @@ lib::mean on cpu with float32, sample 0 (a usual one): rows
 result 0 of halves along dimension 0 is not that of the whole
 lib::last on cpu with float32, sample 0 (a usual one): rows
 result 0 of halves along dimension 1 is not that of the whole""",
+    )
+
+
+def test_positions_of_tokens(tmp_path: Path) -> None:
+    """An argument with tokens alone goes along where tokens are split, and stays whole where heads are."""
+
+    def samples(make: SampleMaker) -> Iterator[Sample]:
+        yield Sample((make.randn(6, 4, 8), make.randn(6)), note="a usual one")
+
+    def turned(x: Tensor, angles: Tensor) -> Tensor:
+        return x * angles.cos()[..., None, None]
+
+    def led(x: Tensor, angles: Tensor) -> Tensor:
+        return x * angles[..., :1].cos()[..., None, None]
+
+    library = OpLibrary(f"checked{next(_numbers)}", csrc=tmp_path)
+    declare = library.op(rows=Rows("x", per_token=("angles",)), samples=samples, dtypes=(torch.float32,))
+    check(declare(turned))
+    assert complaint(declare(led)) == (
+        "lib::led on cpu with float32, sample 0 (a usual one): rows\n"
+        "result 0 of halves along dimension 0 is not that of the whole"
     )
 
 

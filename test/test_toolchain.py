@@ -16,7 +16,7 @@ from torch.utils import cpp_extension
 
 from torch_jit_ops import environment
 from torch_jit_ops.backends import toolchain
-from torch_jit_ops.builder import loader
+from torch_jit_ops.builder import compile, loader
 
 
 def program(path: Path, text: str = "#!/bin/sh\necho made up, release 13.0\n") -> Path:
@@ -187,12 +187,12 @@ def test_the_build_gets_every_part(machine: Machine) -> None:
     machine.monkeypatch.setattr(cpp_extension, "load", lambda *_, **options: asked.update(options))
     machine.monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
     unit = loader.Unit("name", "label", "cuda", "9.0a", "", include=(machine.root / "mine",))
-    loader._run_cpp_extension(unit, machine.root, machine.root / "unit.cu", "module")
+    compile._run_cpp_extension(unit, machine.root, machine.root / "unit.cu", "module")
     assert str(upper) == cpp_extension.CUDA_HOME
     assert asked["extra_include_paths"] == [str(machine.root / "mine"), str(loader.include_dir()), str(lower / "include")]
     folder = Path(asked["extra_ldflags"][-1].removeprefix("-L"))
     assert (folder / "libcudart.so").resolve() == libcudart
-    assert lower / "include" in loader._system_folders(unit)
+    assert lower / "include" in compile._system_folders(unit)
 
 
 def test_folders_that_a_command_would_part(machine: Machine) -> None:
@@ -209,7 +209,7 @@ def test_folders_that_a_command_would_part(machine: Machine) -> None:
     machine.monkeypatch.setattr(cpp_extension, "TORCH_LIB_PATH", None)
     machine.monkeypatch.setattr(torch, "__file__", "/my env/torch/__init__.py")
     unit = loader.Unit("name", "label", "cuda", "9.0a", "")
-    loader._run_cpp_extension(unit, machine.root, machine.root / "unit.cu", "module")
+    compile._run_cpp_extension(unit, machine.root, machine.root / "unit.cu", "module")
     assert cpp_extension.TORCH_LIB_PATH == "'/my env/torch/lib'"
     assert cpp_extension.CUDA_HOME == "links/toolkit"  # ninja runs in the staging folder
     assert (machine.root / "links/toolkit").resolve() == home

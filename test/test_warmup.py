@@ -18,7 +18,8 @@ import torch_jit_ops
 from torch_jit_ops import OpLibrary, manifest
 from torch_jit_ops.ahead import build_ahead
 from torch_jit_ops.backends import toolchain
-from torch_jit_ops.builder import limits, loader
+from torch_jit_ops.builder import compiler_jobs, loader
+from torch_jit_ops.builder import load as load_module
 
 _SOURCE = """
 #include <jitk/result.h>
@@ -51,7 +52,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpLibrary]:
         return x.clone()
 
     yield made
-    torch_jit_ops.op._libraries.remove(made)  # the generic tests of other files want samples
+    torch_jit_ops.registry.remove(made)  # the generic tests of other files want samples
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +68,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 
 def forget() -> None:
     """What a new process knows."""
-    loader._results.clear()
+    load_module._results.clear()
     torch_jit_ops.reset_stats()
 
 
@@ -322,4 +323,4 @@ def machine(root: Path, files: dict[str, str]) -> Path:
 )
 def test_jobs_fit_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], jobs: int) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
-    assert limits.compiler_jobs(machine(tmp_path, files)) == jobs
+    assert compiler_jobs.compiler_jobs(machine(tmp_path, files)) == jobs

@@ -14,15 +14,16 @@ with warnings.catch_warnings():  # PyTorch says so on its import, and nothing he
     import torch  # noqa: F401
 
 from torch_jit_ops.backends.toolchain import MissingCompiler as MissingCompiler
-from torch_jit_ops.builder.loader import BuildError as BuildError
+from torch_jit_ops.builder.errors import BuildError as BuildError
 from torch_jit_ops.jit_module import Module as Module
 from torch_jit_ops.jit_module import cache_once as cache_once
 from torch_jit_ops.jit_module import load_jit as load_jit
 from torch_jit_ops.jit_module import make_cpp_args as make_cpp_args
 from torch_jit_ops.op import Op as Op
-from torch_jit_ops.op import OpLibrary as OpLibrary
-from torch_jit_ops.op import libraries as libraries
+from torch_jit_ops.op_library import OpLibrary as OpLibrary
 from torch_jit_ops.ops import library as library
+from torch_jit_ops.registry import libraries as libraries
+from torch_jit_ops.rows import Rows as Rows
 from torch_jit_ops.samples import Sample as Sample
 from torch_jit_ops.samples import SampleMaker as SampleMaker
 from torch_jit_ops.statistics import Statistics as Statistics

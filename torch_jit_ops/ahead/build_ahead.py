@@ -9,7 +9,6 @@ torch_jit_ops.build(manifest="run.jsonl")                            what JITK_R
 from __future__ import annotations
 
 import contextlib
-import difflib
 import itertools
 import os
 import sys
@@ -22,10 +21,11 @@ from typing import Any
 
 import torch
 
-from torch_jit_ops import dispatcher, environment, fallback, manifest, progress
+from torch_jit_ops import dispatcher, environment, fallback, manifest, progress, registry
 from torch_jit_ops.backends import toolchain
-from torch_jit_ops.builder import limits, loader
-from torch_jit_ops.op import Op, libraries
+from torch_jit_ops.builder import compiler_jobs, loader
+from torch_jit_ops.op import Op
+from torch_jit_ops.registry import find_ops, nearest
 from torch_jit_ops.samples import SampleMaker
 from torch_jit_ops.variant import Value, VariantPattern
 
@@ -40,7 +40,7 @@ class Wanted:
     arch: str
 
     def unit(self) -> loader.Unit:
-        return self.op.unit(self.backend, self.values, self.arch)
+        return self.op.declaration.unit(self.backend, self.values, self.arch)
 
 
 Names = str | Op | Sequence[str | Op] | None
@@ -115,7 +115,7 @@ def load_all(units: Iterable[loader.Unit], jobs: int | None = None) -> Report:
     # Of several GPUs the current one: the others' kernels are loaded, from this process's libraries, when they are called.
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else -1
     here = toolchain.device_arch(device) if device >= 0 else None
-    with _bar(len(wanted)) as working, ThreadPoolExecutor(jobs or limits.compiler_jobs()) as pool:
+    with _bar(len(wanted)) as working, ThreadPoolExecutor(jobs or compiler_jobs.compiler_jobs()) as pool:
 
         def load(unit: loader.Unit) -> loader.Loaded:
             with working(f"{unit.label} {unit.arch}"):
@@ -178,17 +178,17 @@ def needed(
     backends, archs = targets(arch, backend)
     given = {name: _listed(values) for name, values in (arguments or {}).items()}
     only = _listed(dtypes) if dtypes is not None else None
-    known = {part.text for op in chosen for kernel in op.kernels.values() for part in kernel.pattern.placeholders}
+    known = {part.text for op in chosen for kernel in op.declaration.kernels.values() for part in kernel.pattern.placeholders}
     for name in given:
         if name not in known:
-            raise ValueError(f"no op here has the placeholder {name!r}{_nearest(name, known)}")
+            raise ValueError(f"no op here has the placeholder {name!r}{nearest(name, known)}")
     wanted = []
     for op in chosen:
-        if only is not None and ops is not None and not set(only) <= set(op.dtypes):
-            raise ValueError(f"{op.qualified_name} has kernels for {_shown(op.dtypes)}; got {_shown(only)}")
+        if only is not None and ops is not None and not set(only) <= set(op.declaration.dtypes):
+            raise ValueError(f"{op.qualified_name} has kernels for {_shown(op.declaration.dtypes)}; got {_shown(only)}")
         for each in backends:
-            if each in op.kernels:
-                for values in _values(op, op.kernels[each].pattern, only, given):
+            if each in op.declaration.kernels:
+                for values in _values(op, op.declaration.kernels[each].pattern, only, given):
                     wanted += [Wanted(op, each, values, target) for target in archs_of(each, archs)]
     return wanted
 
@@ -198,7 +198,7 @@ def replayed(
 ) -> list[Wanted]:
     """The variants that a manifest lists; CUDA kernels for ``arch`` where it is given, else for what they were recorded for."""
     chosen = {op.qualified_name: op for op in find_ops(ops)}
-    everything = {op.qualified_name for library in libraries() for op in library.ops.values()}
+    everything = {op.qualified_name for op in registry.ops()}
     archs = _listed(arch) if arch is not None else []
     wanted = []
     for entry in manifest.read(file):
@@ -207,37 +207,13 @@ def replayed(
         if entry.op not in chosen or (backend is not None and entry.backend not in _listed(backend)):
             continue
         op = chosen[entry.op]
-        if entry.backend not in op.kernels:
+        if entry.backend not in op.declaration.kernels:
             raise ValueError(f"{file}: {entry.op} has no {entry.backend} kernel")
         (toolchain.gencode if entry.backend == "cuda" else toolchain.march)(entry.arch)
-        values = manifest.values_of(entry, op.kernels[entry.backend].pattern)
+        values = manifest.values_of(entry, op.declaration.kernels[entry.backend].pattern)
         targets = archs if entry.backend == "cuda" and archs else [entry.arch]
         wanted += [Wanted(op, entry.backend, values, target) for target in targets]
     return wanted
-
-
-def find_ops(names: Names = None) -> list[Op]:
-    """The ops of these names, ``scale`` or ``mylib::scale``; all for None.
-
-    Raises:
-        ValueError: there is no such op; the text names the nearest.
-    """
-    everything = [op for library in libraries() for op in library.ops.values()]
-    if names is None:
-        return everything
-    chosen: list[Op] = []
-    for name in _listed(names):
-        found = [op for op in everything if op is name or name in (op.qualified_name, op.name)]
-        if not found:
-            known = [op.qualified_name if "::" in str(name) else op.name for op in everything]
-            raise ValueError(f"there is no op {str(name)!r}{_nearest(str(name), known)}")
-        chosen += found
-    return list(dict.fromkeys(chosen))
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, sorted(set(known)), n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(sorted(set(known))) or 'none'}"
 
 
 def targets(arch: str | Sequence[str] | None, backend: str | Sequence[str] | None) -> tuple[list[str], list[str]]:
@@ -268,7 +244,7 @@ def _values(
         if part.text in given
     }
     found: dict[tuple[Value, ...], None] = {}
-    for dtype in op.dtypes:
+    for dtype in op.declaration.dtypes:
         if dtypes is None or dtype in dtypes:
             for values in _seeds(op, pattern, dtype, chosen):
                 options = (chosen.get(part.text, [value]) for part, value in zip(pattern.placeholders, values, strict=True))
@@ -282,11 +258,11 @@ def _seeds(
     rest = [part for part in pattern.placeholders if part.text not in chosen]
     if not rest or [part.what for part in rest] == ["dtype"]:  # samples would tell nothing more
         yield (dtype,) * len(pattern.placeholders)
-    elif op.samples is not None:
-        for sample in op.samples(SampleMaker("cpu", dtype)):
-            unserved = op.unserved(pattern.dtypes_of(op.by_name(sample.args, sample.kwargs)))
+    elif op.declaration.samples is not None:
+        for sample in op.declaration.samples(SampleMaker("cpu", dtype)):
+            unserved = op.declaration.unserved(pattern.dtypes_of(op.declaration.by_name(sample.args, sample.kwargs)))
             if unserved is None:
-                yield pattern.values(pattern.words_of(op.arguments(*sample.args, **sample.kwargs)))
+                yield pattern.values(pattern.words_of(op.declaration.arguments(*sample.args, **sample.kwargs)))
             else:
                 fallback.warn_of_samples(unserved)
     else:

@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 
-from torch_jit_ops import dispatcher
+from torch_jit_ops import dispatcher, registry
 from torch_jit_ops.ahead import build_ahead
 from torch_jit_ops.backends import toolchain
 from torch_jit_ops.builder import loader
-from torch_jit_ops.op import Op, libraries
+from torch_jit_ops.op import Op
 from torch_jit_ops.store import trust
 
 LIBRARY = "libjitk_ops.so"
@@ -106,11 +106,11 @@ def _write(folder: Path, wanted: Sequence[build_ahead.Wanted], units: Sequence[l
         shutil.copyfile(loader.load(unit).path, folder / files[unit])
     lines = [_VERSION]
     for op in dict.fromkeys(each.op for each in wanted):
-        forms = op.overloads()
-        lines += [f"op {op.library.namespace} {signature.schema(_name(op, form))}" for form, signature in forms.items()]
-        for backend, kernel in op.kernels.items():
+        forms = op.declaration.overloads
+        lines += [f"op {op.declaration.namespace} {signature.schema(_name(op, form))}" for form, signature in forms.items()]
+        for backend, kernel in op.declaration.kernels.items():
             for form, signature in forms.items():
-                lines.append(f"slot {op.library.namespace} {_name(op, form)} {backend.upper()}")
+                lines.append(f"slot {op.declaration.namespace} {_name(op, form)} {backend.upper()}")
                 lines.append(kernel.pattern.plan(signature))
                 lines += [f"asked {part.text}" for part in kernel.pattern.placeholders]
                 for each, unit in zip(wanted, units, strict=True):
@@ -151,7 +151,7 @@ def called_by(program: Program, arch: str | Sequence[str] | None = None) -> Iter
     else:
         with open(program, "rb") as file:  # given a name that is not there, PyTorch 2.15 logs a traceback too
             exported = torch.export.load(file)
-    ops = {op.qualified_name: op for library in libraries() for op in library.ops.values()}
+    ops = {op.qualified_name: op for op in registry.ops()}
     for node in _nodes(exported.graph_module):
         for target in (node.target, *node.args):  # a functionalised call has the op as its first argument
             op = ops.get(target._schema.name) if isinstance(target, torch._ops.OpOverload) else None
@@ -172,13 +172,15 @@ def _nodes(module: torch.fx.GraphModule) -> Iterable[torch.fx.Node]:
 
 def _of_call(op: Op, node: torch.fx.Node, arch: str | Sequence[str] | None) -> Iterator[build_ahead.Wanted]:
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda each: each.meta["val"])
-    given = {name: value for name, value in kwargs.items() if name not in op.outputs}
-    values = op.arguments(*args, **given)
+    given = {name: value for name, value in kwargs.items() if name not in op.declaration.outputs}
+    values = op.declaration.arguments(*args, **given)
     device = next(value.device.type for value in values if isinstance(value, torch.Tensor))
     who = f"the program's call of {op.qualified_name}"
-    if device not in op.kernels:
-        raise ValueError(f"{who} is on {device}, where the op has no kernel; it has some for {', '.join(op.kernels) or 'none'}")
-    pattern = op.kernels[device].pattern
+    if device not in op.declaration.kernels:
+        raise ValueError(
+            f"{who} is on {device}, where the op has no kernel; it has some for {', '.join(op.declaration.kernels) or 'none'}"
+        )
+    pattern = op.declaration.kernels[device].pattern
     words = pattern.static_words_of(values)
     if words is None:
         names = ", ".join(part.text for part in pattern.placeholders)
@@ -188,8 +190,8 @@ def _of_call(op: Op, node: torch.fx.Node, arch: str | Sequence[str] | None) -> I
         )
     chosen = pattern.values(words)
     for value in chosen:
-        if isinstance(value, torch.dtype) and value not in op.dtypes:
-            served = ", ".join(str(dtype).removeprefix("torch.") for dtype in op.dtypes)
+        if isinstance(value, torch.dtype) and value not in op.declaration.dtypes:
+            served = ", ".join(str(dtype).removeprefix("torch.") for dtype in op.declaration.dtypes)
             asked = str(value).removeprefix("torch.")
             raise ValueError(f"{who} is in {asked}, for which the op has no kernel; it has some for {served}")
     archs = build_ahead.targets(arch, "cuda")[1] if device == "cuda" else [toolchain.host_isa()]

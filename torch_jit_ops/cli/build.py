@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from torch_jit_ops.ahead import build_ahead
-from torch_jit_ops.builder import limits
+from torch_jit_ops.builder import compiler_jobs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_choice(parser)
     parser.add_argument("--manifest", type=Path, metavar="FILE", help="compile what this file lists (JITK_RECORD writes one)")
     parser.add_argument(
-        "--jobs", type=int, help=f"compilers at a time (default: {limits.compiler_jobs()}, what this machine bears)"
+        "--jobs", type=int, help=f"compilers at a time (default: {compiler_jobs.compiler_jobs()}, what this machine bears)"
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 

@@ -20,8 +20,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from torch_jit_ops import dispatcher, environment
-from torch_jit_ops.ahead import build_ahead
+from torch_jit_ops import dispatcher, environment, registry
 from torch_jit_ops.cli import build, screen
 from torch_jit_ops.store import bundle, cache, forms, listing, prune
 
@@ -176,7 +175,7 @@ def _clear(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     """Write the variants in the store, or those of the named ops and the dispatcher, into one .tar.gz."""
-    build_ahead.find_ops(options.ops or None)
+    registry.find_ops(options.ops or None)
     wanted = [*options.ops, "(dispatcher)"] if options.ops else []
     count = bundle.export_variants(options.file, listing.variants(cache.default_store(), wanted))
     print(f"{options.file}: {count} variants, {screen.size(options.file.stat().st_size)}")

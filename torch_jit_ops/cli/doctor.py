@@ -31,7 +31,7 @@ import torch
 
 from torch_jit_ops import environment
 from torch_jit_ops.backends import toolchain
-from torch_jit_ops.builder import limits, loader
+from torch_jit_ops.builder import compiler_jobs, loader
 from torch_jit_ops.cli import screen
 from torch_jit_ops.store import cache, trust
 
@@ -236,7 +236,7 @@ def _shared(store: cache.Store) -> Iterator[Check]:
 
 def _machine() -> Iterator[Check]:
     cores = len(os.sched_getaffinity(0))
-    jobs = limits.compiler_jobs()
+    jobs = compiler_jobs.compiler_jobs()
     yield Check("machine", "ok", f"{cores} cores, {toolchain.host_isa()}; build runs {jobs} compilers at a time")
 
 

@@ -22,7 +22,7 @@ import shutil
 import sys
 from typing import Any
 
-from torch_jit_ops.ahead import build_ahead
+from torch_jit_ops import registry
 from torch_jit_ops.op import Op
 from torch_jit_ops.store import cache, listing
 
@@ -67,11 +67,11 @@ def _find(names: list[str]) -> list[Op]:
     Raises:
         ValueError: one of them fits no op.
     """
-    everything = build_ahead.find_ops()
+    everything = registry.find_ops()
     found: list[Op] = []
     for name in names:
         if not _is_pattern(name):
-            found += build_ahead.find_ops([name])
+            found += registry.find_ops([name])
             continue
         fitting = [op for op in everything if any(fnmatch.fnmatchcase(each, name) for each in (op.name, op.qualified_name))]
         if not fitting:
@@ -105,8 +105,8 @@ def _row(op: Op, compiled: list[str]) -> dict[str, Any]:
     return {
         "name": op.qualified_name,
         "summary": _summary(op),
-        "schemas": [str(getattr(op.packet, overload or "default")._schema) for overload in op.overloads()],
-        "dtypes": [str(dtype).removeprefix("torch.") for dtype in op.dtypes],
-        "kernels": {backend: kernel.source for backend, kernel in op.kernels.items()},
+        "schemas": [str(getattr(op.packet, overload or "default")._schema) for overload in op.declaration.overloads],
+        "dtypes": [str(dtype).removeprefix("torch.") for dtype in op.declaration.dtypes],
+        "kernels": {backend: kernel.source for backend, kernel in op.declaration.kernels.items()},
         "compiled": sorted(set(compiled)),
     }

@@ -16,7 +16,7 @@ import re
 import sys
 from pathlib import Path
 
-from torch_jit_ops.op import libraries
+from torch_jit_ops.registry import libraries
 
 _DECLARATION = '''\
 """The ops of my_library: ``torch.ops.my_library.my_op``. The import defines them; the first call compiles a kernel."""

@@ -2,7 +2,7 @@
 
 A call that wants no gradient would pay 4 us for the kernel in Python to find that out. csrc/runtime/autograd.cpp finds out in
 C++, and calls Python where a gradient is wanted. That library takes seconds to compile, so it is made in the background, once
-for a version of PyTorch; ``Gate`` hands an op over as soon as it is there.
+for a version of PyTorch; ``Handover`` hands an op over as soon as it is there.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from torch_jit_ops import dispatcher, forks
 from torch_jit_ops.signature import Signature
 
 
-class Gate:
+class Handover:
     """Hands the autograd keys of an op over to C++, once.
 
     Args:
         overloads: qualified names with their overloads: ``mylib::scale.out``.
-        is_open: while it says no, nothing is handed over.
+        is_due: while it says no, nothing is handed over.
     """
 
-    def __init__(self, overloads: Sequence[str], is_open: Callable[[], bool]) -> None:
+    def __init__(self, overloads: Sequence[str], is_due: Callable[[], bool]) -> None:
         self._overloads = overloads
-        self._is_open = is_open
-        self._passed = False
+        self._is_due = is_due
+        self._done = False
         self._lock = forks.Lock()
 
-    def pass_on(self) -> None:
+    def hand_over(self) -> None:
         """Hand over if the library is there. Each call that comes to a kernel in Python calls this."""
-        if self._passed or not self._is_open():
+        if self._done or not self._is_due():
             return
         with self._lock as again:
-            self._passed = self._passed or (not again and dispatcher.differentiate(self._overloads))
+            self._done = self._done or (not again and dispatcher.differentiate(self._overloads))
 
 
 def functional_kernel(
@@ -46,7 +46,7 @@ def functional_kernel(
     signature: Signature,
     reference: Callable[..., Any],
     backward: Callable[..., Any] | None,
-    gate: Gate,
+    handover: Handover,
 ) -> Callable[..., Any]:
     """The autograd kernel of an op that returns new tensors.
 
@@ -55,7 +55,7 @@ def functional_kernel(
         signature: of the op.
         reference: computes the same from operations that have derivatives.
         backward: what the op declares, or None: the reference is computed again and differentiated.
-        gate: of the op.
+        handover: of the op.
     """
     positional = sum(not argument.keyword_only for argument in signature.arguments)
     names = [argument.name for argument in signature.arguments[positional:]]
@@ -91,7 +91,7 @@ def functional_kernel(
             found = dict(zip(ctx.jitk_tensors, _as_tuple(backward(*grads, *args, **kwargs)), strict=True))
         return None, *(found.get(i) for i in range(len(values)))
 
-    # Of a single level: at the autograd key, functorch has chosen the level already, and would choose again.
+    # Handles one level: functorch picked it before the autograd key ran, and would pick again.
     function: Any = type(
         f"{overload._opname}_derivative",
         (torch.autograd.function._SingleLevelFunction,),
@@ -103,7 +103,7 @@ def functional_kernel(
     )
 
     def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
-        gate.pass_on()
+        handover.hand_over()
         if _has_tangent(*args, *kwargs.values()):
             return reference(*args, **kwargs)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args, *kwargs.values()):
@@ -116,7 +116,7 @@ def functional_kernel(
 
 
 def writing_kernel(
-    overload: Any, signature: Signature, refusal: str, remedies: Mapping[str, str], gate: Gate
+    overload: Any, signature: Signature, refusal: str, remedies: Mapping[str, str], handover: Handover
 ) -> Callable[..., Any]:
     """The autograd kernel of an op that writes arguments, and has no derivative.
 
@@ -125,13 +125,13 @@ def writing_kernel(
         signature: of the overload.
         refusal: the error where a derivative is wanted.
         remedies: what to do instead, where an argument ``requires grad`` and where it ``has a tangent``.
-        gate: of the op.
+        handover: of the op.
     """
     names = [argument.name for argument in signature.arguments]
     written = [argument.name for argument in signature.arguments if argument.written]
 
     def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
-        gate.pass_on()
+        handover.hand_over()
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         for name, value in given.items():
             if torch.is_grad_enabled() and isinstance(value, Tensor) and value.requires_grad:

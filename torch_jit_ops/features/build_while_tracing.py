@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from torch_jit_ops import dispatcher, environment, forks, progress
-from torch_jit_ops.builder import limits
+from torch_jit_ops.builder import compiler_jobs
 from torch_jit_ops.variant import VariantPattern
 
 
@@ -75,7 +75,7 @@ class _Workers:
                 return
             self._asked.add(what)
             self._jobs.append(job)
-            if self._threads >= limits.compiler_jobs():
+            if self._threads >= compiler_jobs.compiler_jobs():
                 return
             self._threads += 1
         try:

@@ -1,7 +1,8 @@
 """DTensor's sharding rules of ops, derived from what an op declares about its rows.
 
-    rmsnorm: rows=("input",)                 input Shard(0), weight Replicate  ->  result Shard(0)
-    rmsnorm_backward: sums=("grad_weight",)  the same, and grad Shard(0)       ->  grad_input Shard(0), grad_weight Partial
+    rmsnorm: Rows("input")                       input Shard(0), weight Replicate  ->  result Shard(0)
+    rmsnorm_backward: sums=("grad_weight",)      the same, and grad Shard(0)       ->  grad_input Shard(0), grad_weight Partial
+    apply_rope: per_token=("positions",)         q, k Shard(0), positions Shard(0); q, k Shard(1), positions Replicate
 
 ``register`` is called whenever an op's fake runs. DTensor runs it to learn the results' shapes, just before it looks for the
 rule; so nothing must be called beforehand, and a program without DTensors pays a look into ``sys.modules``.
@@ -11,25 +12,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from torch_jit_ops import forks
+from torch_jit_ops.rows import Rows
 from torch_jit_ops.signature import Argument, Signature
 
 _registered: set[Any] = set()
 _lock = forks.Lock()
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What an op does with rows: the options ``rows``, ``sums`` and ``elementwise`` of ``OpLibrary.op``."""
-
-    arguments: tuple[str, ...] = ()
-    sums: tuple[str, ...] = ()
-    elementwise: bool = False
 
 
 def register(overload: Any, signature: Signature, results: Sequence[str], rows: Rows) -> None:
@@ -89,9 +81,13 @@ def _acceptable(
     tensors = [(argument, spec) for argument, spec in given if argument.kind == "T" and spec is not None]
     dims = min((spec.ndim for argument, spec in tensors if argument.name in rows.arguments), default=0)
 
+    lengths = {argument.name: spec.ndim for argument, spec in tensors}
+
     def placed(name: str, dim: int) -> Any:
         if name in rows.sums:
             return Partial()
+        if name in rows.per_token and dim < lengths.get(name, 0):
+            return Shard(dim)
         return Shard(dim) if name in rows.arguments or name in results else Replicate()
 
     names = (*by_name, *results)

@@ -8,23 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_jit_ops.rows import Rows
 from torch_jit_ops.signature import Signature
 
 
-def rule(overload: Any, signature: Signature, rows: Sequence[str]) -> Callable[..., Any]:
+def rule(overload: Any, signature: Signature, rows: Rows) -> Callable[..., Any]:
     """The batching rule of an op that returns new tensors, for ``torch.library.register_vmap``.
 
     Args:
         overload: of PyTorch.
         signature: of the op.
-        rows: tensor arguments with any number of leading dimensions, which all of them and all results share.
+        rows: what the op declares. With results that are sums over all rows, each element of a batch is a call of its own.
     """
+    of_rows = () if rows.sums else (*rows.arguments, *rows.per_token)
     names = [argument.name for argument in signature.arguments]
 
     def batched(info: Any, in_dims: Sequence[int | None], *args: Any, **kwargs: Any) -> Any:
         given = list(zip(names, args, in_dims, strict=False))
-        if all(dim is None or name in rows for name, _, dim in given):
-            moved = [_in_front(value, dim, info.batch_size) if name in rows else value for name, value, dim in given]
+        if all(dim is None or name in of_rows for name, _, dim in given):
+            moved = [_in_front(value, dim, info.batch_size) if name in of_rows else value for name, value, dim in given]
             results = overload(*moved, **kwargs)
             return results, (0,) * len(results) if isinstance(results, tuple) else 0
         each = []

@@ -15,8 +15,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 from torch_jit_ops.inductor.report import entry_at
-from torch_jit_ops.inductor.rewrite import Rewrite, find_ops, in_module
+from torch_jit_ops.inductor.rewrite import Rewrite, in_module
 from torch_jit_ops.op import Op
+from torch_jit_ops.registry import find_ops
 
 
 class Decomposition(Rewrite):
@@ -49,7 +50,7 @@ class Decomposition(Rewrite):
 
 def _inline(graph: Graph, call: Node, op: Op) -> None:
     """Put the reference's own calls in the place of ``call``."""
-    bound = op.arguments(*call.args, **call.kwargs)
+    bound = op.declaration.arguments(*call.args, **call.kwargs)
     nodes = [value for value in bound if isinstance(value, Node)]
     examples = [node.meta.get("example_value", node.meta.get("val")) for node in nodes]
 

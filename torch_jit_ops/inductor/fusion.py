@@ -12,13 +12,15 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from torch_jit_ops import registry
 from torch_jit_ops.inductor.effects import is_transform, is_transformed
 from torch_jit_ops.inductor.match import Attempt, GraphReader, Match, label_of, match, tensor_of
 from torch_jit_ops.inductor.objections import leading_order, objection
 from torch_jit_ops.inductor.pattern import Pattern, patterns_of
 from torch_jit_ops.inductor.report import Entry, entry_at, line_of, module_of
-from torch_jit_ops.inductor.rewrite import Rewrite, find_ops, in_module
-from torch_jit_ops.op import Op, libraries
+from torch_jit_ops.inductor.rewrite import Rewrite, in_module
+from torch_jit_ops.op import Op
+from torch_jit_ops.registry import find_ops
 
 # The share of a pattern that fits where a report says why the rest does not: from here on it is no accident.
 _NEAR = 0.6
@@ -40,7 +42,7 @@ class Fusion(Rewrite):
         return f"fuse({', '.join(op.qualified_name for op in self._ops)})"
 
     def describe(self) -> str:
-        kernels = [f"{op.qualified_name} {sorted(op.kernels)}" for op in self._ops]
+        kernels = [f"{op.qualified_name} {sorted(op.declaration.kernels)}" for op in self._ops]
         patterns = sorted(str(pattern) for patterns in self._patterns.values() for pattern in patterns)
         return "\n".join(("fuse", *self._where, *kernels, *patterns))
 
@@ -201,5 +203,5 @@ def fuse(ops: Iterable[str | Op] | None = None, *, where: str | tuple[str, ...] 
     Raises:
         ValueError: there is no such op, or it has no spelling that can be found.
     """
-    chosen = [op for library in libraries() for op in library.ops.values() if op.patterns is not None]
+    chosen = [op for op in registry.ops() if op.declaration.patterns is not None]
     return Fusion(chosen if ops is None else find_ops(ops), (where,) if isinstance(where, str) else tuple(where))

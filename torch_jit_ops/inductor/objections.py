@@ -30,7 +30,7 @@ def _device(found: Match, reader: GraphReader) -> str | None:
 
 def served(op: Op) -> set[str]:
     """The types of devices on which the op is more than its reference."""
-    return set(op.kernels)
+    return set(op.declaration.kernels)
 
 
 def _shapes(found: Match, reader: GraphReader) -> str | None:

@@ -78,7 +78,7 @@ def patterns_of(op: Op) -> tuple[Pattern, ...]:
     reasons: list[str] = []
     for sample in _distinct_samples(op):
         plain = _attempt(op, op.reference, sample, reasons)
-        for spelling in (op.reference, *(op.patterns or ())):
+        for spelling in (op.reference, *(op.declaration.patterns or ())):
             pattern = plain if spelling is op.reference else _attempt(op, spelling, sample, reasons)
             if pattern is None or (plain is not None and _facts(pattern) != _facts(plain)):
                 continue  # such as a spelling that promotes to the dtype of a wider weight
@@ -114,9 +114,9 @@ class _Shapes(SampleMaker):
 def _distinct_samples(op: Op) -> Iterator[list[Any]]:
     """The arguments of a sample for each combination of dtypes, with rows that a size tells from other dimensions."""
     seen = set()
-    for dtype in op.dtypes:
-        for sample in op.samples(_Shapes("meta", dtype)) if op.samples else ():
-            arguments = op.arguments(*sample.args, **sample.kwargs)
+    for dtype in op.declaration.dtypes:
+        for sample in op.declaration.samples(_Shapes("meta", dtype)) if op.declaration.samples else ():
+            arguments = op.declaration.arguments(*sample.args, **sample.kwargs)
             tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
             key = tuple((value.dtype, value.dim()) if isinstance(value, Tensor) else type(value) for value in arguments)
             if not tensors or tensors[0].dim() < 2 or min(tensors[0].shape) < 2 or key in seen:

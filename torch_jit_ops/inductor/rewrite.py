@@ -18,7 +18,6 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, Node
 
 from torch_jit_ops.inductor.report import Entry, Report, module_of
-from torch_jit_ops.op import Op, libraries
 
 _SETTING = "pre_grad_custom_pass"
 _KINDS = ("done", "missed", "untouched")
@@ -138,22 +137,6 @@ class _Plain(Rewrite):
         if all(isinstance(plain, CustomGraphPass) and plain.uuid() for plain in self._plain):
             return repr([plain.uuid() for plain in self._plain]).encode()
         return None
-
-
-def find_ops(names: Iterable[str | Op]) -> list[Op]:
-    """The declared ops of these names: ``rmsnorm`` (of this package), ``mylib::scale``.
-
-    Raises:
-        ValueError: there is no such op.
-    """
-    declared = {op.qualified_name: op for library in libraries() for op in library.ops.values()}
-    found = []
-    for name in names:
-        op = name if isinstance(name, Op) else declared.get(name if "::" in name else f"jitk::{name}")
-        if op is None:
-            raise ValueError(f"there is no op {name!r}; the declared ones are {', '.join(sorted(declared))}")
-        found.append(op)
-    return found
 
 
 def in_module(node: Node, where: str | tuple[str, ...]) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torch_jit_ops.ops import spelling
 from torch_jit_ops.ops.library import FLOATS, library
+from torch_jit_ops.rows import Rows
 from torch_jit_ops.samples import Sample, SampleMaker
 
 _SILU = spelling.gates(F.silu)
@@ -66,7 +67,7 @@ def _constants(make: SampleMaker) -> Iterator[Sample]:
     cpu="activation.cpp",
     variant="silu_and_mul<{input.dtype}>",
     tensors={"input": f"[tokens..., 2*d] {FLOATS} rows", "out": "[tokens..., d] input.dtype rows"},
-    rows=("input",),
+    rows=Rows("input"),
     reusable=("input",),
     samples=_gated,
     patterns=spelling.of_halves(_SILU),
@@ -89,7 +90,7 @@ def silu_and_mul(input: Tensor) -> Tensor:
     cpu="activation.cpp",
     variant="gelu_and_mul<{input.dtype}>",
     tensors={"input": f"[tokens..., 2*d] {FLOATS} rows", "out": "[tokens..., d] input.dtype rows"},
-    rows=("input",),
+    rows=Rows("input"),
     reusable=("input",),
     samples=_gated,
     patterns=spelling.of_halves(_GELU),
@@ -112,7 +113,7 @@ def gelu_and_mul(input: Tensor) -> Tensor:
     cpu="activation.cpp",
     variant="gelu_tanh_and_mul<{input.dtype}>",
     tensors={"input": f"[tokens..., 2*d] {FLOATS} rows", "out": "[tokens..., d] input.dtype rows"},
-    rows=("input",),
+    rows=Rows("input"),
     reusable=("input",),
     samples=_gated,
     patterns=spelling.of_halves(_GELU_TANH),
@@ -135,8 +136,7 @@ def gelu_tanh_and_mul(input: Tensor) -> Tensor:
     cpu="activation.cpp",
     variant="silu_mul<{gate.dtype}>",
     tensors=_GATE_AND_UP,
-    rows=("gate", "up"),
-    elementwise=True,
+    rows=Rows("gate", "up", elementwise=True),
     samples=_gate_and_up,
     patterns=_SILU,
 )
@@ -158,8 +158,7 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     cpu="activation.cpp",
     variant="gelu_mul<{gate.dtype}>",
     tensors=_GATE_AND_UP,
-    rows=("gate", "up"),
-    elementwise=True,
+    rows=Rows("gate", "up", elementwise=True),
     samples=_gate_and_up,
     patterns=_GELU,
 )
@@ -181,8 +180,7 @@ def gelu_mul(gate: Tensor, up: Tensor) -> Tensor:
     cpu="activation.cpp",
     variant="gelu_tanh_mul<{gate.dtype}>",
     tensors=_GATE_AND_UP,
-    rows=("gate", "up"),
-    elementwise=True,
+    rows=Rows("gate", "up", elementwise=True),
     samples=_gate_and_up,
     patterns=_GELU_TANH,
 )
@@ -204,8 +202,7 @@ def gelu_tanh_mul(gate: Tensor, up: Tensor) -> Tensor:
     cpu="activation.cpp",
     variant="relu2<{input.dtype}>",
     tensors={"input": f"[shape...] {FLOATS} rows", "out": "[shape...] input.dtype rows"},
-    rows=("input",),
-    elementwise=True,
+    rows=Rows("input", elementwise=True),
     samples=_unary,
     patterns=(),
 )
@@ -226,8 +223,7 @@ def relu2(input: Tensor) -> Tensor:
     cpu="activation.cpp",
     variant="fused_add_relu<{x.dtype}>",
     tensors={"x": f"[shape...] {FLOATS} rows", "y": "[shape...] x.dtype rows", "out": "[shape...] x.dtype rows"},
-    rows=("x", "y"),
-    elementwise=True,
+    rows=Rows("x", "y", elementwise=True),
     samples=_binary,
 )
 def fused_add_relu(x: Tensor, y: Tensor) -> Tensor:

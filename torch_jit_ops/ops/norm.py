@@ -14,6 +14,7 @@ from torch import Tensor
 
 from torch_jit_ops.ops import spelling
 from torch_jit_ops.ops.library import FLOATS, library
+from torch_jit_ops.rows import Rows
 from torch_jit_ops.samples import Sample, SampleMaker
 
 
@@ -144,7 +145,7 @@ def _differentiate_layernorm(
     cpu="norm.cpp",
     variant="rmsnorm<{input.dtype}, {weight.dtype}>",
     tensors=_NORM,
-    rows=("input",),
+    rows=Rows("input"),
     reusable=("input",),
     samples=_rms_norms,
     backward=_differentiate_rmsnorm,
@@ -169,7 +170,7 @@ def rmsnorm(input: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     cpu="norm.cpp",
     variant="gemma_rmsnorm<{input.dtype}, {weight.dtype}>",
     tensors=_NORM,
-    rows=("input",),
+    rows=Rows("input"),
     reusable=("input",),
     samples=_rms_norms,
     backward=_differentiate_gemma_rmsnorm,
@@ -194,7 +195,7 @@ def gemma_rmsnorm(input: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     cpu="norm.cpp",
     variant="layernorm<{input.dtype}, {weight.dtype}>",
     tensors={**_NORM, "bias": "[hidden] weight.dtype"},
-    rows=("input",),
+    rows=Rows("input"),
     reusable=("input",),
     samples=_layer_norms,
     backward=_differentiate_layernorm,
@@ -227,7 +228,7 @@ def layernorm(input: Tensor, weight: Tensor, bias: Tensor | None = None, eps: fl
     variant="fused_add_rmsnorm<{input.dtype}, {weight.dtype}>",
     mutates=("input", "residual"),
     tensors=_ADDED,
-    rows=("input", "residual"),
+    rows=Rows("input", "residual"),
     samples=_added,
     patterns=spelling.after_addition(spelling.RMS_NORMS),
 )
@@ -252,7 +253,7 @@ def fused_add_rmsnorm(input: Tensor, residual: Tensor, weight: Tensor, eps: floa
     variant="gemma_fused_add_rmsnorm<{input.dtype}, {weight.dtype}>",
     mutates=("input", "residual"),
     tensors=_ADDED,
-    rows=("input", "residual"),
+    rows=Rows("input", "residual"),
     samples=_added,
     patterns=(),
 )
@@ -280,7 +281,7 @@ def gemma_fused_add_rmsnorm(input: Tensor, residual: Tensor, weight: Tensor, eps
         "q_weight": f"[head_dim] {FLOATS}",
         "k_weight": "[head_dim] q_weight.dtype",
     },
-    rows=("q", "k"),
+    rows=Rows("q", "k"),
     samples=_queries_and_keys,
 )
 def fused_qknorm(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float = 1e-6) -> None:
@@ -303,9 +304,8 @@ def fused_qknorm(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: 
     variant="rmsnorm_backward<{input.dtype}, {weight.dtype}>",
     outputs=("grad_input", "grad_weight"),
     tensors=_GRADIENT,
-    rows=("grad", "input"),
+    rows=Rows("grad", "input", sums=("grad_weight",)),
     reusable=("grad", "input"),
-    sums=("grad_weight",),
     samples=_gradients,
 )
 def rmsnorm_backward(grad: Tensor, input: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
@@ -335,9 +335,8 @@ def rmsnorm_backward(grad: Tensor, input: Tensor, weight: Tensor, eps: float = 1
     variant="layernorm_backward<{input.dtype}, {weight.dtype}>",
     outputs=("grad_input", "grad_weight", "grad_bias"),
     tensors={**_GRADIENT, "grad_bias": "[hidden] weight.dtype"},
-    rows=("grad", "input"),
+    rows=Rows("grad", "input", sums=("grad_weight", "grad_bias")),
     reusable=("grad", "input"),
-    sums=("grad_weight", "grad_bias"),
     samples=_gradients,
 )
 def layernorm_backward(grad: Tensor, input: Tensor, weight: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor, Tensor]:

@@ -32,7 +32,7 @@ from typing import Any
 
 from torch_jit_ops import environment, forks, progress
 from torch_jit_ops.backends import toolchain
-from torch_jit_ops.builder import driver
+from torch_jit_ops.builder import workarounds
 from torch_jit_ops.store import forms, lock, prune, trust
 from torch_jit_ops.store.trust import UntrustedCache as UntrustedCache
 
@@ -251,7 +251,7 @@ class Store:
 
     def _bears_compilers(self) -> bool:
         """Whether kernels can be built in the store itself; else they are built elsewhere, and copied."""
-        return driver.is_plain(self.root) and self.runs_programs()
+        return workarounds.is_plain(self.root) and self.runs_programs()
 
     def warn_of_noexec(self) -> None:
         self._warn(
@@ -466,7 +466,7 @@ def temporary_folder() -> Path:
         UntrustedCache: others could put something else in its place.
     """
     above = os.path.abspath(tempfile.gettempdir())
-    if not driver.is_plain(above):
+    if not workarounds.is_plain(above):
         raise RuntimeError(
             f"kernels cannot be built in the folder for temporary files, {forms.printable(above)!r}: the build tools bear only "
             "letters, digits and /._+-~ in its name\n  remedy: set TMPDIR to another folder"

@@ -15,7 +15,7 @@ from torch_jit_ops.samples import Sample, SampleMaker
 
 def samples_of(op: Op, device: str, dtype: torch.dtype, seed: int = 0) -> list[Sample]:
     """Fresh arguments, the same in every call."""
-    return list(op.samples(SampleMaker(device, dtype, seed))) if op.samples else []
+    return list(op.declaration.samples(SampleMaker(device, dtype, seed))) if op.declaration.samples else []
 
 
 def writes(op: Op) -> bool:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -57,18 +55,19 @@ def check(op: Op, *, devices: Sequence[str] | None = None, dtypes: Sequence[torc
         AssertionError: a promise is broken; the text says which one, and for which sample.
         ValueError: the op has no samples.
     """
-    if op.samples is None:
+    if op.declaration.samples is None:
         raise ValueError(f"{op.qualified_name} declares no samples, so there is nothing to check it with")
+    served = dtypes or op.declaration.dtypes
     for device in devices or _devices(op):
-        for dtype in dtypes or op.dtypes:
+        for dtype in served:
             count = len(samples_of(op, device, dtype))
             for index in range(count):
-                _check_sample(op, device, dtype, index, thorough=dtype == (dtypes or op.dtypes)[-1], first=index == 0)
+                _check_sample(op, device, dtype, index, thorough=dtype == served[-1], first=index == 0)
 
 
 def _devices(op: Op) -> list[str]:
     here = {"cpu": True, "cuda": torch.cuda.is_available()}
-    return [device for device in op.kernels if here[device]] or ["cpu"]
+    return [device for device in op.declaration.kernels if here[device]] or ["cpu"]
 
 
 def _check_sample(op: Op, device: str, dtype: torch.dtype, index: int, *, thorough: bool, first: bool) -> None:
@@ -80,7 +79,7 @@ def _check_sample(op: Op, device: str, dtype: torch.dtype, index: int, *, thorou
         ("what it writes", lambda: _writes_what_it_says(op, sample())),
         ("the fake", lambda: _like_its_fake(op, sample())),
     ]
-    if op.outputs:
+    if op.declaration.outputs:
         checks.append(("the out form", lambda: _out_form(op, sample())))
     if first and tokens_of(sample()) is not None:
         for tokens in (0, 1):
@@ -90,9 +89,9 @@ def _check_sample(op: Op, device: str, dtype: torch.dtype, index: int, *, thorou
         checks.append(("torch.library.opcheck", lambda: _opcheck(op, sample())))
     if first and dtype.is_floating_point and not writes(op):
         checks.append(("opcheck with gradients", lambda: _opcheck(op, _wanting_gradients(sample()), out_form=False)))
-    if first and op.rows.arguments and not op.rows.sums and not writes(op):
+    if first and op.declaration.rows.arguments and not op.declaration.rows.sums and not writes(op):
         checks.append(("torch.func.vmap", lambda: _more_rows(op, sample())))
-    if first and thorough and op.rows.arguments:
+    if first and thorough and op.declaration.rows.arguments:
         checks.append(("rows", lambda: _rows_apart(op, sample())))
     if first and thorough and dtype.is_floating_point and not writes(op):
         checks.append(("the derivative", lambda: _derivative(op, sample())))
@@ -104,26 +103,13 @@ def _check_sample(op: Op, device: str, dtype: torch.dtype, index: int, *, thorou
             raise AssertionError(f"{where} ({sample().note or 'no note'}): {name}\n{error}") from error
 
 
-@contextlib.contextmanager
-def kernel_alone(op: Op) -> Iterator[None]:
-    """No help from the reference while the block runs: what comes out is the kernel's own work."""
-
-    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
-        raise AssertionError("the function ran instead of the kernel")
-
-    reference, op.reference = op.reference, refuse
-    refuse.__signature__ = inspect.signature(reference)  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        op.reference = reference
-
-
 def _right(op: Op, device: str, dtype: torch.dtype, given: Sample) -> None:
-    if device in op.kernels:
-        unserved = op.unserved(op.kernels[device].pattern.dtypes_of(op.by_name(given.args, given.kwargs)))
+    if device in op.declaration.kernels:
+        unserved = op.declaration.unserved(
+            op.declaration.kernels[device].pattern.dtypes_of(op.declaration.by_name(given.args, given.kwargs))
+        )
         require(unserved is None, f"the kernel cannot run: {unserved}")
-    with kernel_alone(op) if device in op.kernels else contextlib.nullcontext():
+    with op.kernels_alone() if device in op.declaration.kernels else contextlib.nullcontext():
         actual = call(op, copy_with_storage(given))
     oracle.verify(op, device, dtype, given, actual)
     for name, tensor in Outcome(actual.names[: op.signature.results], actual.tensors[: op.signature.results]):
@@ -145,8 +131,8 @@ def _out_form(op: Op, given: Sample) -> None:
     expected = call(op, given)
     outs = tuple(poisoned(tensor.shape, tensor.dtype, tensor.device.type) for tensor in expected.tensors)
     before = copy_with_storage(Sample(outs))
-    op.out(*given.args, **given.kwargs, **dict(zip(op.outputs, outs, strict=True)))
-    for name, out, tensor, old in zip(op.outputs, outs, expected.tensors, before.args, strict=True):
+    op.out(*given.args, **given.kwargs, **dict(zip(op.declaration.outputs, outs, strict=True)))
+    for name, out, tensor, old in zip(op.declaration.outputs, outs, expected.tensors, before.args, strict=True):
         assert_same_bits(out, tensor, name)
         assert_only_written_inside(out, old, name)
 
@@ -165,14 +151,17 @@ def _opcheck(op: Op, given: Sample, *, out_form: bool = True) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         torch.library.opcheck(op.default, given.args, dict(given.kwargs))
-        if op.outputs and out_form:
-            outs = {name: torch.empty_like(made) for name, made in zip(op.outputs, call(op, given).tensors, strict=True)}
+        if op.declaration.outputs and out_form:
+            outs = {
+                name: torch.empty_like(made) for name, made in zip(op.declaration.outputs, call(op, given).tensors, strict=True)
+            }
             torch.library.opcheck(op.out, given.args, {**given.kwargs, **outs})
 
 
 def _more_rows(op: Op, given: Sample) -> None:
     names = [argument.name for argument in op.signature.arguments[: len(given.args)]]
-    places = [i for i, name in enumerate(names) if name in op.rows.arguments]
+    rows = op.declaration.rows
+    places = [i for i, name in enumerate(names) if name in (*rows.arguments, *rows.per_token)]
     calls = [[arg.flip(-1) if turned and i in places else arg for i, arg in enumerate(given.args)] for turned in (False, True)]
     stacked = [torch.stack([call[i] for call in calls]) if i in places else arg for i, arg in enumerate(given.args)]
     dims = tuple(0 if i in places else None for i in range(len(given.args)))
@@ -192,19 +181,22 @@ def _rows_apart(op: Op, given: Sample) -> None:
 
 def _compare_halves(op: Op, given: Sample) -> None:
     names = [argument.name for argument in op.signature.arguments[: len(given.args)]]
-    places = [i for i, name in enumerate(names) if name in op.rows.arguments]
+    rows = op.declaration.rows
+    places = [i for i, name in enumerate(names) if name in rows.arguments]
+    per_token = [i for i, name in enumerate(names) if name in rows.per_token]
     dims = min(given.args[i].dim() for i in places)
     whole = call(op, copy_with_storage(given))
-    for dim in range(dims if op.rows.elementwise else dims - 1):
+    for dim in range(dims if rows.elementwise else dims - 1):
         if min(given.args[i].shape[dim] for i in places) < 2:
             continue
+        split = [*places, *(i for i in per_token if dim < given.args[i].dim())]
         halves = []
         for part in range(2):
-            args = [arg.chunk(2, dim)[part] if i in places else arg for i, arg in enumerate(given.args)]
+            args = [arg.chunk(2, dim)[part] if i in split else arg for i, arg in enumerate(given.args)]
             halves.append(call(op, copy_with_storage(Sample(tuple(args), given.kwargs))))
         for place, expected in enumerate(whole.tensors):
             pair = [half.tensors[place] for half in halves]
-            is_sum = place < len(op.outputs) and op.outputs[place] in op.rows.sums
+            is_sum = place < len(op.declaration.outputs) and op.declaration.outputs[place] in rows.sums
             text = f"result {place} of halves along dimension {dim} is not that of the whole"
             torch.testing.assert_close(
                 pair[0] + pair[1] if is_sum else torch.cat(pair, dim), expected, equal_nan=True, msg=text

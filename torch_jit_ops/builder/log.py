@@ -1,12 +1,14 @@
-"""What a failed build's log says: the compiler's first errors, and the remedy where the cause is known and certain."""
+"""From what a compiler wrote to one distilled error: its first errors, and the remedy where the cause is known and certain."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from torch_jit_ops.store import cache
 from torch_jit_ops.store.forms import printable
 
 # The first pattern that the log has decides. A remedy may use groups of its pattern: {0} is the first.
@@ -105,3 +107,43 @@ def first_errors(log: str, include: Mapping[str, Path]) -> list[str]:
         return errors[:3]
     lines = [line.strip() for line in log.splitlines() if line.strip() and not _NINJA_LINE.search(line)]
     return [line for line in lines if re.search(r"\b(error|fatal)\b", line)][:3] or lines[-5:]
+
+
+def text_of(error: Exception) -> str:
+    """What the compilers wrote, out of what ``cpp_extension`` raised."""
+    log = str(error.__cause__ or error) if isinstance(error, OSError) else str(error)
+    if isinstance(error, UnicodeDecodeError):
+        log = error.object.decode(errors="replace")
+    return log if log.strip() else repr(error)
+
+
+def keep(log: str, staging: Path) -> Path:
+    """Write the log into the staging folder, unless the disk is full."""
+    file = staging / cache.LOG
+    with contextlib.suppress(OSError):
+        file.write_text(log, errors="replace")
+    return file
+
+
+def distill(log: str, label: str, where: str, include: Mapping[str, Path], file: Path, *, loading: bool) -> str:
+    """The first errors of a compiler's log, where the whole log is, and what to do about it if that is known.
+
+    Args:
+        log: what ninja and the compilers wrote.
+        label: what was built, for people.
+        where: for which backend and architecture.
+        include: see ``first_errors``.
+        file: the whole log.
+        loading: the library was made, and the system does not load it.
+    """
+    undefined = undefined_symbols(log)
+    known = remedy_for(log)
+    failed = "cannot be loaded" if loading else "did not link" if undefined else "did not compile"
+    return "\n  ".join(
+        (
+            f"{label} {failed} ({where})",
+            *(undefined or first_errors(log, include)),
+            f"full log: {file}",
+            *([f"remedy: {known}"] if known else []),
+        )
+    )

@@ -1,0 +1,150 @@
+"""From the first call of an op to its kernels.
+
+The C++ dispatcher is loaded and serves the op from then on. Where it has no entry for a key, it asks here.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from torch_jit_ops import dispatcher, environment, fallback, forks, manifest
+from torch_jit_ops.backends import toolchain
+from torch_jit_ops.builder import loader
+from torch_jit_ops.checks import matcher
+from torch_jit_ops.declaration import Declaration
+from torch_jit_ops.reference import Reference
+
+_DISPATCH_KEYS = {"cuda": "CUDA", "cpu": "CPU"}
+
+_under_way = threading.local()  # .boots: those whose first call this thread is making
+
+
+class Boot:
+    """The way of one op to its kernels.
+
+    Args:
+        declaration: of the op.
+        reference: what runs where there is no kernel.
+        overload_of: PyTorch's overload of that name.
+    """
+
+    def __init__(self, declaration: Declaration, reference: Reference, overload_of: Callable[[str], Any]) -> None:
+        self._declaration = declaration
+        self._reference = reference
+        self._overload_of = overload_of
+        self._lock = forks.Lock()
+        self.is_done = False
+
+    def call(self, overload: str, *args: Any, **kwargs: Any) -> Any:
+        """On a device with a kernel, the first call: hand the op over to the C++ dispatcher, then call it again.
+
+        On other devices every call: the reference. So are tensors that have the device alone, sparse ones, when they come back.
+        """
+        devices = {value.device.type for value in (*args, *kwargs.values()) if isinstance(value, Tensor)}
+        under_way = _under_way.__dict__.setdefault("boots", [])
+        if not devices or not devices <= self._declaration.kernels.keys() or self in under_way:
+            return self._reference.call(overload, args, kwargs)
+        try:
+            self.hand_over(args, kwargs)
+        except toolchain.MissingCompiler as missing:
+            dispatcher.fall_back(self._declaration.qualified_name, missing)
+            return self._reference.call(overload, args, kwargs)
+        except forks.Reentered:
+            return self._reference.call(overload, args, kwargs)
+        under_way.append(self)
+        try:
+            with dispatcher.raising_what_is_kept():
+                return self._overload_of(overload)(*args, **kwargs)
+        finally:
+            under_way.pop()
+
+    def hand_over(self, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> None:
+        """Have the C++ dispatcher serve the op. If that must be compiled, the variant for ``args`` is so at the same time."""
+        with self._lock as again:
+            if self.is_done:
+                return
+            if again:
+                raise forks.Reentered(
+                    f"{self._declaration.qualified_name} is being called for the first time further down this thread's stack"
+                )
+            dispatcher.library(meanwhile=functools.partial(self._prefetch, args, kwargs or {}))
+            with forks.held_off():  # all of it or nothing, as a second time would be another registration
+                self._register()
+                self.is_done = True
+
+    def _register(self) -> None:
+        declaration = self._declaration
+        for backend, kernel in declaration.kernels.items():
+            for overload, signature in declaration.overloads.items():
+                dispatcher.register(
+                    declaration.who(overload),
+                    declaration.namespace,
+                    declaration.dotted(overload),
+                    _DISPATCH_KEYS[backend],
+                    f"{declaration.namespace}::{self._reference.op_name(overload)}",
+                    kernel.pattern.plan(signature),
+                    functools.partial(self._answer, backend, overload),
+                )
+
+    def _prefetch(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        declaration = self._declaration
+        try:
+            given = {name: value for name, value in kwargs.items() if name not in declaration.outputs}
+            values = declaration.arguments(*args, **given)
+            device = next(value.device for value in values if isinstance(value, Tensor))
+            index = device.index if device.type == "cuda" else -1
+            self.load(device.type, [index, *declaration.kernels[device.type].pattern.words_of(values)])
+        except Exception:  # the dispatcher will ask for the same and report it where the caller sees it
+            return
+
+    def load(self, backend: str, key: Sequence[int]) -> loader.Loaded | None:
+        """The library for a key of the dispatcher; None where the kernel does not serve these dtypes."""
+        declaration = self._declaration
+        pattern = declaration.kernels[backend].pattern
+        if declaration.unserved(pattern.dtypes_of_key(key[1:])) is not None:
+            return None
+        values = pattern.values(key[1:])
+        arch = toolchain.device_arch(key[0]) if backend == "cuda" else toolchain.host_isa()
+        unit = declaration.unit(backend, values, arch)
+        try:
+            loaded = loader.load(unit)
+        except loader.BuildError as error:
+            # Errors there are about the function that is exported: of another name, place or type than the variant says.
+            if re.search(rf"\bjitk/export\.h:|\b{re.escape(unit.name.replace('.', '_'))}\.(cu|cpp):", str(error)):
+                raise loader.BuildError(f"{error}\n{declaration.wanted_functions(backend, values)}") from error
+            raise
+        if backend == "cuda":
+            loaded.load_kernels(key[0])
+        if environment.record_file() is not None:
+            manifest.record(manifest.entry_of(declaration.qualified_name, backend, pattern, values, arch))
+        return loaded
+
+    def _refuses(self, unserved: fallback.Unserved) -> bool:
+        """Whether the function refuses the dtype, too, so that there is nothing to say of a slower way."""
+        declaration = self._declaration
+        return not declaration.dtypes or matcher.refuses(declaration.tensors, unserved.argument, unserved.dtype)
+
+    def _answer(self, backend: str, overload: str, key: Sequence[int]) -> int:
+        """The address of the entry for a key that the dispatcher has for the first time."""
+        declaration = self._declaration
+        unserved = declaration.unserved(declaration.kernels[backend].pattern.dtypes_of_key(key[1:]))
+        if unserved is not None and not self._refuses(unserved):
+            fallback.note(unserved)
+        try:
+            loaded = self.load(backend, key)
+        except toolchain.MissingCompiler as missing:
+            dispatcher.fall_back(declaration.qualified_name, missing)
+            loaded = None
+        except forks.Reentered:
+            self._reference.define_ops()
+            raise
+        if loaded is None:
+            self._reference.define_ops()
+            return dispatcher.REFERENCE
+        return loaded.entry(declaration.checked_export(backend, overload, loaded))

@@ -1,0 +1,169 @@
+"""Runs ``torch.utils.cpp_extension`` on one unit, in a staging folder that nobody else knows, under a name that is used once.
+
+So ``cpp_extension`` never sees a folder or a name twice, and its own versioning and locks stay out of play.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from torch_jit_ops import environment, forks
+from torch_jit_ops.backends import toolchain
+from torch_jit_ops.builder import log, workarounds
+from torch_jit_ops.builder.errors import BuildError, BuildInterrupted, UnknownGpu
+from torch_jit_ops.builder.shared_object import NOEXEC, OF_THIS_MOMENT
+from torch_jit_ops.builder.unit import Unit, include_dir
+from torch_jit_ops.store import cache
+
+_EXPORTS = "#include <jitk/export.h>"
+_INTERRUPTED = "ninja: build stopped: interrupted by user"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a compiler made: the library, from which source, in which staging folder."""
+
+    staging: Path
+    source: Path
+    library: Path
+
+
+def compile_unit(unit: Unit, staging: Path) -> Compiled:
+    """Compile the unit in the folder ``staging``.
+
+    Raises:
+        BuildError: it does not compile. The compiler's log is in the folder, unless the disk is full.
+        BuildInterrupted: Ctrl-C reached the compilers.
+        OSError: of the machine, not of the kernel.
+    """
+    environment.put_on_path(toolchain.ninja())
+    name = re.sub(r"\W+", "_", unit.name, flags=re.ASCII)
+    source = staging / f"{name}.{'cu' if unit.backend == 'cuda' else 'cpp'}"
+    source.write_bytes(os.fsencode(unit.text))
+    module = f"{name}_{uuid.uuid4().hex[:12]}"
+    _run_cpp_extension(unit, staging, source, module)
+    return Compiled(staging, source, staging / f"{module}.so")
+
+
+def files_read(unit: Unit, compiled: Compiled) -> list[cache.Dependency] | None:
+    """The files that the compiler read, but the source and what its own version covers; None if they are not known."""
+    files = [file.resolve() for file in _depfile(compiled.staging)]
+    if compiled.source.resolve() not in files:
+        return None  # ninja could not write its database, and so a change of a header would go unnoticed
+    files.remove(compiled.source.resolve())
+    system = _system_folders(unit)
+    try:
+        return cache.dependencies_of(files, unit.roots(), lambda file: any(folder in file.parents for folder in system))
+    except OSError:
+        return None  # a file went meanwhile, and so did the knowledge of what was built
+
+
+def remove_leftovers(staging: Path) -> None:
+    """Leave in the folder what the store keeps."""
+    for leftover in (*staging.glob("*.o"), *staging.glob(".ninja*"), staging / "lock", staging / workarounds.LINKS):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def _run_cpp_extension(unit: Unit, staging: Path, source: Path, module: str) -> None:
+    with forks.held_off():
+        from torch.utils import cpp_extension
+    cpp_extension.subprocess = forks.subprocess
+
+    include = [*unit.include, include_dir()]
+    verbose = environment.verbosity() == 2
+    link = ["-Wl,--as-needed", "-Wl,-z,defs"]
+    # It goes into commands as it is.
+    cpp_extension.TORCH_LIB_PATH = workarounds.quoted([shlex.quote(str(Path(torch.__file__).parent / "lib"))])[0]
+    if unit.backend == "cuda":
+        toolkit = toolchain.cuda_toolkit()
+        # Found at its import, and wrong behind a wrapper script, for wheels, and in a CPU build of PyTorch.
+        cpp_extension.CUDA_HOME = _cuda_home(toolkit, staging)
+        include += toolkit.include
+        if _EXPORTS in unit.text:
+            link.append("-Wl,--wrap=__cudaRegisterFunction")  # what that header does with it stands there
+        link += _cudart_flags(toolkit, staging)
+    cuda = unit.backend == "cuda"
+    flags = workarounds.quoted(unit.compile_flags())
+    command = toolchain.host_words()
+    try:
+        with workarounds.started_by(command, staging):
+            cpp_extension.load(
+                module,
+                [str(source)],
+                extra_cflags=[] if cuda else flags,
+                extra_cuda_cflags=flags if cuda else [],
+                extra_ldflags=link,
+                extra_include_paths=[str(folder) for folder in workarounds.plain_folders(staging, include)],
+                build_directory=str(staging),
+                verbose=verbose,
+                with_cuda=cuda,
+                is_python_module=False,
+            )
+    except (RuntimeError, OSError, UnicodeDecodeError) as error:  # the last of what a compiler wrote
+        if isinstance(error, OSError):
+            reason = str(error.__cause__ or error)  # PyTorch says of dlopen's errors no more than that there was one
+            if error.errno is not None or NOEXEC.search(reason) or OF_THIS_MOMENT.search(reason):
+                raise (
+                    OSError(reason) if error.errno is None else error
+                ) from error.__cause__  # of the machine, not of the kernel
+        if _INTERRUPTED in str(error):
+            raise BuildInterrupted(f"{unit.label}: the build was interrupted; the next call builds it again") from None
+        raise _failure(unit, error, staging) from error
+
+
+def _failure(unit: Unit, error: Exception, staging: Path) -> BuildError:
+    """The error to raise; and the compiler's log, if it shall be kept, in a file beside the source."""
+    text = log.text_of(error)
+    gpu = log.unknown_gpu(text)
+    if gpu is not None:
+        nvcc = toolchain.cuda_toolkit().nvcc
+        return UnknownGpu(
+            f"{nvcc} does not know {gpu}, so CUDA kernels cannot be built for this GPU\n"
+            "  remedy: install a newer CUDA toolkit and set CUDA_HOME to its folder"
+        )
+    file = log.keep(text, staging)
+    names = workarounds.named(staging, (*unit.include, include_dir()))
+    where = f"{unit.backend}, {unit.target()}"
+    return BuildError(log.distill(text, unit.label, where, names, file, loading=isinstance(error, OSError)))
+
+
+def _cuda_home(toolkit: toolchain.Toolkit, staging: Path) -> str:
+    """A path that needs no quotes, since it gets none: a link, seen from the folder in which ninja runs the commands."""
+    if workarounds.is_plain(toolkit.home):
+        return str(toolkit.home)
+    workarounds.link(staging, "toolkit", toolkit.home)
+    return f"{workarounds.LINKS}/toolkit"
+
+
+def _cudart_flags(toolkit: toolchain.Toolkit, staging: Path) -> list[str]:
+    """Toolkits from wheels bring libcudart.so.13 alone; the linker asks for libcudart.so."""
+    folder = toolkit.libraries
+    if not (folder / "libcudart.so").exists():
+        folder = workarounds.link(staging, "libcudart.so", sorted(folder.glob("libcudart.so.*"))[0]).parent
+    return workarounds.quoted([shlex.quote(f"-L{folder}")])
+
+
+def _depfile(staging: Path) -> list[Path]:
+    """The depfile, which ninja keeps in a database of its own."""
+    said = os.fsdecode(forks.subprocess.run(["ninja", "-t", "deps"], cwd=staging, capture_output=True, check=True).stdout)
+    return [staging / line.strip() for line in said.split("\n") if line.startswith(" ")]
+
+
+def _system_folders(unit: Unit) -> list[Path]:
+    """Headers in here are known by the compiler's, or PyTorch's, version."""
+    folders = [Path("/usr"), Path(torch.__file__).resolve().parent]
+    if unit.backend == "cuda":
+        toolkit = toolchain.cuda_toolkit()
+        folders += [folder.resolve() for folder in (toolkit.home, *toolkit.include)]
+    return folders

@@ -1,0 +1,177 @@
+"""What is declared of an op: frozen data, which builds, deployments, tests, benchmarks and passes over graphs read."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torch_jit_ops import variant
+from torch_jit_ops.builder import loader
+from torch_jit_ops.checks import matcher
+from torch_jit_ops.fallback import Unserved
+from torch_jit_ops.features import planned_out
+from torch_jit_ops.rows import Rows
+from torch_jit_ops.samples import Sample, SampleMaker
+from torch_jit_ops.signature import Signature
+
+Samples = Callable[[SampleMaker], Iterable[Sample]]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Where the kernel of a backend is."""
+
+    source: str
+    pattern: variant.VariantPattern
+
+
+@dataclass(frozen=True, eq=False)
+class Declaration:
+    """An op as it was declared.
+
+    Attributes:
+        namespace: of ``torch.ops``.
+        function: the decorated one: the op's meaning, in PyTorch.
+        signature: of the functional or in-place form.
+        folders: where its sources and their headers are.
+        kernels: by backend, ``"cuda"`` and ``"cpu"``.
+        dtypes: those that the kernels are compiled for.
+        outputs: names of the out form's arguments; empty if there is no out form.
+        tensors: what tensor arguments and outputs must be.
+        rows: which arguments have rows, and what the op does with them.
+        samples: makes arguments for tests, or None.
+        fake: what tracing calls instead of the function, or None.
+        backward: the derivative, or None: the function is computed again and differentiated.
+        flags: further compiler flags by backend.
+        patterns: other spellings of the function that ``inductor.fuse`` looks for, or None.
+    """
+
+    namespace: str
+    function: Callable[..., Any]
+    signature: Signature
+    folders: tuple[Path, ...]
+    kernels: Mapping[str, Kernel] = field(default_factory=dict)
+    dtypes: tuple[torch.dtype, ...] = ()
+    outputs: tuple[str, ...] = ()
+    tensors: tuple[matcher.TensorPattern, ...] = ()
+    rows: Rows = field(default_factory=Rows)
+    samples: Samples | None = None
+    fake: Callable[..., Any] | None = None
+    backward: Callable[..., Any] | None = None
+    flags: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    patterns: tuple[Callable[..., Any], ...] | None = None
+
+    @property
+    def name(self) -> str:
+        """``silu_and_mul``."""
+        return self.function.__name__
+
+    @property
+    def qualified_name(self) -> str:
+        """``jitk::silu_and_mul``."""
+        return f"{self.namespace}::{self.name}"
+
+    def dotted(self, overload: str) -> str:
+        """``silu_and_mul.out``, as ``torch.library`` names an overload."""
+        return f"{self.name}.{overload}" if overload else self.name
+
+    def who(self, overload: str) -> str:
+        """``jitk::silu_and_mul.out``, as errors name an overload."""
+        return f"{self.namespace}::{self.dotted(overload)}"
+
+    @functools.cached_property
+    def overloads(self) -> Mapping[str, Signature]:
+        """The signature of each overload, ``""`` and ``"out"``."""
+        forms = {"": self.signature}
+        if self.outputs:
+            forms["out"] = self.signature.with_outputs(self.outputs, returned=planned_out.PLANNED)
+        return forms
+
+    def writes(self, overload: str = "") -> bool:
+        """Whether the overload writes arguments."""
+        return any(argument.written for argument in self.overloads[overload].arguments)
+
+    @property
+    def is_functional(self) -> bool:
+        """Whether all that the op does is to return new tensors."""
+        return self.signature.results > 0 and not self.writes()
+
+    def arguments(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """All arguments of a call in the order of the schema, defaults included."""
+        bound = inspect.signature(self.function).bind(*args, **kwargs)
+        bound.apply_defaults()
+        return list(bound.arguments.values())
+
+    def by_name(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments that a call gives, without defaults."""
+        return {**dict(zip((argument.name for argument in self.signature.arguments), args, strict=False)), **kwargs}
+
+    def unserved(self, dtypes: Mapping[str, torch.dtype | None]) -> Unserved | None:
+        """The first of these dtypes, of the arguments whose dtype picks the kernel, that no kernel is compiled for."""
+        for argument, dtype in dtypes.items():
+            if dtype not in self.dtypes:
+                return Unserved(self.qualified_name, argument, dtype, self.dtypes)
+        return None
+
+    # --- the C++ of a variant ---------------------------------------------------------------------
+
+    def unit(self, backend: str, values: Sequence[variant.Value], arch: str) -> loader.Unit:
+        """The translation unit for the placeholders' values: every overload in one library."""
+        kernel = self.kernels[backend]
+        lines = [
+            f"// {self.qualified_name}",
+            "#include <jitk/export.h>",
+            f'#include "{kernel.source}"',
+            "using namespace jitk;",
+        ]
+        for overload in self.overloads:
+            function = kernel.pattern.instantiate(values, overload and "_out")
+            lines.append(f"JITK_EXPORT({self.export(backend, overload)}, {function})")
+        label = kernel.pattern.instantiate(values).removeprefix(self.namespace + "::")
+        return loader.Unit(
+            name=f"{self.namespace}.{self.name}",
+            label=f"{self.namespace}::{label}",
+            backend=backend,
+            arch=arch,
+            text="\n".join(lines) + "\n",
+            include=self.folders,
+            flags=tuple(self.flags.get(backend, ())),
+        )
+
+    def export(self, backend: str, overload: str) -> str:
+        """The name by which a variant's library exports the function of an overload."""
+        return self.kernels[backend].pattern.export_name() + (overload and "_out")
+
+    def checked_export(self, backend: str, overload: str, loaded: loader.Loaded) -> str:
+        """The same.
+
+        Raises:
+            RuntimeError: the function in the library does not fit the schema.
+        """
+        kernel = self.kernels[backend]
+        signature = self.overloads[overload]
+        export = self.export(backend, overload)
+        found = loaded.signature(export)
+        if found != kernel.pattern.cpp_signature(signature):
+            raise RuntimeError(
+                f"{self.qualified_name}: the C++ function {export} does not fit the schema\n"
+                f"  expected  {kernel.pattern.cpp_declaration(signature, export)}\n"
+                f"  got       {variant.cpp_declaration(found, export)}\n"
+                f"  in {kernel.source}"
+            )
+        return export
+
+    def wanted_functions(self, backend: str, values: Sequence[variant.Value]) -> str:
+        """The C++ functions that the source must have, as declarations, for errors."""
+        kernel = self.kernels[backend]
+        lines = [
+            kernel.pattern.cpp_declaration(signature, kernel.pattern.instantiate(values, overload and "_out"))
+            for overload, signature in self.overloads.items()
+        ]
+        return "\n    ".join([f"  the op needs in {kernel.source}, as templates where a name has <...>:", *lines])

@@ -1,0 +1,164 @@
+"""Declares ops: one decorated PyTorch function is the op, and names the kernel that does it faster.
+
+    library = OpLibrary("mylib", csrc=Path(__file__).parent / "csrc")
+
+    @library.op(cuda="scale.cu", cpu="scale.cpp", variant="mylib::scale<{input.dtype}>")
+    def scale(input: Tensor, factor: float) -> Tensor:
+        return input * factor
+
+    torch.ops.mylib.scale(x, 2.0)            the kernel, compiled on its first call
+    torch.ops.mylib.scale.out(x, 2.0, out=y)
+
+The function gives the op its schema, its fake, the fallback for devices without a kernel and machines without a compiler, its
+derivative, and the truth that tests compare with. Defining ops compiles and loads nothing.
+"""
+
+from __future__ import annotations
+
+import inspect
+import keyword
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torch_jit_ops import options, registry
+from torch_jit_ops.checks import matcher
+from torch_jit_ops.declaration import Declaration, Samples
+from torch_jit_ops.op import Op
+from torch_jit_ops.rows import Rows
+from torch_jit_ops.signature import signature_of
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+# Namespaces of PyTorch's own ops, and those that other packages' extensions take by custom.
+_RESERVED = ("aten", "prim", "prims", "quantized", "higher_order", "inductor", "c10d", "torch", "_C")
+
+
+class OpLibrary:
+    """The ops of one namespace, and where their kernels' sources are.
+
+    Args:
+        namespace: of ``torch.ops``; an identifier.
+        csrc: the folder of the ``.cu`` and ``.cpp`` files that ops name.
+        include: further folders for ``#include``. The headers of this package, ``<jitk/...>``, are always found.
+
+    Raises:
+        ValueError: the namespace is no identifier, or a folder does not exist.
+    """
+
+    def __init__(self, namespace: str, *, csrc: str | os.PathLike[str], include: Sequence[str | os.PathLike[str]] = ()) -> None:
+        if not namespace.isidentifier() or keyword.iskeyword(namespace):
+            raise ValueError(f"the namespace {namespace!r} must be an identifier")
+        taken = any(library.namespace == namespace == "jitk" for library in registry.libraries())
+        if taken or namespace in _RESERVED or hasattr(type(torch.ops), namespace):
+            raise ValueError(f"the namespace {namespace!r} is taken: choose one of your own, such as your package's name")
+        if isinstance(include, (str, os.PathLike)):
+            raise TypeError(f"OpLibrary({namespace!r}): include must be a list of folders, got {include!r}")
+        self.namespace = namespace
+        self.csrc = Path(csrc).resolve()
+        self.include = tuple(Path(folder).resolve() for folder in include)
+        for folder in (self.csrc, *self.include):
+            if not folder.is_dir():
+                raise ValueError(f"OpLibrary({namespace!r}): the folder {folder} does not exist")
+        self.ops: dict[str, Op] = {}
+        registry.add(self)
+
+    def __repr__(self) -> str:
+        return f"OpLibrary({self.namespace!r}, csrc={str(self.csrc)!r}, {len(self.ops)} ops)"
+
+    def op(
+        self,
+        *,
+        variant: str | Mapping[str, str] | None = None,
+        cuda: str | None = None,
+        cpu: str | None = None,
+        dtypes: Sequence[torch.dtype] = FLOATS,
+        mutates: Sequence[str] = (),
+        outputs: Sequence[str] | None = None,
+        tensors: Mapping[str, str] | None = None,
+        rows: Rows | Sequence[str] = (),
+        reusable: Sequence[str] | None = None,
+        samples: Samples | None = None,
+        fake: Callable[..., Any] | None = None,
+        backward: Callable[..., Any] | None = None,
+        flags: Mapping[str, Sequence[str]] | None = None,
+        patterns: Sequence[Callable[..., Any]] | None = None,
+    ) -> Callable[[Callable[..., Any]], Op]:
+        """Make the decorated function an op.
+
+        Args:
+            variant: the C++ instantiation to compile; ``variant.py`` lists its placeholders. A mapping from backend where they
+                differ; None for an op without kernels. The out form is the function of the same name with ``_out`` behind it;
+                both come from one compilation.
+            cuda, cpu: the file with the backend's kernel, in the library's ``csrc``. A backend without one runs the function
+                itself.
+            dtypes: those for which the kernel is compiled, of every tensor whose dtype ``variant`` uses. Others run the
+                function itself.
+            mutates: tensor arguments that are written. Such an op returns what it returns, and has no out form.
+            outputs: names of the out form's arguments: by default ``("out",)`` for one result; needed for several.
+            tensors: what arguments and outputs must be, as the kernel's matcher says it: ``{"input": "[tokens..., hidden]
+                rows", "weight": "[hidden]", "bias": "[hidden] weight.dtype"}``. Where the function or the fake runs, other
+                calls are refused as the kernel refuses them. The dtype may also be a choice, ``float16|bfloat16``; the layout
+                is ``rows``, ``strides [*, 1]``, or contiguous. All that are named are on one device.
+            rows: the arguments with rows, each of which is worked on by itself: ``Rows("input")``, or a list of names.
+            reusable: tensor arguments that the kernel reads, row by row or element by element, before it writes in their
+                place: an output may be such an argument, or one of equal parts of its rows. By default the rows of an
+                elementwise op, else none; all other arguments that share memory with one that is written are refused.
+            samples: makes the arguments that tests and benchmarks call the op with.
+            fake: what tracing calls instead of the function.
+            backward: called with the gradients of the results and then all arguments; returns the gradient, or None, of each
+                tensor. Without it the function is computed again and differentiated.
+            flags: further compiler flags for a backend, such as ``{"cuda": ["--use_fast_math"]}``.
+            patterns: further functions of the op's arguments that compute the same, to be found in a model beside the op's own
+                by ``inductor.fuse``. An op with patterns, if only ``()``, is looked for without being named.
+
+        Raises:
+            TypeError: the signature cannot be a schema, or an option is of another type.
+            ValueError: the name is taken, a source is missing or of another backend, ``variant`` has an unknown placeholder, or
+                an option names what there is not.
+        """
+
+        def declare(function: Callable[..., Any]) -> Op:
+            name = function.__name__
+            who = f"{self.namespace}::{name}"
+            known = registry.declared(self.namespace, name)
+            if known is not None:
+                first = inspect.getfile(known.declaration.function)
+                raise ValueError(f"{who} is declared twice; the first is in {first}")
+            options.check_lists(who, dtypes=dtypes, patterns=patterns, mutates=mutates, reusable=reusable, outputs=outputs)
+            if not isinstance(rows, Rows):
+                options.check_lists(who, rows=rows)
+            sources = {"cuda": cuda, "cpu": cpu}
+            options.check_backends(who, sources, variant, flags or {})
+            options.check_dtypes(who, dtypes)
+            of_rows = rows if isinstance(rows, Rows) else Rows(*rows)
+            own = of_rows.arguments if of_rows.elementwise else ()
+            signature = signature_of(function, mutates, own if reusable is None else reusable)
+            kernels = options.kernels(who, self.csrc, signature, sources, variant)
+            names = options.output_names(who, signature, outputs)
+            of_rows.check(who, signature, names)
+            op = Op(
+                Declaration(
+                    namespace=self.namespace,
+                    function=function,
+                    signature=signature,
+                    folders=(self.csrc, *self.include),
+                    kernels=kernels,
+                    dtypes=tuple(dtypes),
+                    outputs=names,
+                    tensors=matcher.parse(who, tensors or {}, signature, names),
+                    rows=of_rows,
+                    samples=samples,
+                    fake=fake,
+                    backward=backward,
+                    flags=dict(flags or {}),
+                    patterns=None if patterns is None else tuple(patterns),
+                )
+            )
+            self.ops[name] = op
+            return op
+
+        return declare
