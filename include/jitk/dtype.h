@@ -149,7 +149,8 @@ inline float to_float(fp8_e5m2_t x) { return rounding::fp16_to_fp32<float>(uint3
 inline float to_float(fp8_e4m3_t x) {
   const uint32_t magnitude = x.bits & 0x7fu;
   if (magnitude == 0x7fu) return bits_as<float>(0x7fc00000u | uint32_t{x.bits} >> 7 << 31);
-  const float size = magnitude < 8u ? static_cast<float>(magnitude) * 0x1p-9f : bits_as<float>((magnitude << 20) + (120u << 23));
+  const float size =
+      magnitude < 8u ? static_cast<float>(magnitude) * 0x1p-9f : bits_as<float>((magnitude << 20) + (120u << 23));
   return x.bits < 0x80u ? size : -size;
 }
 inline float to_float(fp8_e8m0_t x) {
