@@ -19,6 +19,7 @@ from torch_jit_ops.testing.calls import assert_same_bits as assert_same_bits
 from torch_jit_ops.testing.calls import bits as bits
 from torch_jit_ops.testing.calls import call as call
 from torch_jit_ops.testing.calls import copy_with_storage as copy_with_storage
+from torch_jit_ops.testing.calls import is_8bit_float as is_8bit_float
 from torch_jit_ops.testing.calls import is_batched as is_batched
 from torch_jit_ops.testing.calls import map_tensors as map_tensors
 from torch_jit_ops.testing.calls import outcome as outcome
@@ -111,7 +112,10 @@ def has_out(case: Case) -> bool:
 
 
 def has_gradient(case: Case) -> bool:
-    return not writes(case.op) and case.dtype.is_floating_point
+    if writes(case.op) or not case.dtype.is_floating_point:
+        return False
+    # A gradient of 8 bits cannot be added to another.
+    return not any(is_8bit_float(result.dtype) for result in call(case.op, case.sample(), case.op.reference).tensors)
 
 
 def has_tokens(case: Case) -> bool:

@@ -183,7 +183,8 @@ def test_expanded_input(case: Case) -> None:
     tokens = tokens_of(case.sample())
     given = map_tensors(case.sample(), lambda t: one_row_many_times(t) if t.dim() > 1 and t.shape[0] == tokens else t)
     plain = map_tensors(given, lambda tensor: tensor.clone(memory_format=torch.contiguous_format))
-    if writes(case.op):
+    values = case.op.declaration.by_name(given.args, given.kwargs)
+    if any(argument.written and values[argument.name].stride(0) == 0 for argument in case.op.signature.arguments):
         with pytest.raises(RuntimeError, match=r"single memory location|overlap"):
             call(case.op, given)
         return

@@ -163,5 +163,7 @@ def _logits(make: SampleMaker) -> Iterator[Sample]:
 )
 def topk_softmax(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of each row's softmax, in fp32, largest first, and where they are. Of equals the first comes first."""
+    if not 0 <= k <= logits.shape[-1]:
+        raise ValueError(f"k must be from 0 to the number of experts, {logits.shape[-1]}, got {k}")
     order = torch.sort(logits, dim=-1, descending=True, stable=True).indices[..., :k]
     return logits.float().softmax(-1).gather(-1, order), order.int()

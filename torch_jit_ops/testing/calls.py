@@ -133,7 +133,10 @@ def copy_with_storage(sample: Sample) -> Sample:
 
 def bits(tensor: Tensor) -> Tensor:
     """Bytes that compare equal only if the tensors do to the last bit, NaNs included."""
-    return tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
+    tensor = tensor.detach()
+    if tensor.itemsize == 1:
+        tensor = tensor.view(torch.uint8)  # a copy of a bool is 0 or 1, whatever byte is there
+    return tensor.clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
 
 
 def storage_bits(tensor: Tensor) -> Tensor:

@@ -345,7 +345,9 @@ def _compare_steps(name: str, actual: Tensor, truth: Tensor, plain: Tensor, tria
 
 
 def _differs(one: Tensor, other: Tensor) -> Tensor:
-    """Where they are not the same number. One NaN is another, and -0 is 0."""
+    """Where they are not the same number. One NaN is another, and -0 is 0; but a bool is the byte 0 or 1."""
+    if one.dtype == torch.bool:
+        return one.view(torch.uint8) != other.view(torch.uint8)
     if not one.is_floating_point():
         return one != other
     one, other = one.double(), other.double()  # which hold all 8-bit floats, and have the operations that those lack

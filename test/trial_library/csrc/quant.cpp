@@ -36,7 +36,8 @@ void quant_fp8_per_token_out(TensorView input, TensorView out, TensorView scale)
 
 template <typename T>
 std::tuple<Tensor, Tensor> quant_fp8_per_token(TensorView input) {
-  RuntimeCheck(input.dim() > 0, "argument 'input' must have at least one dimension, got a scalar");
+  SymbolicDims tokens{"tokens"};
+  TensorMatcher({tokens, -1}).with_strides({-1, -1}).verify(input);
   Shape one(input.shape());
   one[-1] = 1;
   Tensor out = empty(input.shape(), dtype_of<fp8_e4m3_t>(), input.device());

@@ -13,8 +13,8 @@ using namespace jitk;
 constexpr uint32_t kWarps = 4;
 
 template <typename T>
-__global__ void quant_kernel(const T* __restrict__ input, int64_t input_stride, fp8_e4m3_t* __restrict__ out, int64_t out_stride,
-                             float* __restrict__ scale, int64_t scale_stride, int64_t rows, int64_t width) {
+__global__ void quant_kernel(const T* __restrict__ input, int64_t input_stride, fp8_e4m3_t* __restrict__ out,
+                             int64_t out_stride, float* __restrict__ scale, int64_t scale_stride, int64_t rows, int64_t width) {
   using namespace device;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.y;
   if (row >= rows) return;
@@ -43,14 +43,15 @@ void quant_fp8_per_token_out(TensorView input, TensorView out, TensorView scale)
   RuntimeCheck(from.width > 0, "argument 'input' must have columns, got ", input.shape());
 
   LaunchKernel(div_ceil(from.count, int64_t{kWarps}), dim3(32, kWarps), device.unwrap())(
-      quant_kernel<T>, static_cast<const T*>(input.data_ptr()), from.stride, static_cast<fp8_e4m3_t*>(out.data_ptr()), to.stride,
-      static_cast<float*>(scale.data_ptr()), scales.stride, from.count, from.width);
+      quant_kernel<T>, static_cast<const T*>(input.data_ptr()), from.stride, static_cast<fp8_e4m3_t*>(out.data_ptr()),
+      to.stride, static_cast<float*>(scale.data_ptr()), scales.stride, from.count, from.width);
 }
 
 template <typename T>
 std::tuple<Tensor, Tensor> quant_fp8_per_token(TensorView input) {
   using namespace host;
-  RuntimeCheck(input.dim() > 0, "argument 'input' must have at least one dimension, got a scalar");
+  SymbolicDims tokens{"tokens"};
+  TensorMatcher({tokens, -1}).with_strides({-1, -1}).verify(input);
   Shape one(input.shape());
   one[-1] = 1;
   Tensor out = empty(input.shape(), dtype_of<fp8_e4m3_t>(), input.device());

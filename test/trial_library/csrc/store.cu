@@ -47,10 +47,10 @@ void store_kv_cache(TensorView k, TensorView v, TensorView k_cache, TensorView v
       .verify(v_cache);
   TensorMatcher({tokens}).with_dtype<Index>().with_device(device).verify(indices);
 
-  LaunchKernel(tokens.unwrap(), 256, device.unwrap())(
-      store_kernel<T, Stored, Index>, Heads(k), Heads(v), Heads(k_cache), Heads(v_cache),
-      static_cast<const Index*>(indices.data_ptr()), static_cast<uint32_t>(heads.unwrap()),
-      static_cast<uint32_t>(head_dim.unwrap()));
+  LaunchKernel(tokens.unwrap(), 256, device.unwrap())(store_kernel<T, Stored, Index>, Heads(k), Heads(v), Heads(k_cache),
+                                                      Heads(v_cache), static_cast<const Index*>(indices.data_ptr()),
+                                                      static_cast<uint32_t>(heads.unwrap()),
+                                                      static_cast<uint32_t>(head_dim.unwrap()));
 }
 
 }  // namespace trial

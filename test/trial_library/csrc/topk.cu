@@ -68,7 +68,8 @@ void topk_softmax_out(TensorView logits, int64_t k, TensorView weights, TensorVi
 template <typename T>
 std::tuple<Tensor, Tensor> topk_softmax(TensorView logits, int64_t k) {
   using namespace host;
-  RuntimeCheck(logits.dim() > 0, "argument 'logits' must have at least one dimension, got a scalar");
+  SymbolicDims tokens{"tokens"};
+  TensorMatcher({tokens, -1}).with_strides({-1, -1}).verify(logits);
   Shape shape(logits.shape());
   shape[-1] = k;
   Tensor weights = empty(shape, dtype_of<float>(), logits.device(), "weights");
