@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from torch_jit_ops.backends import Backend, named
-from torch_jit_ops.store import cache
+from torch_jit_ops.store.digests import digest_of_record
 
 ABI_VERSION = 1  # kAbiVersion of include/jitk/abi.h
 _STANDARD = "-std=c++17"
@@ -60,7 +60,7 @@ class Unit:
     def key(self) -> str:
         """Digest of all that is known before compiling."""
         versions = [ABI_VERSION, torch.__version__ if self.torch else None]
-        return cache.digest_of_record([self.backend.name, self.text, self.compile_flags(), versions])
+        return digest_of_record([self.backend.name, self.text, self.compile_flags(), versions])
 
     def facts(self) -> dict[str, object]:
         """What the store keeps about it beside its key, for people and for the question why it is built again."""
