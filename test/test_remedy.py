@@ -18,7 +18,7 @@ from torch_jit_ops import dispatcher, process
 from torch_jit_ops.backends import MissingCompiler
 from torch_jit_ops.builder import loader
 from torch_jit_ops.builder import log as build_log
-from torch_jit_ops.store import trust
+from torch_jit_ops.store import files
 
 _LOGS = {
     "disk full": "cc1plus: fatal error: /tmp/ccQ2.s: No space left on device\ncompilation terminated.\n",
@@ -150,7 +150,7 @@ def test_a_build_that_cannot_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def full(_: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(trust, "make_files_private", full)
+    monkeypatch.setattr(files, "make_files_private", full)
     with pytest.warns(UserWarning) as caught:
         assert store_child.value(loader.load(store_child.unit(8))) == 8
     message = str(caught[0].message).replace(str(tmp_path), "<root>").replace(". ", ".\n")

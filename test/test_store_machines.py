@@ -28,7 +28,10 @@ from torch_jit_ops.backends import CPU, CUDA, Backend, MissingCompiler, Toolkit,
 from torch_jit_ops.backends import cuda as cuda_backend
 from torch_jit_ops.builder import compilers, errors, loader, shared_object, workarounds
 from torch_jit_ops.cli import doctor
-from torch_jit_ops.store import cache, lock, trust
+from torch_jit_ops.store import files, lock
+from torch_jit_ops.store.files import UntrustedCache
+from torch_jit_ops.store.search_path import default_store
+from torch_jit_ops.store.temporary import temporary_folder
 
 # --- noexec ----------------------------------------------------------------------------------------
 
@@ -230,10 +233,10 @@ def test_a_user_without_a_home(here: Here, monkeypatch: pytest.MonkeyPatch) -> N
         f"the user of this process (uid {os.getuid()}) has no home folder, so kernels are built again in every process. "
         "Set JITK_CACHE_DIR to a folder with space that can be written"
     ]
-    assert cache.default_store().root.parent == Path(tempfile.gettempdir())
+    assert default_store().root.parent == Path(tempfile.gettempdir())
     monkeypatch.setenv("JITK_CACHE_DIR", "~/kernels")
     with pytest.raises(ValueError) as refused:
-        cache.default_store()
+        default_store()
     assert str(refused.value) == "JITK_CACHE_DIR is '~/kernels', but the system knows no home of that user: give the whole path"
 
 
@@ -246,7 +249,7 @@ os.setgid({STRANGER}); os.setuid({STRANGER})
 os.environ.pop("HOME", None)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    store = cache.default_store()
+    store = default_store()
 print(len(caught), store.root.is_dir(), store.new_staging().is_dir())
 """
     environment_ = dict.fromkeys(("XDG_CACHE_HOME", "JITK_CACHE_DIR"), "")
@@ -453,7 +456,7 @@ def test_a_folder_for_temporary_files_of_another_name(here: Here, monkeypatch: p
     (here.root / "a b").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(here.root / "a b"))
     with pytest.raises(RuntimeError) as caught:
-        cache.temporary_folder()
+        temporary_folder()
     assert here.text(caught.value) == (
         "kernels cannot be built in the folder for temporary files, '<root>/a b': the build tools bear only letters, digits "
         "and /._+-~ in its name\n  remedy: set TMPDIR to another folder"
@@ -466,9 +469,9 @@ def test_the_group_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     root.mkdir(parents=True, mode=0o700)
     root.chmod(0o700)
     root.parent.chmod(0o775)
-    monkeypatch.setattr(trust, "_is_own_group", lambda group: True)
-    trust.check(root)
-    monkeypatch.setattr(trust, "_is_own_group", lambda group: False)
-    with pytest.raises(cache.UntrustedCache, match=r"mode 775"):
-        trust.check(root)
+    monkeypatch.setattr(files, "_is_own_group", lambda group: True)
+    files.check(root)
+    monkeypatch.setattr(files, "_is_own_group", lambda group: False)
+    with pytest.raises(UntrustedCache, match=r"mode 775"):
+        files.check(root)
     assert lock.is_alive(os.getpid())

@@ -22,7 +22,9 @@ from expecttest import assert_expected_inline
 
 from torch_jit_ops import process
 from torch_jit_ops.builder import loader
-from torch_jit_ops.store import cache, lock
+from torch_jit_ops.store import lock
+from torch_jit_ops.store.record import LOG
+from torch_jit_ops.store.store import Store
 
 _FORK = multiprocessing.get_context("forkserver")
 
@@ -235,7 +237,7 @@ def test_a_dead_holder_whose_child_has_its_lock_stops_nobody(machine: Machine, m
 @pytest.mark.parametrize("host", ["here", "elsewhere"])
 def test_lock_files_that_were_left(machine: Machine, host: str) -> None:
     unit = store_child.unit(5)
-    path = cache.Store(machine.cache).lock_path(unit.name, unit.key())
+    path = Store(machine.cache).lock_path(unit.name, unit.key())
     path.parent.mkdir(parents=True, mode=0o700)
     machine.cache.chmod(0o700)
     path.write_text("half a line")
@@ -259,7 +261,7 @@ def test_without_locks_the_rename_is_enough(machine: Machine, monkeypatch: pytes
         raise error
 
     monkeypatch.setattr(filelock.FileLock, "acquire", fail)
-    monkeypatch.setattr(cache.Store, "find", lambda *_, **__: None)  # so that both build
+    monkeypatch.setattr(Store, "find", lambda *_, **__: None)  # so that both build
     unit = store_child.unit(6)
     for _ in range(2):
         process.reset()
@@ -268,7 +270,7 @@ def test_without_locks_the_rename_is_enough(machine: Machine, monkeypatch: pytes
         assert loaded.path.is_file(), "of the two, the first stays"
     assert machine.compiled() == 2
     monkeypatch.undo()
-    variants = list(cache.Store(machine.cache).variants())
+    variants = list(Store(machine.cache).variants())
     assert len(variants) == 1
     assert os.listdir(machine.cache / "staging") == []
 
@@ -290,14 +292,14 @@ def test_a_fork_in_the_middle_of_a_build(machine: Machine) -> None:
 
 
 def test_staging_folders_of_the_living_stay(machine: Machine) -> None:
-    store = cache.Store(machine.cache)
+    store = Store(machine.cache)
     alive, old, failed = store.new_staging(), store.new_staging(), store.new_staging()
     os.utime(old, (0, 0))
     elsewhere = alive.with_name(f"{2**22 + 1}_00000000_0")
     dead, unknown = alive.with_name(f"{2**22 + 1}_{lock.system()}_0"), alive.with_name("unknown")
     shutil.copytree(alive, elsewhere)
     failed = failed.rename(failed.with_name(f"{2**22 + 1}_{lock.system()}_1"))
-    (failed / cache.LOG).touch()
+    (failed / LOG).touch()
     for folder in (dead, unknown):
         folder.mkdir()
     new = store.staging()

@@ -29,7 +29,7 @@ from torch_jit_ops.backends.wheels import WheelLibrary
 from torch_jit_ops.builder import loader
 from torch_jit_ops.builder.unit import inlined, line_directive
 from torch_jit_ops.signature import Argument, Signature
-from torch_jit_ops.store import cache
+from torch_jit_ops.store.digests import digest_of_record
 
 NAMESPACE = "jitk_modules"
 CppArg = int | bool | float | str | torch.dtype
@@ -182,7 +182,7 @@ def load_jit(
     units = [part.unit(_default_arch(part.backend)) for part in parts]
     places = [[str(folder) for folder in unit.include] for unit in units]
     written = {export: list(positions) for export, positions in (mutates or {}).items()}
-    key = cache.digest_of_record([name, [unit.key() for unit in units], places, written])
+    key = digest_of_record([name, [unit.key() for unit in units], places, written])
     with _modules_lock:
         if key not in _modules:
             functions: dict[str, Any] = {}

@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import shutil
 import time
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from torch_jit_ops.ahead import build_ahead
 from torch_jit_ops.builder import loader
 from torch_jit_ops.dtypes import shown
 from torch_jit_ops.op import Op
-from torch_jit_ops.store import trust
+from torch_jit_ops.store import files
 
 LIBRARY = "libjitk_ops.so"
 TABLE = "ops.txt"
@@ -88,22 +87,18 @@ def deploy(
         raise loader.BuildError(
             f"{len(report.failures)} of {report.kernels} kernels could not be built\n" + "\n".join(report.failures)
         )
-    unfinished = target.resolve().with_name(f".{target.resolve().name}.{uuid.uuid4().hex[:8]}")
-    trust.make_private(unfinished)
-    try:
+    with files.replacing(target.resolve()) as unfinished:
+        files.make_private(unfinished)
         _write(unfinished, wanted, units)
-        _replace(target.resolve(), unfinished)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return Deployment(target, target / LIBRARY, len(wanted), report.compiled, time.monotonic() - start)
 
 
 def _write(folder: Path, wanted: Sequence[build_ahead.Wanted], units: Sequence[loader.Unit]) -> None:
     shutil.copyfile(loader.load(dispatcher.standalone_unit()).path, folder / LIBRARY)
-    files = {}
+    names = {}
     for unit in units:
-        files[unit] = f"{unit.name}-{unit.key()[:16]}.so"
-        shutil.copyfile(loader.load(unit).path, folder / files[unit])
+        names[unit] = f"{unit.name}-{unit.key()[:16]}.so"
+        shutil.copyfile(loader.load(unit).path, folder / names[unit])
     lines = [_VERSION]
     for op in dict.fromkeys(each.op for each in wanted):
         forms = op.declaration.overloads
@@ -117,7 +112,7 @@ def _write(folder: Path, wanted: Sequence[build_ahead.Wanted], units: Sequence[l
                     if (each.op, each.backend) == (op, backend):
                         export = op.declaration.checked_export(backend.name, form, loader.load(unit))
                         words = ",".join(map(str, kernel.pattern.key(each.values))) or "-"
-                        lines.append(f"kernel {files[unit]} {export} {each.arch} {words} {unit.label}")
+                        lines.append(f"kernel {names[unit]} {export} {each.arch} {words} {unit.label}")
     (folder / TABLE).write_text("\n".join(lines) + "\n")
     # Others may read it, such as the user of a service, and only this one write it.
     for path in (folder, *folder.iterdir()):
@@ -126,15 +121,6 @@ def _write(folder: Path, wanted: Sequence[build_ahead.Wanted], units: Sequence[l
 
 def _name(op: Op, form: str) -> str:
     return f"{op.name}.{form}" if form else op.name
-
-
-def _replace(target: Path, made: Path) -> None:
-    """Whoever opens the folder finds the old or the new one, or for a moment none, but never a mixture."""
-    old = made.with_name(f"{made.name}.old")
-    if target.exists():
-        os.rename(target, old)
-    os.rename(made, target)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 # --- what a program calls ---------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from torch_jit_ops.builder import log, workarounds
 from torch_jit_ops.builder.errors import BuildError, BuildInterrupted, UnknownGpu
 from torch_jit_ops.builder.shared_object import NOEXEC, OF_THIS_MOMENT
 from torch_jit_ops.builder.unit import Unit, file_name, include_dir, inlined_in
-from torch_jit_ops.store import cache
+from torch_jit_ops.store.dependencies import Dependency, dependencies_of
 
 _EXPORTS = "#include <jitk/export.h>"
 _INTERRUPTED = "ninja: build stopped: interrupted by user"
@@ -55,7 +55,7 @@ def compile_unit(unit: Unit, staging: Path) -> Compiled:
     return Compiled(staging, sources, staging / f"{module}.so")
 
 
-def files_read(unit: Unit, compiled: Compiled) -> list[cache.Dependency] | None:
+def files_read(unit: Unit, compiled: Compiled) -> list[Dependency] | None:
     """The files that compilers and linker read, but the sources and what a version covers; None if they are not known."""
     read = {file.resolve() for file in _depfile(compiled.staging)}
     sources = {source.resolve() for source in compiled.sources}
@@ -64,7 +64,7 @@ def files_read(unit: Unit, compiled: Compiled) -> list[cache.Dependency] | None:
     files = sorted((read - sources) | {archive.resolve() for archive in _archives(unit.link_flags())})
     system = _system_folders(unit)
     try:
-        return cache.dependencies_of(files, unit.roots(), lambda file: any(folder in file.parents for folder in system))
+        return dependencies_of(files, unit.roots(), lambda file: any(folder in file.parents for folder in system))
     except OSError:
         return None  # a file went meanwhile, and so did the knowledge of what was built
 

@@ -20,17 +20,18 @@ from torch_jit_ops.backends import Backend, programs
 from torch_jit_ops.backends.programs import MissingCompiler
 from torch_jit_ops.builder.unit import Unit
 from torch_jit_ops.forks import subprocess
-from torch_jit_ops.store import cache, forms, trust
+from torch_jit_ops.store import files, forms
+from torch_jit_ops.store.store import Store
 
 _known: dict[tuple[object, ...], tuple[str | None, MissingCompiler | None]] = process.keep({})
 
 
-def compiler_of(unit: Unit, store: cache.Store) -> str | None:
+def compiler_of(unit: Unit, store: Store) -> str | None:
     """The identity of the compilers that would build the unit; None if they are missing."""
     return found_for(unit, store)[0]
 
 
-def found_for(unit: Unit, store: cache.Store) -> tuple[str | None, MissingCompiler | None]:
+def found_for(unit: Unit, store: Store) -> tuple[str | None, MissingCompiler | None]:
     """The identity of the compilers for the unit, or why there are none. Looked for once in a process and environment."""
     key = (unit.backend.name, store.root, *environment.compiler_choice(unit.backend.variables))
     if key not in _known:
@@ -38,7 +39,7 @@ def found_for(unit: Unit, store: cache.Store) -> tuple[str | None, MissingCompil
             commands = unit.backend.commands()
             try:
                 memory = store.own_folder("compilers")
-            except (OSError, trust.UntrustedCache):  # who reads or writes a kernel there says so
+            except (OSError, files.UntrustedCache):  # who reads or writes a kernel there says so
                 memory = Path(os.devnull)
             _known[key] = " / ".join(identity(unit.backend, commands, memory)), None
         except MissingCompiler as missing:
@@ -82,8 +83,8 @@ def compiler_identity(command: Path | Sequence[str], memory: Path) -> str:
     lines = [forms.printable(line.strip()) for line in said.splitlines() if re.search(r"\d+\.\d+", line)]
     identity = " ".join(lines[:2])[:1000]
     with contextlib.suppress(OSError):  # a read-only cache: the next process asks again
-        trust.make_private(memory)
-        trust.replace_file(note, json.dumps({"program": state, "identity": identity}).encode())
+        files.make_private(memory)
+        files.replace_file(note, json.dumps({"program": state, "identity": identity}).encode())
     return identity
 
 

@@ -8,8 +8,8 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from torch_jit_ops.store import cache
 from torch_jit_ops.store.forms import printable
+from torch_jit_ops.store.record import LOG
 
 # The first pattern that the log has decides. A remedy may use groups of its pattern: {0} is the first.
 _REMEDIES = tuple(
@@ -137,7 +137,7 @@ def text_of(error: Exception) -> str:
 
 def keep(log: str, staging: Path) -> Path:
     """Write the log into the staging folder, unless the disk is full."""
-    file = staging / cache.LOG
+    file = staging / LOG
     with contextlib.suppress(OSError):
         file.write_text(log, errors="replace")
     return file

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from torch_jit_ops import forks
 from torch_jit_ops.builder.unit import ABI_VERSION
-from torch_jit_ops.store import cache
+from torch_jit_ops.store.store import Store
+from torch_jit_ops.store.temporary import temporary_folder
 
 # What dlopen says of whole libraries: the file system is mounted noexec; the process has no room.
 NOEXEC = re.compile(r"failed to map segment from shared object(?!.*(?:allocate|memory))")
@@ -76,7 +77,7 @@ def open_library(path: Path) -> ctypes.CDLL:
     return library
 
 
-def open_from(store: cache.Store, path: Path) -> ctypes.CDLL:
+def open_from(store: Store, path: Path) -> ctypes.CDLL:
     """Load a library of a store, or a temporary copy of it where the system runs no programs from the store."""
     try:
         return open_library(path)
@@ -84,7 +85,7 @@ def open_from(store: cache.Store, path: Path) -> ctypes.CDLL:
         if NOEXEC.search(str(error)) is None:
             raise
     store.warn_of_noexec()
-    copy = cache.temporary_folder() / path.name
+    copy = temporary_folder() / path.name
     shutil.copyfile(path, copy)
     try:
         return open_library(copy)
@@ -92,7 +93,7 @@ def open_from(store: cache.Store, path: Path) -> ctypes.CDLL:
         raise nowhere_to_run(error, store) from error
 
 
-def nowhere_to_run(error: OSError, store: cache.Store) -> Exception:
+def nowhere_to_run(error: OSError, store: Store) -> Exception:
     """The error to raise for one of a library in a temporary folder."""
     if NOEXEC.search(str(error)) is None:
         return error

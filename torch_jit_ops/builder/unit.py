@@ -13,7 +13,7 @@ import torch
 
 from torch_jit_ops.backends import Backend, named
 from torch_jit_ops.backends.wheels import WheelLibrary
-from torch_jit_ops.store import cache
+from torch_jit_ops.store.digests import digest_of_record
 
 ABI_VERSION = 1  # kAbiVersion of include/jitk/abi.h
 _STANDARD = "-std=c++17"
@@ -94,7 +94,7 @@ class Unit:
         """Digest of all that is known before compiling."""
         versions = [ABI_VERSION, torch.__version__ if self.torch else None]
         texts = [self.text, *self.beside]
-        return cache.digest_of_record([self.backend.name, texts, self.compile_flags(), self.linked(), versions])
+        return digest_of_record([self.backend.name, texts, self.compile_flags(), self.linked(), versions])
 
     def facts(self) -> dict[str, object]:
         """What the store keeps about it beside its key, for people and for the question why it is built again."""

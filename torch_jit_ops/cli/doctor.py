@@ -33,7 +33,9 @@ from torch_jit_ops import environment
 from torch_jit_ops.backends import CPU, CUDA, MissingCompiler, programs
 from torch_jit_ops.builder import compiler_jobs, compilers, loader
 from torch_jit_ops.cli import screen
-from torch_jit_ops.store import cache, trust
+from torch_jit_ops.store import files
+from torch_jit_ops.store.search_path import default_store, search_path
+from torch_jit_ops.store.store import Store
 
 _OLDEST_TORCH = (2, 11)
 _OLDEST_GCC = 11
@@ -200,7 +202,7 @@ def _archs_of_nvcc() -> list[str]:
 
 
 def _cache() -> Iterator[Check]:
-    *shared, store = cache.stores()
+    *shared, store = search_path()
     for each in shared:
         if each.root.is_dir():
             yield from _shared(each)
@@ -221,10 +223,10 @@ def _cache() -> Iterator[Check]:
     yield check
 
 
-def _shared(store: cache.Store) -> Iterator[Check]:
+def _shared(store: Store) -> Iterator[Check]:
     try:
-        trust.check(store.root)
-    except (OSError, trust.UntrustedCache) as error:
+        files.check(store.root)
+    except (OSError, files.UntrustedCache) as error:
         yield _of_error("cache", error)
         return
     check = Check("cache", "ok", f"{store.root}, searched first and never written")
@@ -279,7 +281,7 @@ def _try(unit: loader.Unit, *, call: bool) -> Check:
 @contextlib.contextmanager
 def _empty_store() -> Iterator[None]:
     """A store on the disk of the real one, which may forbid to run programs, if it can be written."""
-    place = cache.default_store().root / "staging"
+    place = default_store().root / "staging"
     folder = tempfile.mkdtemp(prefix="doctor", dir=place if os.access(place, os.W_OK) else None)
     try:
         with environment.overridden(JITK_CACHE_DIR=folder, JITK_VERBOSE="0", JITK_NO_COMPILE="0", JITK_CACHE_PATH=""):
