@@ -25,21 +25,21 @@ class Handover:
 
     Args:
         overloads: qualified names with their overloads: ``mylib::scale.out``.
-        is_open: while it says no, nothing is handed over.
+        is_due: while it says no, nothing is handed over.
     """
 
-    def __init__(self, overloads: Sequence[str], is_open: Callable[[], bool]) -> None:
+    def __init__(self, overloads: Sequence[str], is_due: Callable[[], bool]) -> None:
         self._overloads = overloads
-        self._is_open = is_open
-        self._passed = False
+        self._is_due = is_due
+        self._done = False
         self._lock = forks.Lock()
 
-    def happen(self) -> None:
+    def hand_over(self) -> None:
         """Hand over if the library is there. Each call that comes to a kernel in Python calls this."""
-        if self._passed or not self._is_open():
+        if self._done or not self._is_due():
             return
         with self._lock as again:
-            self._passed = self._passed or (not again and dispatcher.differentiate(self._overloads))
+            self._done = self._done or (not again and dispatcher.differentiate(self._overloads))
 
 
 def functional_kernel(
@@ -99,7 +99,7 @@ def functional_kernel(
             found = dict(zip(ctx.jitk_tensors, _leaves(given), strict=True))
         return *(None,) * _BEFORE_LEAVES, *(found.get(i) for i in range(len(leaves)))
 
-    # Of a single level: at the autograd key, functorch has chosen the level already, and would choose again.
+    # Handles one level: functorch picked it before the autograd key ran, and would pick again.
     function: Any = type(
         f"{overload._opname}_derivative",
         (torch.autograd.function._SingleLevelFunction,),
@@ -111,7 +111,7 @@ def functional_kernel(
     )
 
     def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
-        handover.happen()
+        handover.hand_over()
         tensors = list(tensors_of((*args, *kwargs.values())))
         if _has_tangent(*tensors):
             return reference(*args, **kwargs)
@@ -143,7 +143,7 @@ def writing_kernel(
     written = [argument.name for argument in signature.arguments if argument.written]
 
     def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
-        handover.happen()
+        handover.hand_over()
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         for name, value in given.items():
             if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors_of([value])):
