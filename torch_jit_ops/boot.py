@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch_jit_ops import dispatcher, environment, fallback, forks, manifest
+from torch_jit_ops import dispatcher, environment, fallback, forks, manifest, variant_storm
 from torch_jit_ops.backends import toolchain
 from torch_jit_ops.builder import loader
 from torch_jit_ops.checks import matcher
@@ -146,4 +146,5 @@ class Boot:
         if loaded is None:
             self._reference.define_ops()
             return dispatcher.REFERENCE
+        variant_storm.note(declaration.qualified_name, backend, declaration.kernels[backend].pattern, key[1:])
         return loaded.entry(declaration.checked_export(backend, loaded))
