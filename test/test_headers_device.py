@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 import torch
 
-from torch_jit_ops.builder import unit
+from torch_jit_ops.backends.cuda import CUDA
 
 ROOT = Path(__file__).resolve().parent.parent
 INCLUDE = ROOT / "include"
@@ -114,7 +114,7 @@ def test_a_unit_reads_no_special_functions(folder: Path) -> None:
     """They come with nvcc's own <cmath>, and cost more than all of our headers."""
     source = folder / "nothing.cu"
     source.write_text("#include <jitk/vec.cuh>\n__global__ void nothing(float* x) { *x = j0f(*x) + sqrtf(*x); }\n")
-    flags = unit.Unit(name="nothing", label="nothing", backend="cuda", arch="9.0a", text="").compile_flags()
+    flags = (*CUDA.flags, "-std=c++17", *CUDA.arch_flags("9.0a"))
     command = [str(NVCC), f"-I{INCLUDE}", *flags, str(source)]
     read = subprocess.run([*command, "-M"], check=True, capture_output=True, text=True).stdout
     assert "/cmath" in read and "tr1/" not in read
