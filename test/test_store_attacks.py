@@ -22,7 +22,7 @@ from expecttest import assert_expected_inline
 
 import torch_jit_ops
 from torch_jit_ops import manifest, process, variant
-from torch_jit_ops.ahead import why
+from torch_jit_ops.ahead.why import explain
 from torch_jit_ops.backends import CUDA
 from torch_jit_ops.builder import loader
 from torch_jit_ops.signature import Argument, Signature
@@ -665,4 +665,4 @@ def test_what_is_listed_commands_no_terminal(here: Here, whole: Path) -> None:
     assert "\\x1b]0;owned\\x07\\x1b[2Jtiny\\r\\n\\u202egnp [bold]  x86-64" in printed
     assert all(c.isprintable() or c == "\n" for c in printed)
     unit = store_child.unit(2)
-    assert forms.printable(why.why(unit, [here.store]).differences).isprintable()
+    assert forms.printable(explain(unit, [here.store]).differences).isprintable()

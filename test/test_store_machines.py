@@ -243,7 +243,7 @@ def test_a_user_without_a_home(here: Here, monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_uid_without_a_name(tmp_path: Path) -> None:
     code = f"""
 import os, warnings
-from torch_jit_ops.store import cache
+from torch_jit_ops.store.search_path import default_store
 os.setgid({STRANGER}); os.setuid({STRANGER})
 os.environ.pop("HOME", None)
 with warnings.catch_warnings(record=True) as caught:

@@ -9,12 +9,12 @@ torch_jit_ops.build(manifest="run.jsonl")                            what JITK_R
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import torch
 
 from torch_jit_ops import backends, dispatcher, environment, fallback, manifest, progress, registry
 from torch_jit_ops.backends import CUDA, Backend
-from torch_jit_ops.builder import compiler_jobs, loader
+from torch_jit_ops.builder import compiler_jobs, loader, workers
 from torch_jit_ops.op import Op
 from torch_jit_ops.registry import find_ops, nearest
 from torch_jit_ops.samples import SampleMaker
@@ -114,7 +114,7 @@ def load_all(units: Iterable[loader.Unit], jobs: int | None = None) -> Report:
     # Of several GPUs the current one: the others' kernels are loaded, from this process's libraries, when they are called.
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else -1
     here = (CUDA, CUDA.arch_of(device)) if device >= 0 else None
-    with _bar(len(wanted)) as working, ThreadPoolExecutor(jobs or compiler_jobs.compiler_jobs()) as pool:
+    with _bar(len(wanted)) as working, workers.Workers(lambda: jobs or compiler_jobs.compiler_jobs()) as team:
 
         def load(unit: loader.Unit) -> loader.Loaded:
             with working(f"{unit.label} {unit.arch}"):
@@ -123,16 +123,12 @@ def load_all(units: Iterable[loader.Unit], jobs: int | None = None) -> Report:
                     loaded.load_kernels(device)
                 return loaded
 
-        results = [pool.submit(load, unit) for unit in wanted]
-        try:
-            for unit, result in zip(wanted, results, strict=True):
-                try:
-                    compiled += result.result().compiled
-                except (RuntimeError, OSError) as error:  # of this kernel; the others shall be built all the same
-                    failures.append(f"{unit.label} ({unit.backend.name} {unit.arch}): {error}")
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        results = [team.submit(functools.partial(load, unit)) for unit in wanted]
+        for unit, result in zip(wanted, results, strict=True):
+            try:
+                compiled += result.result().compiled
+            except (RuntimeError, OSError) as error:  # of this kernel; the others shall be built all the same
+                failures.append(f"{unit.label} ({unit.backend.name} {unit.arch}): {error}")
     return Report(len(wanted), compiled, tuple(failures), time.monotonic() - start)
 
 

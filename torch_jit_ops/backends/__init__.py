@@ -6,8 +6,8 @@ import torch
 
 from torch_jit_ops.backends.backend import Backend as Backend
 from torch_jit_ops.backends.backend import Toolkit as Toolkit
-from torch_jit_ops.backends.cpu import CPU
-from torch_jit_ops.backends.cuda import CUDA
+from torch_jit_ops.backends.cpu import CPU as CPU
+from torch_jit_ops.backends.cuda import CUDA as CUDA
 from torch_jit_ops.backends.programs import MissingCompiler as MissingCompiler
 
 ALL: tuple[Backend, ...] = (CUDA, CPU)
