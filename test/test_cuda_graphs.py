@@ -24,11 +24,11 @@ os.environ["CUDA_MODULE_LOADING"] = "LAZY"  # the default from CUDA 12.2 on
 import torch
 import user_library
 import torch_jit_ops
-from cases import OPS, assert_same_bits, call, copy_with_storage, is_batched, map_tensors, samples_of
+from cases import OPS, assert_same_bits, call, copy_with_storage, is_batched, last_dtypes, map_tensors, samples_of
 from torch_jit_ops import Sample
 
 def first(op):
-    return samples_of(op, "cuda", op.declaration.dtypes[-1])[0]
+    return samples_of(op, "cuda", last_dtypes(op))[0]
 
 ops = [op for op in OPS if "cuda" in op.declaration.kernels and op.declaration.samples is not None]
 
@@ -81,7 +81,7 @@ def test_what_was_built_is_captured_without_a_call(arch: str) -> None:
     arch = repr(CUDA.arch_of(0)) if arch else "None"
     code = f"""
 for op in ops:
-    torch_jit_ops.build(op, [op.declaration.dtypes[-1]], backend="cuda", arch={arch})
+    torch_jit_ops.build(op, last_dtypes(op).distinct(), backend="cuda", arch={arch})
 for op in ops:
     sample = first(op)
     before = copy_with_storage(sample)
@@ -101,7 +101,7 @@ def strided(tensor):
     return wide[..., : tensor.shape[-1]].copy_(tensor)
 
 for op in ops:
-    samples = samples_of(op, "cuda", op.declaration.dtypes[-1])
+    samples = samples_of(op, "cuda", last_dtypes(op))
     call(op, copy_with_storage(samples[0]))
     for sample in samples:
         before = copy_with_storage(sample)

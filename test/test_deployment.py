@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import OPS, call, copy_with_storage, samples_of
+from cases import OPS, call, copy_with_storage, last_dtypes, samples_of
 from child import ROOT, run_python
 from torch import Tensor
 
@@ -135,7 +135,7 @@ assert "torch_jit_ops" not in sys.modules
 @pytest.fixture(scope="module")
 def every_op(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("deployed")
-    wanted = [each for op in ON_CPU for each in build_ahead.needed([op], [op.declaration.dtypes[-1]], backend="cpu")]
+    wanted = [each for op in ON_CPU for each in build_ahead.needed([op], last_dtypes(op).distinct(), backend="cpu")]
     entries = [
         manifest.entry_of(each.op.qualified_name, "cpu", each.op.declaration.kernels["cpu"].pattern, each.values, each.arch)
         for each in wanted
@@ -148,7 +148,7 @@ def every_op(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_op_is_itself(every_op: Path, tmp_path: Path) -> None:
     calls = []
     for op in ON_CPU:
-        for sample in samples_of(op, "cpu", op.declaration.dtypes[-1]):
+        for sample in samples_of(op, "cpu", last_dtypes(op)):
             expected = call(op, copy_with_storage(sample))
             written = [argument.written for argument in op.signature.arguments]
             calls.append((op.declaration.namespace, op.name, sample.args, dict(sample.kwargs), written, list(expected.tensors)))

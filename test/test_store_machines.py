@@ -4,6 +4,7 @@ and variables that compilers obey."""
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -385,13 +386,14 @@ def test_a_failed_link_names_the_symbol(here: Here) -> None:  # noqa: F811
         with pytest.raises(loader.BuildError) as caught:
             loader.load(unit)
         errors.append(caught.value)
-    log = str(errors[0]).rpartition("full log: ")[2]
+    log = re.findall("full log: (.*)", str(errors[0]))[0]
     assert_expected_inline(
         str(errors[0]).replace(log, "LOG"),
         """\
 store::tiny<0> did not link (cpu, x86-64)
   undefined symbol: int mylib::helper<7>(int, char const*)
-  full log: LOG""",
+  full log: LOG
+  remedy: name in ldflags the library that has it, or behind the first source the one that defines it""",
     )
     assert errors[0] is errors[1]
     assert "undefined reference" in Path(log).read_text()

@@ -24,6 +24,7 @@ import torch
 from torch_jit_ops import backends, dispatcher, environment, fallback, manifest, progress, registry
 from torch_jit_ops.backends import CUDA, Backend
 from torch_jit_ops.builder import compiler_jobs, loader, workers
+from torch_jit_ops.dtypes import Combination, shown
 from torch_jit_ops.op import Op
 from torch_jit_ops.registry import find_ops, nearest
 from torch_jit_ops.samples import SampleMaker
@@ -70,7 +71,8 @@ def build(
 
     Args:
         ops: names (``"silu_and_mul"``, ``"mylib::scale"``) or ops; default all.
-        dtypes: of the tensors; default all that the op has kernels for.
+        dtypes: of the tensors; default all that the op has kernels for. Of an op that declares them by argument, each argument
+            takes those of them that it has, and one that has none takes all of its own.
         arguments: values of the variant's placeholders, one or a list each: ``{"constant": [5, 7]}``,
             ``{"input.shape[-1]": 4096}``. Those that are not given are as the op's samples have them.
         arch: CUDA architectures, such as ``"9.0a"``; default those of the GPUs here.
@@ -179,11 +181,10 @@ def needed(
             raise ValueError(f"no op here has the placeholder {name!r}{nearest(name, known)}")
     wanted = []
     for op in chosen:
-        if only is not None and ops is not None and not set(only) <= set(op.declaration.dtypes):
-            raise ValueError(f"{op.qualified_name} has kernels for {_shown(op.declaration.dtypes)}; got {_shown(only)}")
+        combinations = _combinations(op, only, strict=ops is not None)
         for each in chosen_backends:
             if each.name in op.declaration.kernels:
-                for values in _values(op, op.declaration.kernels[each.name].pattern, only, given):
+                for values in _values(op, op.declaration.kernels[each.name].pattern, combinations, given):
                     wanted += [Wanted(op, each, values, target) for target in archs_of(each, archs)]
     return wanted
 
@@ -233,8 +234,20 @@ def archs_of(backend: Backend, archs: list[str]) -> list[str]:
     return archs if backend.builds_for_others else backend.archs_here()
 
 
+def _combinations(op: Op, only: Sequence[torch.dtype] | None, strict: bool) -> list[Combination]:
+    """The op's combinations of dtypes in ``only``. If not all of those are the op's, an error if ``strict``, else fewer."""
+    if only is None or strict:
+        try:
+            return op.declaration.dtypes.combinations(only)
+        except ValueError:
+            raise ValueError(f"{op.qualified_name} has kernels for {op.declaration.dtypes}; got {shown(only or ())}") from None
+    known = {dtype for dtypes in (*op.declaration.dtypes.values(), op.declaration.dtypes.shared or ()) for dtype in dtypes}
+    asked = [dtype for dtype in only if dtype in known]
+    return op.declaration.dtypes.combinations(asked) if asked else []
+
+
 def _values(
-    op: Op, pattern: VariantPattern, dtypes: Sequence[torch.dtype] | None, given: Mapping[str, Sequence[Any]]
+    op: Op, pattern: VariantPattern, combinations: Sequence[Combination], given: Mapping[str, Sequence[Any]]
 ) -> Iterator[tuple[Value, ...]]:
     """The placeholders' values that are asked for: given ones, dtypes, and what samples have for the rest."""
     chosen = {
@@ -243,22 +256,26 @@ def _values(
         if part.text in given
     }
     found: dict[tuple[Value, ...], None] = {}
-    for dtype in op.declaration.dtypes:
-        if dtypes is None or dtype in dtypes:
-            for values in _seeds(op, pattern, dtype, chosen):
-                options = (chosen.get(part.text, [value]) for part, value in zip(pattern.placeholders, values, strict=True))
-                found.update(dict.fromkeys(itertools.product(*options)))
+    for dtypes in combinations:
+        for values in _seeds(op, pattern, dtypes, chosen):
+            options = (chosen.get(part.text, [value]) for part, value in zip(pattern.placeholders, values, strict=True))
+            found.update(dict.fromkeys(itertools.product(*options)))
     yield from found
 
 
 def _seeds(
-    op: Op, pattern: VariantPattern, dtype: torch.dtype, chosen: Mapping[str, Sequence[Value]]
+    op: Op, pattern: VariantPattern, dtypes: Combination, chosen: Mapping[str, Sequence[Value]]
 ) -> Iterator[tuple[Value, ...]]:
     rest = [part for part in pattern.placeholders if part.text not in chosen]
-    if not rest or [part.what for part in rest] == ["dtype"]:  # samples would tell nothing more
-        yield (dtype,) * len(pattern.placeholders)
+    # Tensors for which one dtype is declared may still have several in a sample, such as a weight of its own.
+    may_miss = any(pattern.signature.arguments[part.argument].optional for part in rest)
+    names_all = len(rest) <= 1 if dtypes.is_shared else not (may_miss and op.declaration.samples)
+    if names_all and all(part.what == "dtype" for part in rest):  # samples would tell nothing more
+        named = dict(dtypes.named)
+        names = (pattern.signature.arguments[part.argument].name for part in pattern.placeholders)
+        yield tuple(named.get(name, dtypes.first) for name in names)
     elif op.declaration.samples is not None:
-        for sample in op.declaration.samples(SampleMaker("cpu", dtype)):
+        for sample in op.declaration.samples(SampleMaker("cpu", dtypes)):
             unserved = op.declaration.unserved(pattern.dtypes_of(op.declaration.by_name(sample.args, sample.kwargs)))
             if unserved is None:
                 yield pattern.values(pattern.words_of(op.declaration.arguments(*sample.args, **sample.kwargs)))
@@ -270,7 +287,3 @@ def _seeds(
 
 def _listed(values: Any) -> list[Any]:
     return list(values) if isinstance(values, (list, tuple, set, frozenset, range)) else [values]
-
-
-def _shown(dtypes: Sequence[torch.dtype]) -> str:
-    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

@@ -23,6 +23,7 @@ import torch
 from torch_jit_ops import backends, dispatcher, registry
 from torch_jit_ops.ahead import build_ahead
 from torch_jit_ops.builder import loader
+from torch_jit_ops.dtypes import shown
 from torch_jit_ops.op import Op
 from torch_jit_ops.store import files
 
@@ -174,10 +175,10 @@ def _of_call(op: Op, node: torch.fx.Node, arch: str | Sequence[str] | None) -> I
             "values instead of the program"
         )
     chosen = pattern.values(words)
-    for value in chosen:
-        if isinstance(value, torch.dtype) and value not in op.declaration.dtypes:
-            served = ", ".join(str(dtype).removeprefix("torch.") for dtype in op.declaration.dtypes)
-            asked = str(value).removeprefix("torch.")
-            raise ValueError(f"{who} is in {asked}, for which the op has no kernel; it has some for {served}")
+    unserved = op.declaration.unserved(pattern.dtypes_of(op.declaration.by_name(args, given)))
+    if unserved is not None:
+        whose = "is" if op.declaration.dtypes.shared is not None else f"has {unserved.argument!r}"
+        asked = "another dtype" if unserved.dtype is None else shown([unserved.dtype])
+        raise ValueError(f"{who} {whose} in {asked}, for which the op has no kernel; it has some for {shown(unserved.kernels)}")
     archs = build_ahead.archs_of(backend, build_ahead.targets(arch, backend.name)[1])
     yield from (build_ahead.Wanted(op, backend, chosen, each) for each in archs)

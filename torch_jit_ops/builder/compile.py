@@ -6,10 +6,10 @@ So ``cpp_extension`` never sees a folder or a name twice, and its own versioning
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import shutil
 import uuid
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from torch_jit_ops.backends.backend import Toolkit
 from torch_jit_ops.builder import log, workarounds
 from torch_jit_ops.builder.errors import BuildError, BuildInterrupted, UnknownGpu
 from torch_jit_ops.builder.shared_object import NOEXEC, OF_THIS_MOMENT
-from torch_jit_ops.builder.unit import Unit, include_dir
+from torch_jit_ops.builder.unit import Unit, file_name, include_dir, inlined_in
 from torch_jit_ops.store import files
 from torch_jit_ops.store.dependencies import Dependency, dependencies_of
 
@@ -31,10 +31,10 @@ _INTERRUPTED = "ninja: build stopped: interrupted by user"
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a compiler made: the library, from which source, in which staging folder."""
+    """What a compiler made: the library, from which sources, in which staging folder."""
 
     staging: Path
-    source: Path
+    sources: tuple[Path, ...]
     library: Path
 
 
@@ -47,25 +47,38 @@ def compile_unit(unit: Unit, staging: Path) -> Compiled:
         OSError: of the machine, not of the kernel.
     """
     environment.put_on_path(programs.ninja())
-    name = re.sub(r"\W+", "_", unit.name, flags=re.ASCII)
-    source = staging / f"{name}{unit.backend.suffixes[0]}"
-    source.write_bytes(os.fsencode(unit.text))
-    module = f"{name}_{uuid.uuid4().hex[:12]}"
-    _run_cpp_extension(unit, staging, source, module)
-    return Compiled(staging, source, staging / f"{module}.so")
+    names = (unit.name, *(f"{unit.name}_beside{index}" for index in range(len(unit.beside))))
+    sources = tuple(staging / file_name(name, unit.backend) for name in names)
+    for source, text in zip(sources, (unit.text, *unit.beside), strict=True):
+        source.write_bytes(os.fsencode(text))
+    module = f"{sources[0].stem}_{uuid.uuid4().hex[:12]}"
+    _run_cpp_extension(unit, staging, sources, module)
+    return Compiled(staging, sources, staging / f"{module}.so")
 
 
 def files_read(unit: Unit, compiled: Compiled) -> list[Dependency] | None:
-    """The files that the compiler read, but the source and what its own version covers; None if they are not known."""
-    files = [file.resolve() for file in _depfile(compiled.staging)]
-    if compiled.source.resolve() not in files:
+    """The files that compilers and linker read, but the sources and what a version covers; None if they are not known."""
+    read = {file.resolve() for file in _depfile(compiled.staging)}
+    sources = {source.resolve() for source in compiled.sources}
+    if not sources <= read:
         return None  # ninja could not write its database, and so a change of a header would go unnoticed
-    files.remove(compiled.source.resolve())
+    files = sorted((read - sources) | {archive.resolve() for archive in _archives(unit.link_flags())})
     system = _system_folders(unit)
     try:
         return dependencies_of(files, unit.roots(), lambda file: any(folder in file.parents for folder in system))
     except OSError:
         return None  # a file went meanwhile, and so did the knowledge of what was built
+
+
+def _archives(flags: Sequence[str]) -> Iterator[Path]:
+    """The files that go into the library as they are: objects, and static libraries by path or by ``-L`` and ``-l``."""
+    folders = [Path(flag.removeprefix("-L")) for flag in flags if flag.startswith("-L")]
+    for flag in flags:
+        name = flag.removeprefix("-l")
+        places = [folder / f"lib{name}.a" for folder in folders] + [folder / name.removeprefix(":") for folder in folders]
+        for place in [Path(flag)] if flag.startswith("/") else places if flag.startswith("-l") else []:
+            if place.suffix in (".a", ".o") and place.is_file():
+                yield place
 
 
 def remove_leftovers(staging: Path) -> None:
@@ -77,7 +90,7 @@ def remove_leftovers(staging: Path) -> None:
             leftover.unlink(missing_ok=True)
 
 
-def _run_cpp_extension(unit: Unit, staging: Path, source: Path, module: str) -> None:
+def _run_cpp_extension(unit: Unit, staging: Path, sources: Sequence[Path], module: str) -> None:
     with forks.held_off():
         from torch.utils import cpp_extension
     cpp_extension.subprocess = forks.subprocess
@@ -101,10 +114,10 @@ def _run_cpp_extension(unit: Unit, staging: Path, source: Path, module: str) -> 
         with workarounds.started_by(command, staging):
             cpp_extension.load(
                 module,
-                [str(source)],
+                [str(source) for source in sources],
                 extra_cflags=flags if toolkit is None else [],
                 extra_cuda_cflags=[] if toolkit is None else flags,
-                extra_ldflags=link,
+                extra_ldflags=[*link, *workarounds.quoted(shlex.quote(flag) for flag in unit.link_flags())],
                 extra_include_paths=[str(folder) for folder in workarounds.plain_folders(staging, include)],
                 build_directory=str(staging),
                 verbose=verbose,
@@ -135,7 +148,8 @@ def _failure(unit: Unit, error: Exception, staging: Path) -> BuildError:
     file = log.keep(text, staging)
     names = workarounds.named(staging, (*unit.include, include_dir()))
     where = f"{unit.backend.name}, {unit.target()}"
-    return BuildError(log.distill(text, unit.label, where, names, file, loading=isinstance(error, OSError)))
+    inlined = dict(inlined_in("".join((unit.text, *unit.beside))))
+    return BuildError(log.distill(text, unit.label, where, names, file, loading=isinstance(error, OSError), inlined=inlined))
 
 
 def _cuda_home(toolkit: Toolkit, staging: Path) -> str:

@@ -143,6 +143,7 @@ def _look(
         if path is None:
             continue
         try:
+            shared_object.preload(unit.libraries())
             return Loaded(shared_object.open_from(store, path), path, time.monotonic() - start, compiled=False)
         except OSError as error:  # built on a newer system; or pruned just now
             if OF_THIS_MOMENT.search(str(error)):
@@ -180,6 +181,7 @@ def _build_in(staging: Path, unit: Unit, store: Store, key: str, compiler: str |
 
     start = time.monotonic()
     try:
+        shared_object.preload(unit.libraries())  # PyTorch, too, loads what it has built
         compiled = compile.compile_unit(unit, staging)
         loaded = Loaded(shared_object.open_library(compiled.library), compiled.library, time.monotonic() - start, compiled=True)
         dependencies = compile.files_read(unit, compiled)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +46,20 @@ class Loaded:
         function = getattr(self.library, f"jitk_signature_{name}")
         function.restype = ctypes.c_char_p
         return str(function().decode())
+
+
+def preload(libraries: Iterable[Path]) -> None:
+    """Load what a library is linked with, so that the system finds it by its name, wherever the library was built.
+
+    Raises:
+        OSError: the system does not load it.
+    """
+    for library in libraries:
+        try:
+            ctypes.CDLL(library.name, mode=os.RTLD_NOLOAD)  # PyTorch may have loaded it, from another folder
+        except OSError:
+            with forks.held_off():
+                ctypes.CDLL(str(library))
 
 
 def open_library(path: Path) -> ctypes.CDLL:
