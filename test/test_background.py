@@ -25,8 +25,7 @@ _PROGRAM = """
 import os, sys, threading
 from pathlib import Path
 import torch
-from torch_jit_ops import OpLibrary, process
-from torch_jit_ops.builder import loader
+from torch_jit_ops import OpLibrary, boot, process
 from torch_jit_ops.builder import load as load_module
 
 folder = Path({folder!r})
@@ -53,7 +52,7 @@ def twice(x: torch.Tensor) -> torch.Tensor:
 
 events = []
 started, called = threading.Event(), threading.Event()
-load, build = loader.load, load_module._build
+load, build = boot.load, load_module._build
 
 def recorded_load(unit, *args):
     if unit.name == "ahead.twice":
@@ -69,7 +68,7 @@ def recorded_build(unit, *args):
         {meanwhile}
     return build(unit, *args)
 
-loader.load, load_module._build = recorded_load, recorded_build
+boot.load, load_module._build = recorded_load, recorded_build
 x = torch.arange(3.0)
 model = torch.compile(lambda x: twice.default(x), fullgraph=True, backend="aot_eager")
 """

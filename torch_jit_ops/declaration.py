@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from torch_jit_ops import per_target, variant
+from torch_jit_ops import backends, per_target, variant
 from torch_jit_ops.backends.wheels import WheelLibrary
-from torch_jit_ops.builder import loader
+from torch_jit_ops.builder.shared_object import Loaded
+from torch_jit_ops.builder.unit import Unit
 from torch_jit_ops.checks import matcher
 from torch_jit_ops.dtypes import DTypes
 from torch_jit_ops.fallback import Unserved
@@ -132,7 +133,7 @@ class Declaration:
 
     # --- the C++ of a variant ---------------------------------------------------------------------
 
-    def unit(self, backend: str, values: Sequence[variant.Value], arch: str) -> loader.Unit:
+    def unit(self, backend: str, values: Sequence[variant.Value], arch: str) -> Unit:
         """The translation unit for the placeholders' values: every overload in one library.
 
         Raises:
@@ -144,10 +145,10 @@ class Declaration:
             function = kernel.pattern.instantiate(values, overload and "_out")
             lines.append(f"JITK_EXPORT({self.export(backend, overload)}, {function})")
         label = kernel.pattern.instantiate(values).removeprefix(self.namespace + "::")
-        return loader.Unit(
+        return Unit(
             name=f"{self.namespace}.{self.name}",
             label=f"{self.namespace}::{label}",
-            backend=backend,
+            backend=backends.named(backend),
             arch=arch,
             text=kernel.sources.opening(backend, self.qualified_name) + "\n".join(lines) + "\n",
             include=tuple(Path(folder) for folder in (*self.folders, *per_target.pick(self.include, backend, arch))),
@@ -160,7 +161,7 @@ class Declaration:
         """The name by which a variant's library exports the function of an overload."""
         return self.kernels[backend].pattern.export_name() + (overload and "_out")
 
-    def checked_export(self, backend: str, overload: str, loaded: loader.Loaded) -> str:
+    def checked_export(self, backend: str, overload: str, loaded: Loaded) -> str:
         """The same.
 
         Raises:
