@@ -37,6 +37,9 @@ class Cuda(Backend):
     def target(self, arch: str) -> str:
         return f"sm_{arch.replace('.', '')}"
 
+    def keys(self, arch: str) -> tuple[str, ...]:
+        return self.target(arch), self.target(arch).rstrip("af"), self.name
+
     def arch_of(self, index: int) -> str:
         """Of the device itself, or ``JITK_CUDA_ARCH``."""
         chosen = environment.cuda_arch()
@@ -84,6 +87,7 @@ CUDA = Cuda(
     dispatch_key="CUDA",
     suffixes=(".cu",),
     arch_form=environment.CUDA_ARCH,
+    target_form=r"sm_\d{2,3}[af]?",
     # -O is for the host code alone, most of which runs once an error occurs; ptxas optimises fully by default.
     flags=("-O1", "-Xcompiler=-fvisibility=hidden", _NO_SPECIAL_FUNCTIONS),
     exports_link_flags=("-Wl,--wrap=__cudaRegisterFunction",),  # export.h says what it does with it

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch_jit_ops.store import forms
+from torch_jit_ops.store import forms, record
 from torch_jit_ops.store.record import DISPATCHER, LARGEST_RECORD, RECORD
 from torch_jit_ops.store.store import Store
 
@@ -53,10 +53,10 @@ def variants(store: Store, ops: Sequence[str] = ()) -> Iterator[Variant]:
     """The variants of a store whose record can be read; of these ops, ``relu2`` or ``jitk::relu2``, if any are named."""
     for folder in store.variants():
         try:
-            record = store.record(folder)
+            found = record.read(folder, store.root)
         except (OSError, forms.Malformed):
             continue  # damaged: as good as absent
-        if record is not None:
-            found = Variant(folder, record)
-            if not ops or {found.op, found.op.split("::")[-1]} & set(ops):
-                yield found
+        if found is not None:
+            variant = Variant(folder, found)
+            if not ops or {variant.op, variant.op.split("::")[-1]} & set(ops):
+                yield variant
