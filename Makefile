@@ -22,7 +22,7 @@ PYTEST = -m pytest -n auto --dist worksteal
 BIN := $(VENV)/bin
 CUDA_BIN := $(CUDA_VENV)/bin
 
-.PHONY: help demo test nightly bench kernels lint format wheel clean
+.PHONY: help demo test nightly bench kernels docs lint format wheel clean
 .DEFAULT_GOAL := help
 
 help:
@@ -31,6 +31,7 @@ help:
 	@echo "make nightly   all tests with long runs of the fuzzers, on this PyTorch and on the newest, and a table of features on both"
 	@echo "make bench     kernels, host overhead and compile time beside copy, Inductor and installed peers (BENCH=\"kernels --quick\")"
 	@echo "make kernels   compile every CUDA kernel with nvcc for $(ARCHS), without a GPU"
+	@echo "make docs      write the tables of the built-in ops into README.md and docs/ops.md"
 	@echo "make lint      formatters and linters, as CI runs them; make format applies them"
 	@echo "make wheel     build dist/*.whl"
 	@echo "make clean     remove what the targets made"
@@ -66,7 +67,7 @@ nvcc = $(1)/bin/python -c 'from torch_jit_ops import toolchain; toolchain.cuda_t
 
 $(VENV)/ready: setup.cfg pyproject.toml
 	$(call venv,$(VENV),$(TORCH))
-	@$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@$(BIN)/python -m pip install --quiet --editable '.[test,types]'
 	@! nvidia-smi -L >/dev/null 2>&1 || $(call nvcc,$(VENV))
 	@touch $@
 
@@ -93,7 +94,7 @@ test: $(VENV)/ready
 nightly: $(VENV)/ready
 	@$(PYTHON) -m venv $(NEWEST_VENV)
 	@$(NEWEST_VENV)/bin/python -m pip install --quiet --upgrade "$(NEWEST_TORCH)" && \
-	  $(NEWEST_VENV)/bin/python -m pip install --quiet --editable '.[test]'
+	  $(NEWEST_VENV)/bin/python -m pip install --quiet --editable '.[test,types]'
 	@mkdir -p bench/results; rm -f bench/results/features-*.json; failed=0; \
 	for python in $(BIN)/python $(NEWEST_VENV)/bin/python; do \
 	  version=$$($$python -c 'import torch; print(torch.__version__)'); \
@@ -111,6 +112,9 @@ bench: $(VENV)/ready
 
 kernels: $(CUDA_VENV)/ready
 	@$(CUDA_BIN)/python -m torch_jit_ops build --backend cuda $(ARCHS:%=--arch %)
+
+docs: $(VENV)/ready
+	@$(BIN)/python -m tools.op_tables
 
 CXX_FILES = $(shell find csrc include test bench examples -name '*.h' -o -name '*.cuh' -o -name '*.cu' -o -name '*.cpp')
 lint: $(VENV)/lint

@@ -1,14 +1,20 @@
-"""What is measured: the operations in plain PyTorch, and the shapes, each with its reason."""
+"""What is measured: the ops of the registry, and the shapes, each with its reason."""
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+import torch_jit_ops
+from torch_jit_ops import Op
+from torch_jit_ops.checks.matcher import Size, TensorPattern
+from torch_jit_ops.ops import spelling
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -16,146 +22,104 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Operation:
-    """One op: what it means in plain PyTorch, and the shapes of its arguments.
+    """A declared op, and what it is measured against: its function, or the form of it that PyTorch has a kernel for.
 
     Attributes:
-        reference: of the inputs; returns what is new, and for an op that works in place what the written inputs become.
-        shapes: of the inputs, for the sizes of a case.
-        axes: names of the sizes.
-        written: indices of the inputs that are written; such an op has no out arguments.
-        outs: names of the out arguments.
+        op: of the registry.
+        axes: names of the sizes; that of the last dimension comes last.
+        baseline: of the inputs, as the op's function is.
     """
 
-    name: str
-    reference: Callable[..., Tensor | tuple[Tensor, ...]]
-    shapes: Callable[..., list[Shape]]
-    axes: tuple[str, ...] = ("tokens", "d")
-    written: tuple[int, ...] = ()
-    outs: tuple[str, ...] = ("out",)
-    is_norm: bool = False
+    op: Op
+    axes: tuple[str, ...]
+    baseline: Callable[..., Any]
+
+    @property
+    def name(self) -> str:
+        return self.op.name
+
+    @property
+    def reference(self) -> Callable[..., Any]:
+        """The declared function: nothing of the package is called."""
+        return self.op.reference
+
+    @property
+    def is_norm(self) -> bool:
+        return self.reference.__module__.endswith(".norm")
+
+    @property
+    def written(self) -> tuple[int, ...]:
+        """Indices of the inputs that are written; such an op has no out arguments."""
+        return tuple(i for i, argument in enumerate(self.op.signature.arguments) if argument.written)
+
+    @property
+    def outs(self) -> tuple[str, ...]:
+        """Names of the out arguments."""
+        return self.op.outputs
+
+    def shapes(self, *sizes: int) -> list[Shape]:
+        """Of the inputs."""
+        of = dict(zip(self.axes, sizes, strict=True))
+        inputs = [pattern for pattern in self.op.tensors if pattern.name not in self.op.outputs]
+        return [tuple(size.number * of[size.name] if size.name else size.number for size in _sizes(each)) for each in inputs]
 
     def results(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """The reference's results, always as a tuple."""
-        made = self.reference(*inputs)
+        """What the function returns, or what it leaves in copies of the inputs that it writes; always a tuple."""
+        return self._results(self.reference, *inputs)
+
+    def baseline_results(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The same of the baseline."""
+        return self._results(self.baseline, *inputs)
+
+    def _results(self, function: Callable[..., Any], *inputs: Tensor) -> tuple[Tensor, ...]:
+        given = [tensor.clone() if index in self.written else tensor for index, tensor in enumerate(inputs)]
+        made = function(*given)
+        if made is None:
+            return tuple(given[index] for index in self.written)
         return made if isinstance(made, tuple) else (made,)
 
 
-def _wide(count: int) -> Callable[[int, int], list[Shape]]:
-    return lambda tokens, d: [(tokens, count * d)]
+def _sizes(pattern: TensorPattern) -> tuple[Size, ...]:
+    """The dimensions with one for all leading ones; ``[shape...]`` is ``[tokens, d]``."""
+    leading = (Size(name="tokens"),) if pattern.leading else ()
+    return leading + (pattern.sizes or (Size(name="d"),))
 
 
-def _silu_and_mul(input: Tensor) -> Tensor:
-    gate, up = input.chunk(2, -1)
-    return F.silu(gate) * up
+def _axes(op: Op) -> tuple[str, ...] | None:
+    """Names of the sizes that decide a call; None where more than floating tensors of declared shapes decides it."""
+    patterns = {pattern.name: pattern for pattern in op.tensors}
+    names: dict[str, None] = {}
+    for argument in op.signature.arguments:
+        pattern = patterns.get(argument.name)
+        if pattern is None:
+            if argument.kind == "T" or argument.default is inspect.Parameter.empty:
+                return None
+            continue
+        sizes = _sizes(pattern)
+        if any(size.any for size in sizes) or any(not dtype.is_floating_point for dtype in pattern.dtypes):
+            return None
+        names |= dict.fromkeys(size.name for size in sizes if size.name)
+    if not names:
+        return None
+    last = _sizes(op.tensors[0])[-1].name
+    return (*(name for name in names if name != last), str(last))
 
 
-def _gelu_and_mul(input: Tensor) -> Tensor:
-    gate, up = input.chunk(2, -1)
-    return F.gelu(gate) * up
-
-
-def _gelu_tanh_and_mul(input: Tensor) -> Tensor:
-    gate, up = input.chunk(2, -1)
-    return F.gelu(gate, approximate="tanh") * up
-
-
-def _relu2(input: Tensor) -> Tensor:
-    return F.relu(input).square()
-
-
-def _fused_add_relu(x: Tensor, y: Tensor) -> Tensor:
-    return F.relu(x + y)
-
-
-def _inverse_rms(x: Tensor) -> Tensor:
-    return torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
-
-
-def _float(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _rmsnorm(input: Tensor, weight: Tensor) -> Tensor:
-    x = _float(input)
-    return (x * _inverse_rms(x) * weight).to(input.dtype)
-
-
-def _gemma_rmsnorm(input: Tensor, weight: Tensor) -> Tensor:
-    x = _float(input)
-    return (x * _inverse_rms(x) * (_float(weight) + 1)).to(input.dtype)
-
-
-def _layernorm(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.layer_norm(input, input.shape[-1:], weight, bias, 1e-5)
-
-
-def _fused_add_rmsnorm(input: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    added = residual + input
-    return _rmsnorm(added, weight), added
-
-
-def _fused_qknorm(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor) -> tuple[Tensor, Tensor]:
-    return _rmsnorm(q, q_weight), _rmsnorm(k, k_weight)
-
-
-def _rmsnorm_backward(grad: Tensor, input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    x, grad_y = _float(input), _float(grad)
-    scale = _inverse_rms(x)
-    normal = x * scale
-    grad_normal = grad_y * weight
-    grad_input = scale * (grad_normal - normal * (grad_normal * normal).mean(-1, keepdim=True))
-    return grad_input.to(input.dtype), (grad_y * normal).sum(0).to(weight.dtype)
-
-
-def _layernorm_backward(grad: Tensor, input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    x, grad_y = _float(input), _float(grad)
-    x = x - x.mean(-1, keepdim=True)
-    scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5)
-    normal = x * scale
-    grad_normal = grad_y * weight
-    grad_input = scale * (
-        grad_normal - grad_normal.mean(-1, keepdim=True) - normal * (grad_normal * normal).mean(-1, keepdim=True)
-    )
-    return grad_input.to(input.dtype), (grad_y * normal).sum(0).to(weight.dtype), grad_y.sum(0).to(weight.dtype)
-
-
-_NORM = {"axes": ("tokens", "hidden"), "is_norm": True}
-_GRADIENT = {**_NORM, "shapes": lambda tokens, hidden: [(tokens, hidden), (tokens, hidden), (hidden,)]}
-
-OPERATIONS = {
-    operation.name: operation
-    for operation in (
-        Operation("silu_and_mul", _silu_and_mul, _wide(2)),
-        Operation("gelu_tanh_and_mul", _gelu_tanh_and_mul, _wide(2)),
-        Operation("gelu_and_mul", _gelu_and_mul, _wide(2)),
-        Operation("relu2", _relu2, _wide(1)),
-        Operation("fused_add_relu", _fused_add_relu, lambda tokens, d: [(tokens, d), (tokens, d)]),
-        Operation("rmsnorm", _rmsnorm, lambda tokens, hidden: [(tokens, hidden), (hidden,)], **_NORM),
-        Operation("gemma_rmsnorm", _gemma_rmsnorm, lambda tokens, hidden: [(tokens, hidden), (hidden,)], **_NORM),
-        Operation("layernorm", _layernorm, lambda tokens, hidden: [(tokens, hidden), (hidden,), (hidden,)], **_NORM),
-        Operation(
-            "fused_add_rmsnorm",
-            _fused_add_rmsnorm,
-            lambda tokens, hidden: [(tokens, hidden), (tokens, hidden), (hidden,)],
-            written=(0, 1),
-            outs=(),
-            **_NORM,
-        ),
-        Operation(
-            "fused_qknorm",
-            _fused_qknorm,
-            lambda tokens, q, k, d: [(tokens, q, d), (tokens, k, d), (d,), (d,)],
-            axes=("tokens", "q_heads", "k_heads", "head_dim"),
-            written=(0, 1),
-            outs=(),
-            is_norm=True,
-        ),
-        Operation("rmsnorm_backward", _rmsnorm_backward, outs=("grad_input", "grad_weight"), **_GRADIENT),
-        Operation("layernorm_backward", _layernorm_backward, outs=("grad_input", "grad_weight", "grad_bias"), **_GRADIENT),
-    )
+# What a user would write instead of the op, where that is not what the op declares.
+_BASELINES: dict[str, Callable[..., Any]] = {
+    "layernorm": lambda input, weight, bias: spelling.layer_norm_of_pytorch(input, weight, bias, 1e-5)
 }
+
+
+def operations_of(ops: Iterable[Op]) -> dict[str, Operation]:
+    """Those of the ops whose calls can be made from sizes, by name."""
+    axes = {op: _axes(op) for op in ops}
+    return {op.name: Operation(op, names, _BASELINES.get(op.name, op.reference)) for op, names in axes.items() if names}
+
+
+OPERATIONS = operations_of(torch_jit_ops.library.ops.values())
 
 
 @dataclass(frozen=True)
@@ -285,23 +249,22 @@ _HEADS = (
 )
 
 
-def _cases(op: str, sizes: Sequence[tuple[int, ...]]) -> list[Case]:
-    return [Case(op, each) for each in sizes]
+# Beside these, each op that has two sizes is measured at one of each regime.
+_SIZES: dict[str, Sequence[tuple[int, ...]]] = {
+    "silu_and_mul": _TARGETS + _OTHERS,
+    "gelu_tanh_and_mul": _TARGETS + _OTHERS,
+    "rmsnorm": _NORM_TARGETS + _NORM_OTHERS,
+    "fused_add_rmsnorm": _NORM_TARGETS + _NORM_OTHERS,
+    "fused_qknorm": _HEADS,
+    "layernorm": _FEW + _NORM_TARGETS[-1:],
+    "rmsnorm_backward": _GRADIENTS,
+    "layernorm_backward": _GRADIENTS,
+}
 
-
-CASES: tuple[Case, ...] = (
-    *_cases("silu_and_mul", _TARGETS + _OTHERS),
-    *_cases("gelu_tanh_and_mul", _TARGETS + _OTHERS),
-    *_cases("gelu_and_mul", _FEW),
-    *_cases("relu2", _FEW),
-    *_cases("fused_add_relu", _FEW),
-    *_cases("rmsnorm", _NORM_TARGETS + _NORM_OTHERS),
-    *_cases("fused_add_rmsnorm", _NORM_TARGETS + _NORM_OTHERS),
-    *_cases("fused_qknorm", _HEADS),
-    *_cases("layernorm", _FEW + _NORM_TARGETS[-1:]),
-    *_cases("gemma_rmsnorm", _FEW),
-    *_cases("rmsnorm_backward", _GRADIENTS),
-    *_cases("layernorm_backward", _GRADIENTS),
+CASES: tuple[Case, ...] = tuple(
+    Case(name, sizes)
+    for name, operation in OPERATIONS.items()
+    for sizes in _SIZES.get(name, _FEW if len(operation.axes) == len(_FEW[0]) else ())
 )
 
 # `--quick`: one of each regime of the ops that carry the project.

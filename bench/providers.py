@@ -118,7 +118,7 @@ def _bind_copy(operation: Operation) -> Call:
 
 def _bind_eager(operation: Operation) -> Call:
     def call(slot: Slot) -> None:
-        operation.reference(*slot.inputs)
+        operation.baseline(*slot.inputs)
 
     return call
 
@@ -127,7 +127,7 @@ def compiled_reference(operation: Operation) -> Callable[..., None]:
     """``torch.compile`` of the plain PyTorch, writing into given results, specialised to the shapes that it meets."""
 
     def into(results: Sequence[Tensor], *inputs: Tensor) -> None:
-        for result, made in zip(results, operation.results(*inputs), strict=True):
+        for result, made in zip(results, operation.baseline_results(*inputs), strict=True):
             result.copy_(made)
 
     # Without this the tenth shape would meet the recompilation limit and run eagerly.
@@ -137,7 +137,7 @@ def compiled_reference(operation: Operation) -> Callable[..., None]:
 
 def _bind_inductor(operation: Operation) -> Call:
     into = compiled_reference(operation)
-    made_anew = torch.compile(operation.results, dynamic=False, fullgraph=True)
+    made_anew = torch.compile(operation.baseline_results, dynamic=False, fullgraph=True)
 
     def call(slot: Slot) -> None:
         if operation.written and slot.inputs[0].device.type == "cpu":

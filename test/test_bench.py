@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import torch_jit_ops
 from bench import (
     accuracy,
     bare_compiler,
@@ -30,10 +31,11 @@ from bench import (
     results,
 )
 from bench.__main__ import INTERRUPTED, OK, TOO_SLOW, USAGE, WRONG, main
-from bench.cases import CASES, OPERATIONS, QUICK, Case, select
+from bench.cases import CASES, OPERATIONS, QUICK, Case, operations_of, select
 from bench.providers import PROVIDERS, Provider, Unavailable, reason
 from bench.slots import FEWEST_CALLS, MOST_CALLS, ROTATION_BYTES, Slot, make_slots, plan
 from bench.timing import Samples, interleave, percentile, round_order, us_per_call
+from torch_jit_ops import OpLibrary
 from torch_jit_ops.inductor import objections
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -129,6 +131,59 @@ def test_slots_hold_the_arguments_and_a_copy_of_the_same_bytes(op):
     assert [result.shape for result in first.results] == [result.shape for result in expected]
     assert first.copy_to.nbytes + first.copy_from.nbytes == case.bytes(2)
     assert not torch.equal(first.inputs[0], second.inputs[0])
+
+
+def test_every_op_is_measured_but_the_one_of_the_tutorial():
+    assert set(torch_jit_ops.library.ops) - {case.op for case in CASES} == {"add_constant"}
+
+
+def test_an_op_is_measured_if_sizes_make_its_calls(tmp_path):
+    library = OpLibrary("measured", csrc=tmp_path)
+
+    def declare(tensors, function):
+        return library.op(tensors=tensors)(function)
+
+    def gate(x: torch.Tensor, w: torch.Tensor, eps: float = 0.5) -> torch.Tensor:
+        return x * w
+
+    def pick(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        return x[index]
+
+    def scale(x: torch.Tensor, factor: float) -> torch.Tensor:
+        return x * factor
+
+    def undeclared(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x + y
+
+    def fixed(x: torch.Tensor) -> torch.Tensor:
+        return x.sum(0)
+
+    ops = [
+        declare({"x": "[tokens..., heads, 3*d] rows", "w": "[d]", "out": "[tokens..., d]"}, gate),
+        declare({"x": "[shape...]", "index": "[n] int64"}, pick),
+        declare({"x": "[shape...]"}, scale),
+        declare({"x": "[shape...]"}, undeclared),
+        declare({"x": "[*, d]"}, fixed),
+    ]
+    found = operations_of(ops)
+    assert list(found) == ["gate"]
+    assert found["gate"].axes == ("tokens", "heads", "d")
+    assert found["gate"].shapes(5, 2, 4) == [(5, 2, 12), (4,)]
+
+
+@pytest.mark.parametrize("op", [op for op in OPERATIONS if OPERATIONS[op].written])
+def test_results_of_an_op_in_place_leave_its_inputs(op):
+    slot = make_slots(Case(op, tuple(range(3, 3 + len(OPERATIONS[op].axes)))), 1, torch.float32, CPU)[0]
+    before = [tensor.clone() for tensor in slot.inputs]
+    made = OPERATIONS[op].results(*slot.inputs)
+    assert all(torch.equal(now, then) for now, then in zip(slot.inputs, before, strict=True))
+    assert not any(torch.equal(made[i], before[index]) for i, index in enumerate(OPERATIONS[op].written))
+
+
+def test_the_baseline_computes_what_the_reference_does():
+    for name, operation in OPERATIONS.items():
+        slot = make_slots(Case(name, tuple(range(3, 3 + len(operation.axes)))), 1, torch.float64, CPU)[0]
+        torch.testing.assert_close(operation.baseline_results(*slot.inputs), operation.results(*slot.inputs))
 
 
 def test_select_narrows_and_makes_sizes_of_its_own():

@@ -19,7 +19,8 @@ import torch
 
 import bench.__main__
 import torch_jit_ops
-from torch_jit_ops.backends import toolchain
+from tools import op_tables
+from torch_jit_ops.backends import CUDA, MissingCompiler
 from torch_jit_ops.builder import loader
 from torch_jit_ops.features import planned_out
 
@@ -120,8 +121,8 @@ def test_a_quoted_file_is_quoted_whole(document: Path, block: Block) -> None:
 def compile_for_gpu(source: Path, functions: list[str], folder: Path, *include: Path) -> None:
     """Compile without linking, as the build would."""
     try:
-        toolkit = toolchain.cuda_toolkit()
-    except toolchain.MissingCompiler as missing:
+        toolkit = CUDA.toolkit()
+    except MissingCompiler as missing:
         pytest.skip(str(missing).splitlines()[0])
     exports = [f"JITK_EXPORT(function{number}, {function})" for number, function in enumerate(functions)]
     text = "\n".join(["#include <jitk/export.h>", f'#include "{source}"', "using namespace jitk;", *exports, ""])
@@ -197,9 +198,49 @@ def test_the_reference_has_no_other_ops() -> None:
     assert named == list(torch_jit_ops.library.ops)
 
 
-def test_the_table_of_the_readme_has_every_op() -> None:
-    table = re.findall(r"^\| `(\w+)\(", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert sorted(table) == sorted(torch_jit_ops.library.ops)
+# Both documents are written by `make docs`.
+OPS = list(torch_jit_ops.library.ops.values())
+
+
+def test_the_table_of_the_readme_is_that_of_the_registry() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert op_tables.readme_with(text, OPS) == text
+
+
+def test_a_row_of_the_readme_that_says_something_else_is_found() -> None:
+    text = (ROOT / "README.md").read_text()
+    row = next(line for line in text.splitlines() if line.startswith("| `layernorm("))
+    for other in (row.replace("eps=1e-5", "eps=1e-6"), row.replace(", bias=None", ""), row.replace("fp16, bf16", "bf16")):
+        assert other != row
+        assert op_tables.readme_with(text.replace(row, other), OPS) == text
+    assert op_tables.readme_with(text.replace(f"{row}\n", ""), OPS) == text
+    with pytest.raises(ValueError, match=r"the README has 0 tables of ops, expected 1"):
+        op_tables.readme_with(text.replace("| op | result |", "| name | result |"), OPS)
+
+
+@pytest.mark.skipif(not planned_out.PLANNED, reason="the document is that of PyTorch 2.13")
+def test_the_reference_is_written_from_the_registry() -> None:
+    text = (ROOT / "docs/ops.md").read_text()
+    assert op_tables.reference_with(text, OPS) == text
+    assert op_tables.reference_with(text.replace("Tensor? bias=None", "Tensor bias"), OPS) == text
+    with pytest.raises(ValueError, match=r"docs/ops.md has sections for what is no op: layernorm$"):
+        op_tables.reference_with(text, [op for op in OPS if op.name != "layernorm"])
+
+
+@pytest.mark.skipif(not planned_out.PLANNED, reason="the document is that of PyTorch 2.13")
+def test_an_op_without_a_section_gets_one_in_its_place() -> None:
+    text = (ROOT / "docs/ops.md").read_text()
+    start, end = text.index("## relu2\n"), text.index("## fused_add_relu\n")
+    made = op_tables.reference_with(text[:start] + text[end:], OPS)
+    assert (made[:start], made[made.index("## fused_add_relu\n") :]) == (text[:start], text[end:])
+    assert made[start : made.index("## fused_add_relu\n")] == (
+        "## relu2\n\n"
+        "    jitk::relu2(Tensor input) -> Tensor\n"
+        "    jitk::relu2.out(Tensor input, *, Tensor(a1!) out) -> Tensor(a1!)\n\n"
+        "`relu(input) ** 2` (Primer; So et al., arXiv:2109.08668).\n\n"
+        "**Args**\n\n* input: any shape, fp16, bf16 or fp32; rows of the last dimension may have any stride.\n\n"
+        "**Returns**\n\nThe input's shape, contiguous, of the same dtype; computed in fp32 and rounded once.\n\n"
+    )
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/cache.md"])

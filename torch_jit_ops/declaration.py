@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from torch_jit_ops import variant
+from torch_jit_ops import per_target, variant
+from torch_jit_ops.backends.wheels import WheelLibrary
 from torch_jit_ops.builder import loader
 from torch_jit_ops.checks import matcher
 from torch_jit_ops.dtypes import DTypes
@@ -20,16 +21,22 @@ from torch_jit_ops.features import planned_out
 from torch_jit_ops.rows import Rows
 from torch_jit_ops.samples import Sample, SampleMaker
 from torch_jit_ops.signature import Signature
+from torch_jit_ops.sources import Source
 
 Samples = Callable[[SampleMaker], Iterable[Sample]]
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """Where the kernel of a backend is."""
+    """The kernel of a backend: what it is written in, and which function to instantiate."""
 
-    source: str
+    sources: Source
     pattern: variant.VariantPattern
+
+    @property
+    def source(self) -> str:
+        """The name of the source with the function, for people."""
+        return self.sources.name
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +47,7 @@ class Declaration:
         namespace: of ``torch.ops``.
         function: the decorated one: the op's meaning, in PyTorch.
         signature: of the functional or in-place form.
-        folders: where its sources and their headers are.
+        folders: where its sources are, if they are files, and then the library's folders of headers.
         kernels: by backend, ``"cuda"`` and ``"cpu"``.
         dtypes: those that the kernels are compiled for, by argument.
         outputs: names of the out form's arguments; empty if there is no out form.
@@ -49,14 +56,14 @@ class Declaration:
         samples: makes arguments for tests, or None.
         fake: what tracing calls instead of the function, or None.
         backward: the derivative, or None: the function is computed again and differentiated.
-        flags: further compiler flags by backend.
+        flags, include, ldflags: further flags of compilers, folders of headers, and what to link: by backend or architecture.
         patterns: other spellings of the function that ``inductor.fuse`` looks for, or None.
     """
 
     namespace: str
     function: Callable[..., Any]
     signature: Signature
-    folders: tuple[Path, ...]
+    folders: tuple[per_target.Folder, ...]
     kernels: Mapping[str, Kernel] = field(default_factory=dict)
     dtypes: DTypes = field(default_factory=lambda: DTypes({}, ()))
     outputs: tuple[str, ...] = ()
@@ -65,7 +72,9 @@ class Declaration:
     samples: Samples | None = None
     fake: Callable[..., Any] | None = None
     backward: Callable[..., Any] | None = None
-    flags: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    flags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    include: Mapping[str, tuple[per_target.Folder, ...]] = field(default_factory=dict)
+    ldflags: Mapping[str, tuple[str | WheelLibrary, ...]] = field(default_factory=dict)
     patterns: tuple[Callable[..., Any], ...] | None = None
 
     @property
@@ -124,14 +133,13 @@ class Declaration:
     # --- the C++ of a variant ---------------------------------------------------------------------
 
     def unit(self, backend: str, values: Sequence[variant.Value], arch: str) -> loader.Unit:
-        """The translation unit for the placeholders' values: every overload in one library."""
+        """The translation unit for the placeholders' values: every overload in one library.
+
+        Raises:
+            MissingWheel: headers are to come from a wheel that is not installed.
+        """
         kernel = self.kernels[backend]
-        lines = [
-            f"// {self.qualified_name}",
-            "#include <jitk/export.h>",
-            f'#include "{kernel.source}"',
-            "using namespace jitk;",
-        ]
+        lines = ["using namespace jitk;"]
         for overload in self.overloads:
             function = kernel.pattern.instantiate(values, overload and "_out")
             lines.append(f"JITK_EXPORT({self.export(backend, overload)}, {function})")
@@ -141,9 +149,11 @@ class Declaration:
             label=f"{self.namespace}::{label}",
             backend=backend,
             arch=arch,
-            text="\n".join(lines) + "\n",
-            include=self.folders,
-            flags=tuple(self.flags.get(backend, ())),
+            text=kernel.sources.opening(backend, self.qualified_name) + "\n".join(lines) + "\n",
+            include=tuple(Path(folder) for folder in (*self.folders, *per_target.pick(self.include, backend, arch))),
+            flags=per_target.pick(self.flags, backend, arch),
+            beside=kernel.sources.units_beside(),
+            ldflags=per_target.pick(self.ldflags, backend, arch),
         )
 
     def export(self, backend: str, overload: str) -> str:

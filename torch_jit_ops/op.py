@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, Generic, NoReturn
 
 import torch
 from torch import Tensor
+from typing_extensions import ParamSpec, TypeVar  # which PyTorch needs, too: plain ``Op`` is any op
 
 from torch_jit_ops import dispatcher, registry
 from torch_jit_ops.boot import Boot
@@ -19,9 +21,14 @@ from torch_jit_ops.features.traced import Fake
 from torch_jit_ops.reference import Reference
 from torch_jit_ops.signature import Signature
 
+Parameters = ParamSpec("Parameters", default=...)
+Results = TypeVar("Results", covariant=True, default=Any)
 
-class Op:
+
+class Op(Generic[Parameters, Results]):
     """A declared op. Calling it calls ``torch.ops.<namespace>.<name>``; ``out`` is its out form.
+
+    To a type checker it is the decorated function: ``rmsnorm("a", 3)`` is refused, and the result is a Tensor.
 
     Attributes:
         declaration: what was declared of it.
@@ -45,15 +52,16 @@ class Op:
     def __repr__(self) -> str:
         return f"<op {self.qualified_name}, kernels for {', '.join(self.declaration.kernels) or 'no backend'}>"
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.packet(*args, **kwargs)
+    def __call__(self, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Results:
+        results: Results = self.packet(*args, **kwargs)
+        return results
 
     def __reduce__(self) -> Any:
         """By name: a copy is the op itself, and what is pickled is found again where its library has been imported."""
         return registry.unpickled, (self.declaration.namespace, self.name, self.declaration.function.__module__)
 
     @property
-    def reference(self) -> Callable[..., Any]:
+    def reference(self) -> Callable[Parameters, Results]:
         """The decorated function."""
         return self.declaration.function
 
@@ -126,6 +134,9 @@ class Op:
                 self.qualified_name, vmap.rule(self.default, self.signature, declaration.rows), lib=library
             )
 
+        for overload in declaration.overloads:
+            self.overload(overload).__doc__ = self.packet.__doc__ = _documented(declaration)
+
     def _autograd_kernel(self, overload: str, signature: Signature) -> Callable[..., Any]:
         function = self.overload(overload)
         who = self.declaration.who(overload)
@@ -174,3 +185,10 @@ class Op:
 
 def _names(signature: Signature) -> Sequence[str]:
     return [argument.name for argument in signature.arguments]
+
+
+def _documented(declaration: Declaration) -> str:
+    """The docstring below the call, as ``help`` shows those of functions in C."""
+    doc = inspect.cleandoc(declaration.function.__doc__ or "")
+    parameters = str(inspect.signature(declaration.function)).replace("'", "")
+    return f"{declaration.name}{parameters}\n\n{doc}".rstrip()

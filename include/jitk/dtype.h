@@ -1,10 +1,11 @@
-// Element types by one name on both sides: fp32_t, fp16_t, bf16_t and the 8-bit floats fp8_e4m3_t, fp8_e5m2_t and fp8_e8m0_t, of
-// which the first two come with <jitk/fp8.cuh> under nvcc.
+// Element types by one name on both sides: fp32_t, fp64_t, fp16_t, bf16_t, fp8_e4m3_t, fp8_e5m2_t, fp8_e8m0_t, bool and the
+// integers of <cstdint>.
 //
 //   dtype_of<bf16_t>()        the DLDataType that a tensor of it carries
-//   to_float(x), from_float<bf16_t>(y)       host conversions, rounding to nearest even; to 8 bits they saturate, as cast does
+//   to_float(x), from_float<bf16_t>(y)       host conversions, rounding to nearest even, to the bit what PyTorch's .to gives
 //
-// Under nvcc the half types are CUDA's own; under a host compiler alone they are 16 bits of storage with conversions.
+// Under nvcc the halves and the 8-bit floats are CUDA's own, these with <jitk/fp8.cuh>; under a host compiler alone they are
+// storage with conversions. fp8_e8m0_t, a power of two that scales a block of others, is ours on both sides.
 // Left out: device casts and packed types (dtype.cuh), whole rows of conversions (simd.h).
 #pragma once
 
@@ -38,9 +39,8 @@ struct fp8_e5m2_t {
   uint8_t bits;
 };
 #endif
-// A power of two, 2^(bits - 127), or NaN: what blocks of small floats are scaled by.
 struct fp8_e8m0_t {
-  uint8_t bits;
+  uint8_t bits;  // the exponent of a float; 255 is NaN
 };
 
 template <typename T>
@@ -87,7 +87,7 @@ inline To bits_as(From from) {
 // The roundings, written once for a float with a uint32_t and for simd.h's vectors of them: every branch is a select.
 namespace rounding {
 
-// In the low 16 bits of `half`, above them zeros.
+// The value sits in the low 16 bits of `half`; the high bits are zero.
 template <typename Float, typename Word>
 inline Float fp16_to_fp32(Word half) {
   const Word magnitude = (half & 0x7fffu) << 13;
@@ -118,25 +118,47 @@ inline Word fp32_to_bf16(Float x) {
   return x == x ? bits + 0x7fffu + (bits >> 16 & 1u) : bits | 0x00400000u;
 }
 
-// To 8 bits with kMantissa of them behind the point, of which kLargest is the largest finite value. Infinities saturate.
-template <int32_t kMantissa, uint32_t kLargest, uint32_t kNaN>
-inline uint8_t fp32_to_fp8(float x) {
-  constexpr int32_t kCut = 23 - kMantissa;
-  constexpr uint32_t kMinExponent = 127 - (kMantissa == 3 ? 6 : 14);  // of the smallest normal number, as fp32 has it
-  const uint32_t bits = bits_as<uint32_t>(x);
-  const uint32_t magnitude = bits & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return static_cast<uint8_t>(kNaN | (bits >> 24 & 0x80u));
-  uint32_t small = 0;
-  if (magnitude >= kMinExponent << 23) {
-    const uint32_t half = (1u << (kCut - 1)) - 1 + (magnitude >> kCut & 1u);
-    small = (magnitude + half - ((kMinExponent - 1) << 23)) >> kCut;
-  } else {
-    // Adding a number whose last bit is the smallest subnormal leaves a multiple of that, rounded by the adder itself.
-    const float step = bits_as<float>((kMinExponent + static_cast<uint32_t>(kCut)) << 23);
-    small = bits_as<uint32_t>(bits_as<float>(magnitude) + step) - bits_as<uint32_t>(step);
-  }
-  if (small > kLargest) small = kLargest;
-  return static_cast<uint8_t>(small | (bits >> 24 & 0x80u));
+// The value sits in the low 8 bits.
+template <typename Float, typename Word>
+inline Float e4m3_to_fp32(Word code) {
+  const Word magnitude = (code & 0x7fu) << 20;
+  // As above: a subnormal gets the exponent of 2^-6.
+  const Float subnormal = bits_as<Float>(magnitude + (121u << 23)) - 0x1p-6f;
+  const Word finite = magnitude < (1u << 23) ? bits_as<Word>(subnormal) : magnitude + (120u << 23);
+  const Word all = magnitude < (0x7fu << 20) ? finite : magnitude | 0x7ff00000u;
+  return bits_as<Float>(all | (code & 0x80u) << 24);
+}
+
+template <typename Word, typename Float>
+inline Word fp32_to_e4m3(Float x) {
+  const Word bits = bits_as<Word>(x);
+  const Word magnitude = bits & 0x7fffffffu;
+  const Word normal = (magnitude + 0x7ffffu + (magnitude >> 20 & 1u) - (120u << 23)) >> 20;
+  // Adding 2^14 leaves a multiple of 2^-9, rounded by the adder itself.
+  const Word subnormal = bits_as<Word>(bits_as<Float>(magnitude) + 0x1p14f) - (141u << 23);
+  const Word finite = magnitude < (121u << 23) ? subnormal : normal;
+  const Word not_finite = (magnitude & 0u) | (magnitude > 0x7f800000u ? 0x7fu : 0x7eu);
+  return (finite < 0x7fu ? finite : not_finite) | (bits >> 24 & 0x80u);
+}
+
+template <typename Word, typename Float>
+inline Word fp32_to_e5m2(Float x) {
+  const Word bits = bits_as<Word>(x);
+  const Word magnitude = bits & 0x7fffffffu;
+  const Word normal = (magnitude + 0xfffffu + (magnitude >> 21 & 1u) - (112u << 23)) >> 21;
+  const Word subnormal = bits_as<Word>(bits_as<Float>(magnitude) + 0x1p7f) - (134u << 23);
+  const Word finite = magnitude < (113u << 23) ? subnormal : normal;
+  const Word not_finite = (magnitude & 0u) | (magnitude > 0x7f800000u ? 0x7fu : 0x7cu);
+  return (finite < 0x7cu ? finite : not_finite) | (bits >> 24 & 0x80u);
+}
+
+// The sign is lost, and zero becomes the smallest power, 2^-127.
+template <typename Word, typename Float>
+inline Word fp32_to_e8m0(Float x) {
+  const Word magnitude = bits_as<Word>(x) & 0x7fffffffu;
+  // Up from the middle of two powers, but for the smallest, which stands for 0 too and is even.
+  const Word exponent = (magnitude >> 23) + (magnitude > 0x00400000u ? magnitude >> 22 & 1u : magnitude & 0u);
+  return magnitude < 0x7f800000u ? exponent : (magnitude & 0u) | 0xffu;
 }
 
 }  // namespace rounding
@@ -144,21 +166,14 @@ inline uint8_t fp32_to_fp8(float x) {
 inline float to_float(fp32_t x) { return x; }
 inline float to_float(fp16_t x) { return rounding::fp16_to_fp32<float>(uint32_t{x.bits}); }
 inline float to_float(bf16_t x) { return bits_as<float>(uint32_t{x.bits} << 16); }
-// e5m2 is the upper half of an fp16. e4m3 has one exponent more than its format needs, where others have infinities.
-inline float to_float(fp8_e5m2_t x) { return rounding::fp16_to_fp32<float>(uint32_t{x.bits} << 8); }
-inline float to_float(fp8_e4m3_t x) {
-  const uint32_t magnitude = x.bits & 0x7fu;
-  if (magnitude == 0x7fu) return bits_as<float>(0x7fc00000u | uint32_t{x.bits} >> 7 << 31);
-  const float size =
-      magnitude < 8u ? static_cast<float>(magnitude) * 0x1p-9f : bits_as<float>((magnitude << 20) + (120u << 23));
-  return x.bits < 0x80u ? size : -size;
-}
+inline float to_float(fp8_e4m3_t x) { return rounding::e4m3_to_fp32<float>(uint32_t{x.bits}); }
+inline float to_float(fp8_e5m2_t x) { return rounding::fp16_to_fp32<float>(uint32_t{x.bits} << 8); }  // its upper half
 inline float to_float(fp8_e8m0_t x) {
-  if (x.bits == 0xffu) return bits_as<float>(0x7fc00000u);
-  return bits_as<float>(x.bits == 0 ? 0x00400000u : uint32_t{x.bits} << 23);
+  return bits_as<float>(x.bits == 0 ? 0x00400000u : x.bits == 0xff ? 0x7fc00000u : uint32_t{x.bits} << 23);
 }
 
-// Rounds to nearest even, overflows to infinity, keeps NaN.
+// Rounds to nearest even, and keeps NaN. What is too large becomes infinity; in e4m3, which has none, the largest number, as in
+// PyTorch from 2.13 on (2.11 made NaN of it). e8m0 rounds to a power of two and ignores the sign; its middles go up.
 template <typename T>
 T from_float(float x);
 template <>
@@ -175,11 +190,15 @@ inline bf16_t from_float<bf16_t>(float x) {
 }
 template <>
 inline fp8_e4m3_t from_float<fp8_e4m3_t>(float x) {
-  return {rounding::fp32_to_fp8<3, 0x7e, 0x7f>(x)};
+  return {static_cast<uint8_t>(rounding::fp32_to_e4m3<uint32_t>(x))};
 }
 template <>
 inline fp8_e5m2_t from_float<fp8_e5m2_t>(float x) {
-  return {rounding::fp32_to_fp8<2, 0x7b, 0x7e>(x)};
+  return {static_cast<uint8_t>(rounding::fp32_to_e5m2<uint32_t>(x))};
+}
+template <>
+inline fp8_e8m0_t from_float<fp8_e8m0_t>(float x) {
+  return {static_cast<uint8_t>(rounding::fp32_to_e8m0<uint32_t>(x))};
 }
 #endif
 

@@ -27,7 +27,8 @@ import torch
 
 from torch_jit_ops import registry
 from torch_jit_ops.op import Op
-from torch_jit_ops.store import cache, listing
+from torch_jit_ops.store import listing
+from torch_jit_ops.store.search_path import search_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
         _print_lines(ops)
         return 0
     compiled: dict[str, list[str]] = {}
-    for variant in (variant for store in cache.stores() for variant in listing.variants(store)):
+    for variant in (variant for store in search_path() for variant in listing.variants(store)):
         compiled.setdefault(variant.op, []).append(f"{variant.record['label']} {variant.record['arch']}")
     rows = [_row(op, compiled.get(op.qualified_name, [])) for op in ops]
     if options.json:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from torch_jit_ops import fallback
+from torch_jit_ops import backends, fallback
 from torch_jit_ops.dtypes import Combination, Given
 from torch_jit_ops.op import Op
 from torch_jit_ops.samples import Sample
@@ -74,8 +74,8 @@ def check(op: Op, *, devices: Sequence[str] | None = None, dtypes: Given | None 
 
 
 def _devices(op: Op) -> list[str]:
-    here = {"cpu": True, "cuda": torch.cuda.is_available()}
-    return [device for device in op.declaration.kernels if here[device]] or ["cpu"]
+    able = (backend.device_type for backend in map(backends.named, op.declaration.kernels) if backend.is_here())
+    return list(able) or [backends.CPU.device_type]
 
 
 def _check_sample(op: Op, device: str, dtypes: Combination, index: int, *, thorough: bool, first: bool) -> None:
