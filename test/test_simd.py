@@ -54,11 +54,6 @@ MIXED(bf16_bf16, jitk::bf16_t, jitk::bf16_t)
   }
 CONVERSION(convert_fp16, jitk::fp16_t)
 CONVERSION(convert_bf16, jitk::bf16_t)
-CONVERSION(convert_e4m3, jitk::fp8_e4m3_t)
-CONVERSION(convert_e5m2, jitk::fp8_e5m2_t)
-extern "C" void widen_e8m0(int64_t n, const jitk::fp8_e8m0_t* from, float* to) {
-  for (int64_t i = 0; i < n; ++i) to[i] = jitk::to_float(from[i]);
-}
 """
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -185,36 +180,3 @@ def test_a_long_sum_is_not_a_running_one(compiled):
     compiled.sum_fp32_fp32(ctypes.c_int64(x.numel()), *(ctypes.c_void_p(t.data_ptr()) for t in (x, x, out)))
     truth = (x.double().square() + 1).sum().item()
     assert abs(out.item() - truth) <= 8 * 2.0**-24 * truth
-
-
-EIGHT_BITS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
-
-
-@pytest.mark.parametrize("name", EIGHT_BITS)
-def test_8_bit_floats_are_torchs_but_saturate(compiled: ctypes.CDLL, name: str) -> None:
-    """All of their values, all ties, what is next to them, and numbers of every magnitude."""
-    dtype = EIGHT_BITS[name]
-    values = torch.arange(256).to(torch.uint8).view(dtype).float()
-    finite = values[values.isfinite()].sort().values
-    ties = (finite[:-1] + finite[1:]) / 2
-    near = [torch.nextafter(each, torch.full_like(each, end)) for each in (values, ties) for end in (-torch.inf, torch.inf)]
-    spread = torch.arange(0, 2**31, 9973, dtype=torch.int64).to(torch.int32).view(torch.float32)
-    numbers = torch.cat([values, ties, *near, spread, -spread])
-    made, back = torch.empty(len(numbers), dtype=dtype), torch.empty_like(numbers)
-    getattr(compiled, f"convert_{name}")(
-        ctypes.c_int64(len(numbers)), *(ctypes.c_void_p(each.data_ptr()) for each in (numbers, made, back))
-    )
-    largest = torch.finfo(dtype).max
-    expected = numbers.clamp(-largest, largest).to(dtype)
-    is_number = ~numbers.isnan()
-    assert torch.equal(made.view(torch.uint8)[is_number], expected.view(torch.uint8)[is_number])
-    assert made.float()[~is_number].isnan().all()
-    torch.testing.assert_close(back, expected.float(), rtol=0, atol=0, equal_nan=True)
-
-
-def test_scales_in_e8m0(compiled: ctypes.CDLL) -> None:
-    scales, back = torch.arange(256).to(torch.uint8), torch.empty(256)
-    compiled.widen_e8m0(ctypes.c_int64(256), ctypes.c_void_p(scales.data_ptr()), ctypes.c_void_p(back.data_ptr()))
-    expected = scales.view(torch.float8_e8m0fnu).float()
-    assert expected.isnan().sum() == 1
-    torch.testing.assert_close(back, expected, rtol=0, atol=0, equal_nan=True)
