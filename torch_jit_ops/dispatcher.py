@@ -1,4 +1,4 @@
-"""Loads the C++ dispatcher (csrc/runtime/dispatch.cpp) and answers its misses.
+"""Loads the C++ dispatcher (csrc/runtime) and answers its misses.
 
 Python talks to it through C functions; it talks to Python through ops of the namespace ``jitk``, as both directions then
 work in any thread and without a binding to a version of Python.
@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 
 import torch
 
@@ -20,13 +21,22 @@ from torch_jit_ops import environment, forks, variant
 from torch_jit_ops.backends import toolchain
 from torch_jit_ops.builder import loader
 
-Answer = Callable[[Sequence[int]], int]
+
+@dataclass(frozen=True)
+class Once:
+    """An entry that serves the call that asked, and no other: the next one with the same key asks again."""
+
+    entry: int
+
+
+Answer = Callable[[Sequence[int]], int | Once]
 
 REFERENCE = 0  # the entry that makes the runtime call the op's reference
-MAX_SLOTS = 16384  # JITK_MAX_SLOTS of dispatch.cpp
+MAX_SLOTS = 16384  # JITK_MAX_SLOTS of csrc/runtime/slot.h
 
-_answers: dict[int, Answer] = {}
+_answers: dict[int, Answer] = {}  # by what the dispatcher asks with: a slot's number, or what came in its place
 _numbers = itertools.count()
+_replacements = itertools.count(MAX_SLOTS)
 _reserved = 0
 _kept = threading.local()  # .error: what failed below the dispatcher, which can hand on no more than a text
 _warned: set[str] = set()
@@ -41,7 +51,8 @@ _library.define("_explain_allocation(int[] sizes, int dtype, int cuda_index) -> 
 
 def _build(slot: int, key: list[int]) -> str:
     try:
-        return f"entry {_answers[slot](key)}"
+        found = _answers[slot](key)
+        return f"once {found.entry}" if isinstance(found, Once) else f"entry {found}"
     except forks.Reentered:
         return "reference"
     except BaseException as error:  # an exception would be lost on the way through C
@@ -195,6 +206,8 @@ def _in_background(unit: loader.Unit) -> Future[ctypes.CDLL]:
 
 def _prototyped(loaded: ctypes.CDLL) -> ctypes.CDLL:
     loaded.jitk_register.argtypes = [ctypes.c_int32, *[ctypes.c_char_p] * 7, ctypes.c_size_t]
+    loaded.jitk_replace.argtypes = [ctypes.c_int32, ctypes.c_int64, *[ctypes.c_char_p] * 4, ctypes.c_size_t]
+    loaded.jitk_forget.argtypes = [ctypes.c_int32, ctypes.c_char_p, ctypes.c_size_t]
     with forks.held_off():  # the driver has locks of its own
         loaded.jitk_set_several_devices(torch.cuda.device_count() > 1)
     return loaded
@@ -238,7 +251,17 @@ def reserve(who: str, slots: int) -> None:
         _reserved += slots
 
 
-def register(who: str, namespace: str, overload: str, dispatch_key: str, reference: str, plan: str, answer: Answer) -> int:
+def register(
+    who: str,
+    namespace: str,
+    overload: str,
+    dispatch_key: str,
+    reference: str,
+    plan: str,
+    answer: Answer,
+    *,
+    number: int | None = None,
+) -> int:
     """Have the dispatcher serve an overload from now on.
 
     Args:
@@ -248,16 +271,28 @@ def register(who: str, namespace: str, overload: str, dispatch_key: str, referen
         dispatch_key: ``CPU`` or ``CUDA``.
         reference: qualified name of the op to call where ``answer`` says ``REFERENCE``.
         plan: how to read the arguments (``VariantPattern.plan``).
-        answer: from a key to the address of an entry; its exceptions reach the caller of the op.
+        answer: from a key to the address of an entry, for good or ``Once``; its exceptions reach the caller of the op.
+        number: of the slot that has served the overload, and serves it as it is declared now: with another plan, reference and
+            answer. Calls under way end as they began.
 
     Returns:
         The number of the slot.
     """
+    if number is not None:
+        asks = next(_replacements)
+        _answers[asks] = answer
+        _checked(library().jitk_replace, number, asks, *(text.encode() for text in (who, reference, plan)))
+        return number
     number = next(_numbers)
     _answers[number] = answer
     texts = (who, namespace, overload, dispatch_key, reference, plan)
     _checked(library().jitk_register, number, *(text.encode() for text in texts))
     return number
+
+
+def forget(number: int) -> None:
+    """Have the slot ask for every key again. Calls under way end with the entry that they found."""
+    _checked(library().jitk_forget, number)
 
 
 def _checked(function: Callable[..., int], *args: object) -> None:
