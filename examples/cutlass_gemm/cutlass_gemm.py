@@ -21,7 +21,7 @@ library = OpLibrary("cutlass_gemm", csrc=Path(__file__).parent, include=[CUTLASS
 
 
 def _samples(make: SampleMaker) -> Iterator[Sample]:
-    """Operands are -2 to 2. Their sums are exact in any order, also in the 14 bits in which Hopper accumulates products of fp8."""
+    """Operands are integers from -2 to 2: sums of their products are exact, also in the few bits that Hopper keeps for fp8."""
 
     def of(tokens: int, inputs: int, outputs: int, note: str) -> Sample:
         operands = (make.randn(rows, inputs, dtype=torch.float32).round().clamp(-2, 2) for rows in (tokens, outputs))
