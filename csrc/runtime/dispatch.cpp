@@ -284,6 +284,7 @@ uint64_t hash(const int64_t* key, int32_t count) {
 }
 
 struct Slot {
+  int64_t asks = 0;  // what jitk::_build knows it by
   int32_t number = 0;
   std::string name;       // jitk::silu_and_mul.out
   std::string reference;  // jitk::_reference_silu_and_mul_out
@@ -619,10 +620,10 @@ std::atomic<Raise> raise_kept{nullptr};
 // For this call alone: the kernel is being built further down this thread's stack, under a signal handler.
 const Variant reference_once{{}, nullptr};
 
-// Python compiles or loads the variant, and answers "entry ADDRESS", "reference" or "error TEXT". One string, because
+// Python compiles or loads the variant, and answers "entry ADDRESS", "once ADDRESS", "reference" or "error TEXT". One string, because
 // torch_call_dispatcher mixes up results of different types (PyTorch 2.11 to 2.13).
 const Variant* build(Slot& slot, const int64_t* key) {
-  StableIValue stack[2] = {from_int(slot.number), from_ints(key, slot.key_size())};
+  StableIValue stack[2] = {from_int(slot.asks), from_ints(key, slot.key_size())};
   if (torch_call_dispatcher("jitk::_build", "", stack, TORCH_ABI_VERSION) != AOTI_TORCH_SUCCESS) {
     throw std::runtime_error(slot.name + ": the op jitk::_build failed. It needs Python with torch_jit_ops imported");
   }
@@ -630,6 +631,11 @@ const Variant* build(Slot& slot, const int64_t* key) {
   const size_t space = answer.find(' ');
   const std::string what = answer.substr(0, space);
   if (what == "reference") return &reference_once;
+  if (what == "once") {
+    thread_local Variant once;
+    once.entry = reinterpret_cast<jitk::Entry>(std::stoull(answer.substr(space + 1)));
+    return &once;
+  }
   if (what != "entry") fail(answer.substr(space + 1));
   return slot.add(key, reinterpret_cast<jitk::Entry>(std::stoull(answer.substr(space + 1))));
 }
@@ -800,6 +806,7 @@ void register_slot(int32_t number, const char* who, const char* ns, const char* 
     throw std::runtime_error("a process has at most " + std::to_string(kMaxSlots) + " op overloads");
   auto* slot = new Slot;
   slot->number = number;
+  slot->asks = number;
   slot->name = who;
   slot->reference = reference;
   slot->on_cuda = strcmp(dispatch_key, "CUDA") == 0;
@@ -835,6 +842,34 @@ JITK_RUNTIME int jitk_register(int32_t number, const char* who, const char* ns, 
   } catch (const std::exception& problem) {
     return failure(problem.what(), error, capacity);
   }
+}
+
+// Serves an overload that was declared again, by the trampoline that it has. `asks`: what jitk::_build is called with from now on.
+JITK_RUNTIME int jitk_replace(int32_t number, int64_t asks, const char* who, const char* reference, const char* plan,
+                              char* error, size_t capacity) {
+  try {
+    Slot* old = slots[number].load();
+    auto* slot = new Slot;
+    slot->number = number;
+    slot->asks = asks;
+    slot->name = who;
+    slot->reference = reference;
+    slot->on_cuda = old->on_cuda;
+    read_plan(plan, *slot);
+    slots[number].store(slot, std::memory_order_release);
+    return 0;
+  } catch (const std::exception& problem) {
+    return failure(problem.what(), error, capacity);
+  }
+}
+
+// Has every key of the slot asked for again.
+JITK_RUNTIME int jitk_forget(int32_t number, char* error, size_t capacity) {
+  Slot* slot = slots[number].load();
+  const std::lock_guard<std::mutex> lock(changes);
+  slot->variants = 0;
+  slot->table.store(new Table(2));
+  return 0;
 }
 
 // `raise`: throws what Python has kept of this thread's failure.
