@@ -37,7 +37,7 @@ def readme_with(text: str, ops: Iterable[Op]) -> str:
 
 
 def _row(op: Op) -> str:
-    return f"| `{op.name}({_arguments(op)})` | {_result(op)} | {', '.join(_dtype(dtype) for dtype in op.dtypes)} |"
+    return f"| `{op.name}({_arguments(op)})` | {_result(op)} | {', '.join(_dtype(dtype) for dtype in op.declaration.dtypes)} |"
 
 
 def _arguments(op: Op) -> str:
@@ -77,7 +77,7 @@ def reference_with(text: str, ops: Sequence[Op]) -> str:
 
 
 def _section(op: Op, written: str | None) -> str:
-    schemas = [f"    {getattr(op.packet, overload or 'default')._schema}\n" for overload in op.overloads()]
+    schemas = [f"    {getattr(op.packet, overload or 'default')._schema}\n" for overload in op.declaration.overloads]
     if written is None:
         body = inspect.cleandoc(op.reference.__doc__ or "").replace("``", "`")
         body = re.sub(r"^(Args|Returns|Raises):\n", r"**\1**\n\n", body, flags=re.MULTILINE)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from torch_jit_ops import dispatcher, environment, fallback, forks, manifest
+from torch_jit_ops import develop, dispatcher, environment, fallback, forks, manifest, variant
 from torch_jit_ops.backends import toolchain
 from torch_jit_ops.builder import loader
 from torch_jit_ops.checks import matcher
@@ -39,6 +39,9 @@ class Boot:
         self._reference = reference
         self._overload_of = overload_of
         self._lock = forks.Lock()
+        self._source: develop.Source | None = None
+        self._checked: Any = None  # what stands between the op and the dispatcher in debug mode
+        self.promised: Callable[[Sequence[Any], Mapping[str, Any]], Any] | None = None
         self.is_done = False
 
     def call(self, overload: str, *args: Any, **kwargs: Any) -> Any:
@@ -60,6 +63,8 @@ class Boot:
         under_way.append(self)
         try:
             with dispatcher.raising_what_is_kept():
+                if self._checked is not None:
+                    return self._checked.call(overload, args, kwargs)
                 return self._overload_of(overload)(*args, **kwargs)
         finally:
             under_way.pop()
@@ -74,9 +79,54 @@ class Boot:
                     f"{self._declaration.qualified_name} is being called for the first time further down this thread's stack"
                 )
             dispatcher.library(meanwhile=functools.partial(self._prefetch, args, kwargs or {}))
+            if environment.debugging() and self.promised is not None:
+                from torch_jit_ops import debug
+
+                self._checked = debug.Checked(self._declaration, self.promised)
             with forks.held_off():  # all of it or nothing, as a second time would be another registration
                 self._register()
                 self.is_done = True
+
+    def follow(self, before: Boot) -> None:
+        """Serve the op where it has been handed over as it was declared before."""
+        if not before.is_done:
+            return
+        self.hand_over()
+        declaration = self._declaration
+        mine = {
+            (declaration.dotted(form), _DISPATCH_KEYS[name]) for form in declaration.overloads for name in declaration.kernels
+        }
+        for overload, key in dispatcher.served(declaration.namespace, map(self._served_name, declaration.overloads)):
+            if (overload, key) not in mine:  # there is a kernel in C++, and none is declared
+                self._register_reference(overload, key)
+
+    def _register_reference(self, overload: str, key: str) -> None:
+        declaration = self._declaration
+        form = overload.partition(".")[2]
+        plan = variant.parse_variant(declaration.qualified_name, declaration.name, declaration.signature)
+
+        def answer(_: Sequence[int]) -> int:
+            self._reference.define_ops()
+            return dispatcher.REFERENCE
+
+        dispatcher.register(
+            declaration.who(form),
+            declaration.namespace,
+            overload,
+            key,
+            f"{declaration.namespace}::{self._reference.op_name(form)}",
+            plan.plan(declaration.overloads[form]),
+            answer,
+        )
+
+    def withdraw_twin(self) -> None:
+        """Take away what debug mode has defined."""
+        if self._checked is not None:
+            develop.withdraw(self._checked.library)
+
+    def _served_name(self, overload: str) -> str:
+        """The overload that the C++ dispatcher serves."""
+        return str(self._checked.dotted(overload)) if self._checked is not None else self._declaration.dotted(overload)
 
     def _register(self) -> None:
         declaration = self._declaration
@@ -85,11 +135,12 @@ class Boot:
                 dispatcher.register(
                     declaration.who(overload),
                     declaration.namespace,
-                    declaration.dotted(overload),
+                    self._served_name(overload),
                     _DISPATCH_KEYS[backend],
                     f"{declaration.namespace}::{self._reference.op_name(overload)}",
                     kernel.pattern.plan(signature),
                     functools.partial(self._answer, backend, overload),
+                    functools.partial(develop.is_on, declaration.namespace),
                 )
 
     def _prefetch(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -113,7 +164,7 @@ class Boot:
         arch = toolchain.device_arch(key[0]) if backend == "cuda" else toolchain.host_isa()
         unit = declaration.unit(backend, values, arch)
         try:
-            loaded = loader.load(unit)
+            loaded = self._develop(unit) if develop.is_on(declaration.namespace) else loader.load(unit)
         except loader.BuildError as error:
             # Errors there are about the function that is exported: of another name, place or type than the variant says.
             if re.search(rf"\bjitk/export\.h:|\b{re.escape(unit.name.replace('.', '_'))}\.(cu|cpp):", str(error)):
@@ -124,6 +175,12 @@ class Boot:
         if environment.record_file() is not None:
             manifest.record(manifest.entry_of(declaration.qualified_name, backend, pattern, values, arch))
         return loaded
+
+    def _develop(self, unit: loader.Unit) -> loader.Loaded:
+        if self._source is None:
+            self._source = develop.Source(self._declaration.qualified_name, self._declaration.function)
+        self._source.warn_if_edited()
+        return develop.load(unit)
 
     def _refuses(self, unserved: fallback.Unserved) -> bool:
         """Whether the function refuses the dtype, too, so that there is nothing to say of a slower way."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from torch_jit_ops import variant
+from torch_jit_ops import environment, variant
 from torch_jit_ops.builder import loader
 from torch_jit_ops.checks import matcher
 from torch_jit_ops.fallback import Unserved
@@ -142,6 +142,7 @@ class Declaration:
             text="\n".join(lines) + "\n",
             include=self.folders,
             flags=tuple(self.flags.get(backend, ())),
+            debug=environment.debugging(),
         )
 
     def export(self, backend: str, overload: str) -> str:

@@ -11,7 +11,7 @@ import ctypes
 import itertools
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 
 import torch
@@ -26,7 +26,10 @@ REFERENCE = 0  # the entry that makes the runtime call the op's reference
 MAX_SLOTS = 16384  # JITK_MAX_SLOTS of dispatch.cpp
 
 _answers: dict[int, Answer] = {}
+_once: dict[int, Callable[[], bool]] = {}  # whether an answer is for one call alone; those not here are for good
 _numbers = itertools.count()
+_renewals = itertools.count(MAX_SLOTS)  # what a slot asks by that serves an overload declared again
+_slots: dict[tuple[str, str], int] = {}  # by overload and dispatch key: PyTorch keeps what C++ has registered
 _reserved = 0
 _kept = threading.local()  # .error: what failed below the dispatcher, which can hand on no more than a text
 _warned: set[str] = set()
@@ -41,7 +44,8 @@ _library.define("_explain_allocation(int[] sizes, int dtype, int cuda_index) -> 
 
 def _build(slot: int, key: list[int]) -> str:
     try:
-        return f"entry {_answers[slot](key)}"
+        entry = _answers[slot](key)
+        return f"{'once' if slot in _once and _once[slot]() else 'entry'} {entry}"
     except forks.Reentered:
         return "reference"
     except BaseException as error:  # an exception would be lost on the way through C
@@ -130,6 +134,7 @@ def autograd_unit() -> loader.Unit:
 
 
 _autograd: Future[ctypes.CDLL] | None = None
+_differentiated: set[str] = set()  # the overloads that C++ does it for
 # Whether a tensor can have a tangent; None until the library is there that knows.
 in_forward_mode: Callable[[], bool] | None = None
 
@@ -159,8 +164,10 @@ def differentiate(overloads: Sequence[str]) -> bool:
     loaded = _autograd.result()
     loaded.jitk_in_forward_mode.restype = ctypes.c_bool
     for overload in overloads:
-        name, _, form = overload.partition(".")
-        _checked(loaded.jitk_differentiate, name.encode(), form.encode())
+        if overload not in _differentiated:  # of an op that was declared again: it is so for good
+            name, _, form = overload.partition(".")
+            _checked(loaded.jitk_differentiate, name.encode(), form.encode())
+            _differentiated.add(overload)
     in_forward_mode = loaded.jitk_in_forward_mode
     return True
 
@@ -195,6 +202,8 @@ def _in_background(unit: loader.Unit) -> Future[ctypes.CDLL]:
 
 def _prototyped(loaded: ctypes.CDLL) -> ctypes.CDLL:
     loaded.jitk_register.argtypes = [ctypes.c_int32, *[ctypes.c_char_p] * 7, ctypes.c_size_t]
+    loaded.jitk_replace.argtypes = [ctypes.c_int32, ctypes.c_int64, *[ctypes.c_char_p] * 4, ctypes.c_size_t]
+    loaded.jitk_forget.argtypes = [ctypes.c_int32, ctypes.c_char_p, ctypes.c_size_t]
     with forks.held_off():  # the driver has locks of its own
         loaded.jitk_set_several_devices(torch.cuda.device_count() > 1)
     return loaded
@@ -238,8 +247,17 @@ def reserve(who: str, slots: int) -> None:
         _reserved += slots
 
 
-def register(who: str, namespace: str, overload: str, dispatch_key: str, reference: str, plan: str, answer: Answer) -> int:
-    """Have the dispatcher serve an overload from now on.
+def register(
+    who: str,
+    namespace: str,
+    overload: str,
+    dispatch_key: str,
+    reference: str,
+    plan: str,
+    answer: Answer,
+    once: Callable[[], bool] | None = None,
+) -> int:
+    """Have the dispatcher serve an overload from now on, also one that it served as it was declared before.
 
     Args:
         who: the overload as errors name it.
@@ -249,15 +267,37 @@ def register(who: str, namespace: str, overload: str, dispatch_key: str, referen
         reference: qualified name of the op to call where ``answer`` says ``REFERENCE``.
         plan: how to read the arguments (``VariantPattern.plan``).
         answer: from a key to the address of an entry; its exceptions reach the caller of the op.
+        once: whether the answer is for one call alone, so that the next call of the same key asks again.
 
     Returns:
         The number of the slot.
     """
-    number = next(_numbers)
-    _answers[number] = answer
+    place = (f"{namespace}::{overload}", dispatch_key)
+    known = _slots.get(place)
+    asks = next(_numbers if known is None else _renewals)
+    _answers[asks] = answer
+    if once is not None:
+        _once[asks] = once
+    if known is not None:
+        _checked(library().jitk_replace, known, asks, *(text.encode() for text in (who, reference, plan)))
+        return known
     texts = (who, namespace, overload, dispatch_key, reference, plan)
-    _checked(library().jitk_register, number, *(text.encode() for text in texts))
-    return number
+    _checked(library().jitk_register, asks, *(text.encode() for text in texts))
+    _slots[place] = asks
+    return asks
+
+
+def served(namespace: str, overloads: Iterable[str]) -> list[tuple[str, str]]:
+    """Of these overloads of a namespace, those that the dispatcher has ever served, each with the dispatch key."""
+    wanted = {f"{namespace}::{overload}": overload for overload in overloads}
+    return [(wanted[name], key) for name, key in _slots if name in wanted]
+
+
+def forget(namespace: str) -> None:
+    """Have the ops of the namespace ask for their kernels again."""
+    for (name, _), number in list(_slots.items()):
+        if name.partition("::")[0] == namespace:
+            _checked(library().jitk_forget, number)
 
 
 def _checked(function: Callable[..., int], *args: object) -> None:

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from torch_jit_ops import dispatcher, forks, variant
+from torch_jit_ops import dispatcher, environment, forks, variant
 from torch_jit_ops.backends import toolchain
 from torch_jit_ops.builder import loader
 from torch_jit_ops.signature import Argument, Signature
@@ -226,6 +226,7 @@ class _Part:
             text="\n".join(lines) + "\n",
             include=(*folders, *self.include),
             flags=self.flags,
+            debug=environment.debugging(),
         )
 
     def define(

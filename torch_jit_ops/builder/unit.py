@@ -15,6 +15,9 @@ ABI_VERSION = 1  # kAbiVersion of include/jitk/abi.h
 # -O is for the host code alone, most of which runs once an error occurs; ptxas optimises fully by default.
 _CUDA_FLAGS = ("-O1", "-Xcompiler=-fvisibility=hidden")
 _CPU_FLAGS = ("-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")
+# -G makes line numbers by itself, and says so where it meets -lineinfo.
+_CUDA_DEBUG = ("-g", "-G", "-Xcompiler=-O0", "-DJITK_DEBUG")
+_CPU_DEBUG = ("-O0", "-g", "-DJITK_DEBUG")
 _STANDARD = "-std=c++17"
 
 
@@ -31,6 +34,7 @@ class Unit:
         include: folders to search, in this order, before the headers of this package.
         flags: further flags of nvcc or the C++ compiler.
         torch: whether the unit includes PyTorch's headers, and so depends on its version.
+        debug: build it for debuggers: unoptimised, and with checks of indices.
     """
 
     name: str
@@ -41,6 +45,7 @@ class Unit:
     include: tuple[Path, ...] = ()
     flags: tuple[str, ...] = ()
     torch: bool = False
+    debug: bool = False
 
     def roots(self) -> dict[str, Path]:
         """The folders by whose names files are recorded."""
@@ -52,8 +57,8 @@ class Unit:
         standard = () if any(flag.startswith("-std=") for flag in self.flags) else (_STANDARD,)
         if self.backend == "cuda":
             target = (toolchain.gencode(self.arch), f"-DJITK_CUDA_ARCH={toolchain.arch_number(self.arch)}")
-            return (*_CUDA_FLAGS, *standard, *target, *self.flags)
-        return (*_CPU_FLAGS, *standard, toolchain.march(self.arch), *self.flags)
+            return (*_CUDA_FLAGS, *standard, *target, *self.flags, *(_CUDA_DEBUG if self.debug else ()))
+        return (*_CPU_FLAGS, *standard, toolchain.march(self.arch), *self.flags, *(_CPU_DEBUG if self.debug else ()))
 
     def target(self) -> str:
         """What it is compiled for, for people: ``sm_90a``."""

@@ -114,6 +114,11 @@ def digest_of_file(path: str | Path) -> str | None:
         return None
 
 
+def forget_digests() -> None:
+    """Read every file again when its digest is asked for: an edit may leave size and time stamp as they were."""
+    _file_digests.clear()
+
+
 def parse_record(data: bytes) -> dict[str, Any] | None:
     """What a ``variant.json`` holds; None if it is of another format.
 
