@@ -1,8 +1,7 @@
 // Activations in one pass over memory: each element is read once and written once, whatever is computed in between.
 //
 // A gated activation is a function of two tensors that happen to lie side by side: gate and up are the halves of a row. So one
-// kernel
-// serves every op here: out[r][c] = op(a[r][c], b[r][c]), with a stride between rows for each. It is bound by memory: what
+// kernel serves every op here: out[r][c] = op(a[r][c], b[r][c]), with a stride between rows for each. It is bound by memory: what
 // matters is 16-byte accesses, enough of them in flight, and that the launch overlaps the end of the kernel before it (PDL).
 #include <jitk/result.h>  // Tensor, empty
 #include <jitk/rows.h>    // Rows, TensorMatcher
@@ -10,7 +9,8 @@
 #include <jitk/dtype.cuh>  // cast
 #include <jitk/launch.cuh>
 #include <jitk/math.cuh>
-#include <jitk/vec.cuh>  // AlignedVector, to_floats
+#include <jitk/overlap.cuh>  // Trigger
+#include <jitk/vec.cuh>      // AlignedVector, to_floats, widest_vector
 
 #include <jitk/fast_divisor.h>
 
@@ -107,15 +107,14 @@ struct Params {
   FastDivisor vectors_per_row;
   uint32_t vectors;
   uint32_t tail;  // elements behind the last vector; only a single row has them
-  bool trigger_early;
+  Trigger trigger;
 };
 
 template <typename T, typename Op, uint32_t kVec>
 __global__ void __launch_bounds__(kMaxThreads) rows_kernel(const __grid_constant__ Params params) {
   using namespace device;
   using Vector = AlignedVector<T, kVec>;
-  PDLWaitPrimary<true>();
-  if (params.trigger_early) PDLTriggerSecondary<true>();
+  wait_and_trigger<false>(params.trigger);
 
   const uint32_t item = blockIdx.x * blockDim.x + threadIdx.x;
   if (item < params.vectors) {
@@ -159,20 +158,14 @@ void run(Span a, Span b, Span out, int64_t rows, int64_t width, DLDevice device)
   using namespace host;
   if (rows == 0 || width == 0) return;
   if (rows == 1) a.stride = b.stride = out.stride = 0;
-  const uint64_t places = reinterpret_cast<uintptr_t>(a.data) | reinterpret_cast<uintptr_t>(b.data) |
-                          reinterpret_cast<uintptr_t>(out.data) |
-                          sizeof(T) * static_cast<uint64_t>(a.stride | b.stride | out.stride | (rows == 1 ? 0 : width));
   constexpr uint32_t kWide = device::kMaxVecBytes / sizeof(T);
-  constexpr uint32_t kNarrow = 4 / sizeof(T);
-  auto kernel = rows_kernel<T, Op, 1>;
-  int32_t shift = 0;  // log2 of the vector's elements: a launch takes 3 us, and a 64-bit division 1 percent of that
-  if (places % device::kMaxVecBytes == 0) {
-    kernel = rows_kernel<T, Op, kWide>;
-    shift = __builtin_ctz(kWide);
-  } else if (places % 4 == 0) {
-    kernel = rows_kernel<T, Op, kNarrow>;
-    shift = __builtin_ctz(kNarrow);
-  }
+  constexpr uint32_t kPair = 4 / sizeof(T);
+  const uint32_t vec =
+      widest_vector<T>(a.data, b.data, out.data, strides_of<T>(a.stride, b.stride, out.stride, rows == 1 ? 0 : width));
+  const auto kernel = vec == kWide   ? rows_kernel<T, Op, kWide>
+                      : vec == kPair ? rows_kernel<T, Op, kPair>
+                                     : rows_kernel<T, Op, 1>;
+  const int32_t shift = __builtin_ctz(vec);  // a launch takes 3 us, and a 64-bit division 1 percent of that
 
   const cudaStream_t stream = LaunchKernel::resolve_device(device);
   const int64_t sms = runtime::get_sm_count(device.device_id);
@@ -185,10 +178,7 @@ void run(Span a, Span b, Span out, int64_t rows, int64_t width, DLDevice device)
       const int64_t vectors = min(rows - row, rows_per_launch) * (columns >> shift);
       const int64_t tail = columns - (columns >> shift << shift);
       // One vector a thread: two were slower at every size. A few vectors finish sooner in small blocks, spread over the SMs.
-      // Where this kernel leaves room, the next one may move its blocks in at once, to wait there for the end; elsewhere they
-      // would be in the way, and come in behind each block's last store (10 and 2 percent on an H200, 2026-11-20).
       const bool small = vectors + tail <= sms * 128;
-      const bool fits = vectors + tail <= sms * 2048;
       const Params params{a.at<T>(row, column),
                           b.at<T>(row, column),
                           out.at<T>(row, column),
@@ -198,7 +188,7 @@ void run(Span a, Span b, Span out, int64_t rows, int64_t width, DLDevice device)
                           FastDivisor(static_cast<uint64_t>(columns >> shift)),
                           static_cast<uint32_t>(vectors),
                           static_cast<uint32_t>(tail),
-                          fits};
+                          choose_trigger(vectors + tail, sms)};
       const uint32_t threads = small ? kMaxThreads / 2 : kMaxThreads;
       LaunchKernel(div_ceil(static_cast<uint32_t>(vectors + tail), threads), threads, stream).enable_pdl()(kernel, params);
     }

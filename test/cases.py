@@ -12,12 +12,14 @@ import pytest
 import torch
 
 from torch_jit_ops import Op, Sample, libraries
+from torch_jit_ops.dtypes import Combination
 from torch_jit_ops.testing.calls import Outcome as Outcome
 from torch_jit_ops.testing.calls import assert_only_written_inside as assert_only_written_inside
 from torch_jit_ops.testing.calls import assert_same_bits as assert_same_bits
 from torch_jit_ops.testing.calls import bits as bits
 from torch_jit_ops.testing.calls import call as call
 from torch_jit_ops.testing.calls import copy_with_storage as copy_with_storage
+from torch_jit_ops.testing.calls import is_8bit_float as is_8bit_float
 from torch_jit_ops.testing.calls import is_batched as is_batched
 from torch_jit_ops.testing.calls import map_tensors as map_tensors
 from torch_jit_ops.testing.calls import outcome as outcome
@@ -46,45 +48,59 @@ class Case:
 
     op: Op
     device: str
-    dtype: torch.dtype
+    dtypes: Combination
     index: int
 
     def __str__(self) -> str:
-        return f"{self.op.qualified_name}-{self.device}-{str(self.dtype).removeprefix('torch.')}-{self.index}"
+        return f"{self.op.qualified_name}-{self.device}-{self.dtypes}-{self.index}"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of most tensors: the first that the op declares, or the one that all share."""
+        return self.dtypes.first
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this is the last of the op's combinations of dtypes, where one is enough."""
+        return self.dtypes == last_dtypes(self.op)
 
     def sample(self) -> Sample:
         """Fresh arguments, the same in every call."""
-        return copy.deepcopy(_kept(self.op, self.device, self.dtype)[self.index])
+        return copy.deepcopy(_kept(self.op, self.device, self.dtypes)[self.index])
 
 
 # Random numbers took most of the suite's time. Tests of one op come one after another, so a few lists are enough.
 _kept = functools.lru_cache(maxsize=4)(samples_of)
 
 
+def last_dtypes(op: Op) -> Combination:
+    return op.declaration.dtypes.combinations()[-1]
+
+
 @functools.cache
 def samples_in(op: Op) -> int:
-    return len(samples_of(op, "cpu", op.declaration.dtypes[0]))
+    return len(samples_of(op, "cpu", last_dtypes(op)))
 
 
 def every_case() -> list[Case]:
     return [
-        Case(op, device, dtype, index)
+        Case(op, device, dtypes, index)
         for op in OPS
         for device in devices()
         if device in op.declaration.kernels
-        for dtype in op.declaration.dtypes
+        for dtypes in op.declaration.dtypes.combinations()
         for index in range(samples_in(op))
     ]
 
 
 def is_first(case: Case) -> bool:
-    """One case for each dtype of each op."""
+    """One case for each combination of dtypes of each op."""
     return case.index == 0
 
 
 def is_first_of_op(case: Case) -> bool:
     """One case for each op, in the last of its dtypes."""
-    return case.index == 0 and case.dtype == case.op.declaration.dtypes[-1]
+    return case.index == 0 and case.is_last
 
 
 def is_floating(case: Case) -> bool:
@@ -96,7 +112,10 @@ def has_out(case: Case) -> bool:
 
 
 def has_gradient(case: Case) -> bool:
-    return not writes(case.op) and case.dtype.is_floating_point
+    if writes(case.op) or not case.dtype.is_floating_point:
+        return False
+    # A gradient of 8 bits cannot be added to another.
+    return not any(is_8bit_float(result.dtype) for result in call(case.op, case.sample(), case.op.reference).tensors)
 
 
 def has_tokens(case: Case) -> bool:

@@ -38,7 +38,8 @@ os.environ["CI"] = "1"  # PyTorch then raises where an op breaks the promises of
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-import user_library  # noqa: E402, F401  (its ops join the registry, so every generic test covers them)
+import trial_library  # noqa: E402, F401  (its ops join the registry, so every generic test covers them)
+import user_library  # noqa: E402, F401  (the same)
 
 from torch_jit_ops import dispatcher, fallback  # noqa: E402
 from torch_jit_ops.builder import compiler_jobs, loader  # noqa: E402

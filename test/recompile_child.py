@@ -10,8 +10,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import user_library  # noqa: F401  (its ops join the registry)
-from cases import OPS, assert_same_bits, copy_with_storage, devices, is_batched, samples_of, tensors_of, tokens_of, with_tokens
+import trial_library  # noqa: F401  (its ops join the registry)
+import user_library  # noqa: F401  (the same)
+from cases import (
+    OPS,
+    assert_same_bits,
+    copy_with_storage,
+    devices,
+    is_batched,
+    last_dtypes,
+    samples_of,
+    tensors_of,
+    tokens_of,
+    with_tokens,
+)
 from torch import Tensor
 
 from torch_jit_ops import Op, Sample
@@ -23,7 +35,7 @@ Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
 
 def _first_with_tokens(op: Op) -> Sample | None:
     """Of at least two tokens, since Dynamo takes 0 and 1 for constants."""
-    samples = samples_of(op, DEVICE, op.declaration.dtypes[-1])
+    samples = samples_of(op, DEVICE, last_dtypes(op))
     return next((with_tokens(sample, TOKENS) for sample in samples if (tokens_of(sample) or 0) > 1), None)
 
 

@@ -16,13 +16,14 @@ from torch.utils import cpp_extension  # noqa: F401  (imported once, by the proc
 
 from torch_jit_ops import progress
 from torch_jit_ops.builder import compile, loader
-from torch_jit_ops.store import cache, trust
+from torch_jit_ops.store import files
+from torch_jit_ops.store.store import Store
 
 DEATHS = {
     "compiling": (compile, "_run_cpp_extension"),
     "holding the lock": (progress, "building"),
-    "before the rename": (cache.Store, "publish"),
-    "ready for the rename": (trust, "make_files_private"),
+    "before the rename": (Store, "publish"),
+    "ready for the rename": (files, "make_files_private"),
 }
 
 

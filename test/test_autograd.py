@@ -19,6 +19,7 @@ from cases import (
     has_gradient,
     has_out,
     is_first_of_op,
+    last_dtypes,
     map_tensors,
     over,
     poisoned,
@@ -51,7 +52,7 @@ def _library_for_autograd() -> None:
 
 def ready(op: Op) -> Op:
     """The op, with its autograd keys handed over to C++."""
-    sample = next(iter(op.declaration.samples(torch_jit_ops.SampleMaker("cpu", op.declaration.dtypes[-1]))))
+    sample = next(iter(op.declaration.samples(torch_jit_ops.SampleMaker("cpu", last_dtypes(op)))))
     for _ in range(2):
         with torch.no_grad():
             call(op, copy_with_storage(sample))

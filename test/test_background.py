@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torch_jit_ops import OpLibrary, dispatcher, registry
-from torch_jit_ops.backends import toolchain
+from torch_jit_ops.backends import CPU
 from torch_jit_ops.features import build_while_tracing
 
 # An op whose kernel no store has, and a record of who asked for it and who built it.
@@ -25,8 +25,7 @@ _PROGRAM = """
 import os, sys, threading
 from pathlib import Path
 import torch
-from torch_jit_ops import OpLibrary
-from torch_jit_ops.backends import toolchain
+from torch_jit_ops import OpLibrary, process
 from torch_jit_ops.builder import loader
 from torch_jit_ops.builder import load as load_module
 
@@ -138,7 +137,7 @@ print(traced.partition("full log")[0])
         "built by jitk",
         "asked by MainThread",
         "True",
-        f"ahead::twice<fp32_t> did not compile (cpu, {toolchain.host_isa()})",
+        f"ahead::twice<fp32_t> did not compile (cpu, {CPU.arch_of()})",
         "  csrc/twice.cpp:6: static assertion failed: bytes alone",
         "  ",
     ]
@@ -169,7 +168,7 @@ called.set()
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), twice.default(x).tolist())
 child = os.fork()
 if child == 0:
-    load_module._results.clear()
+    process.reset()
     model(x)
     os._exit(int(model(x)[2]))
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))

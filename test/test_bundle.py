@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 
 from torch_jit_ops.builder import loader, shared_object
-from torch_jit_ops.store import bundle, cache, listing
+from torch_jit_ops.store import bundle, listing
+from torch_jit_ops.store.digests import digest_of
+from torch_jit_ops.store.store import Store
 
 UNIT = loader.Unit(
     "bundled.answer",
@@ -26,9 +28,9 @@ UNIT = loader.Unit(
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> cache.Store:
+def built(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """A store with one small variant."""
-    store = cache.Store(tmp_path_factory.mktemp("bundles") / "from")
+    store = Store(tmp_path_factory.mktemp("bundles") / "from")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JITK_CACHE_DIR", str(store.root))
         loader.load(UNIT)
@@ -36,18 +38,18 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> cache.Store:
 
 
 @pytest.fixture
-def exported(built: cache.Store, tmp_path: Path) -> Path:
+def exported(built: Store, tmp_path: Path) -> Path:
     file = tmp_path / "kernels.tar.gz"
     assert bundle.export_variants(file, listing.variants(built)) == 1
     return file
 
 
-def found(store: cache.Store) -> Path | None:
+def found(store: Store) -> Path | None:
     return store.find(UNIT.name, UNIT.key(), UNIT.roots(), None)
 
 
 def test_a_variant_travels(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = cache.Store(tmp_path / "to")
+    store = Store(tmp_path / "to")
     for _ in range(2):  # what is there already stays
         assert bundle.import_variants(exported, store) == 1
     library = found(store)
@@ -61,26 +63,26 @@ def test_a_variant_travels(exported: Path, tmp_path: Path, monkeypatch: pytest.M
     ]
 
 
-def test_the_same_kernels_give_the_same_bytes(exported: Path, built: cache.Store, tmp_path: Path) -> None:
+def test_the_same_kernels_give_the_same_bytes(exported: Path, built: Store, tmp_path: Path) -> None:
     bundle.export_variants(tmp_path / "again", listing.variants(built))
     assert (tmp_path / "again").read_bytes() == exported.read_bytes()
 
 
 def test_a_damaged_variant_is_replaced(exported: Path, tmp_path: Path) -> None:
-    store = cache.Store(tmp_path / "to")
+    store = Store(tmp_path / "to")
     bundle.import_variants(exported, store)
     found(store).write_bytes(b"")
     bundle.import_variants(exported, store)
     assert found(store) is not None
 
 
-def test_export_takes_the_ops_that_are_named(built: cache.Store) -> None:
+def test_export_takes_the_ops_that_are_named(built: Store) -> None:
     assert [variant.op for variant in listing.variants(built, ["answer"])] == ["bundled::answer"]
     assert [variant.op for variant in listing.variants(built, ["bundled::answer"])] == ["bundled::answer"]
     assert list(listing.variants(built, ["bundled"])) == []
 
 
-def test_a_failed_export_leaves_what_was_there(built: cache.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_export_leaves_what_was_there(built: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "kernels.tar.gz"
     file.write_bytes(b"before")
     monkeypatch.setattr(tarfile.TarFile, "addfile", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
@@ -115,7 +117,7 @@ def entry(name: str, data: bytes = b"", kind: bytes = tarfile.REGTYPE, target: s
 
 def listed(members: Members) -> Members:
     """With an index that vouches for all of them: only their names and kinds are wrong."""
-    files = {info.name: cache.digest_of(data) for info, data in members[1:]}
+    files = {info.name: digest_of(data) for info, data in members[1:]}
     return [entry(bundle.INDEX, json.dumps({"format": 1, "files": files}).encode()), *members[1:]]
 
 
@@ -190,7 +192,7 @@ def test_a_hostile_bundle_is_refused_whole(name: str, exported: Path, tmp_path: 
     exported.write_bytes(packed(change(members_of(exported))))
     before = tree(tmp_path)
     with pytest.raises(bundle.BundleError, match=text):
-        bundle.import_variants(exported, cache.Store(tmp_path / "to"))
+        bundle.import_variants(exported, Store(tmp_path / "to"))
     assert [path for path in tree(tmp_path) if path not in before] == ["to", "to/staging"]
 
 
@@ -199,7 +201,7 @@ def test_a_truncated_bundle_is_refused_whole(part: float, exported: Path, tmp_pa
     data = exported.read_bytes()
     exported.write_bytes(data[: int(part * len(data))])
     with pytest.raises(bundle.BundleError, match=r"is cut short|is damaged or no bundle|is no bundle"):
-        bundle.import_variants(exported, cache.Store(tmp_path / "to"))
+        bundle.import_variants(exported, Store(tmp_path / "to"))
     assert tree(tmp_path / "to") == ["staging"]
 
 
@@ -209,7 +211,7 @@ def test_a_huge_file_is_refused_unread(exported: Path, tmp_path: Path) -> None:
     info.size = 1 << 40
     exported.write_bytes(gzip.compress(info.tobuf() + bytes(1 << 20)))
     with pytest.raises(bundle.BundleError, match=r"bundle\.json has 1048576 MiB, more than any kernel"):
-        bundle.import_variants(exported, cache.Store(tmp_path / "to"))
+        bundle.import_variants(exported, Store(tmp_path / "to"))
 
 
 def header(kind: bytes, data: bytes, size: int | None = None) -> bytes:
@@ -242,7 +244,7 @@ def test_headers_are_bounded_before_they_are_read(name: str, tmp_path: Path) -> 
     file = tmp_path / "kernels.tar.gz"
     file.write_bytes(gzip.compress(data + bytes(1024)))
     with pytest.raises(bundle.BundleError, match=text):
-        bundle.import_variants(file, cache.Store(tmp_path / "to"))
+        bundle.import_variants(file, Store(tmp_path / "to"))
     assert tree(tmp_path / "to") == ["staging"]
 
 
@@ -252,12 +254,12 @@ def test_long_names_are_read(exported: Path, tmp_path: Path) -> None:
         raw = io.BytesIO()
         with tarfile.open(fileobj=raw, mode="w:gz", format=form) as archive:
             name = f"{'n' * 120}-{'0' * 16}/{'0' * 16}/a.so"
-            files = {"files": {name: cache.digest_of(b"x")}, "format": 1}
+            files = {"files": {name: digest_of(b"x")}, "format": 1}
             for member, data in (entry(bundle.INDEX, json.dumps(files).encode()), entry(name, b"x")):
                 archive.addfile(member, io.BytesIO(data))
         exported.write_bytes(raw.getvalue())
         with pytest.raises(bundle.BundleError, match=r"n-0{16}/0{16}/variant\.json does not describe the files beside it"):
-            bundle.import_variants(exported, cache.Store(tmp_path / "to"))
+            bundle.import_variants(exported, Store(tmp_path / "to"))
 
 
 def test_a_bomb_is_refused(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,7 +270,7 @@ def test_a_bomb_is_refused(exported: Path, tmp_path: Path, monkeypatch: pytest.M
     most = (64 << 20) + 100 * exported.stat().st_size >> 20
     assert most < 80
     with pytest.raises(bundle.BundleError) as caught:
-        bundle.import_variants(exported, cache.Store(tmp_path / "to"))
+        bundle.import_variants(exported, Store(tmp_path / "to"))
     assert str(caught.value) == f"{exported} unpacks to more than {most} MiB, more than kernels do"
     assert tree(tmp_path / "to") == ["staging"]
 
@@ -288,14 +290,14 @@ LYING: dict[str, Any] = {
 def test_a_bundle_whose_record_lies_is_refused(name: str, exported: Path, tmp_path: Path) -> None:
     exported.write_bytes(packed(other_record(**LYING[name])(members_of(exported))))
     with pytest.raises(bundle.BundleError, match=r"variant\.json does not describe the files beside it"):
-        bundle.import_variants(exported, cache.Store(tmp_path / "to"))
+        bundle.import_variants(exported, Store(tmp_path / "to"))
     assert tree(tmp_path / "to") == ["staging"]
 
 
 @pytest.mark.filterwarnings("ignore:the kernel cache")
 def test_a_link_in_the_way_is_not_followed(exported: Path, tmp_path: Path) -> None:
     """Somebody's link where a variant belongs leads nowhere."""
-    store, elsewhere = cache.Store(tmp_path / "to"), tmp_path / "elsewhere"
+    store, elsewhere = Store(tmp_path / "to"), tmp_path / "elsewhere"
     store.root.mkdir(mode=0o700)
     elsewhere.mkdir()
     place = members_of(exported)[1][0].name.partition("/")[0]

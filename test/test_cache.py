@@ -17,11 +17,10 @@ import torch
 from child import ROOT, run_python
 from expecttest import assert_expected_inline
 
-from torch_jit_ops import environment
-from torch_jit_ops.backends import toolchain
+from torch_jit_ops import environment, process
 from torch_jit_ops.builder import compilers, loader
-from torch_jit_ops.builder import load as load_module
-from torch_jit_ops.store import cache
+from torch_jit_ops.store.files import UntrustedCache
+from torch_jit_ops.store.record import RECORD
 
 _TEXT = """#include <answer.h>
 extern "C" __attribute__((visibility("default"))) int answer() { return ANSWER; }
@@ -49,9 +48,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[loader.Unit], loader.Load
     """``loader.load`` as in a process that has loaded nothing."""
 
     def load(unit: loader.Unit) -> loader.Loaded:
-        monkeypatch.setattr(load_module, "_results", {})
-        monkeypatch.setattr(cache, "_file_digests", {})
-        monkeypatch.setattr(compilers, "_known", {})
+        process.reset()
         return loader.load(unit)
 
     return load
@@ -116,7 +113,7 @@ def test_another_folder_with_the_same_files_is_the_same(root: Path, include: Pat
 
 def test_the_record_says_what_was_built_without_saying_where(root: Path, include: Path, load: Load) -> None:
     loaded = load(unit(include))
-    text = (loaded.path.parent / cache.RECORD).read_text()
+    text = (loaded.path.parent / RECORD).read_text()
     assert str(include) not in text
     record = json.loads(text)
     assert record["label"] == "test::answer"
@@ -145,7 +142,7 @@ def test_the_dispatcher_depends_on_the_version_of_pytorch_and_kernels_do_not(
 
 def test_another_compiler_builds_again(root: Path, include: Path, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     load(unit(include))
-    monkeypatch.setattr(toolchain, "compiler_identity", lambda program, memory: "another compiler 1.0")
+    monkeypatch.setattr(compilers, "compiler_identity", lambda program, memory: "another compiler 1.0")
     assert load(unit(include)).compiled
 
 
@@ -212,7 +209,7 @@ def _a_record_of_nothing(library: Path, record: Path) -> None:
 )
 def test_what_is_broken_is_built_again(root: Path, include: Path, load: Load, damage: Callable[[Path, Path], None]) -> None:
     loaded = load(unit(include))
-    damage(loaded.path, loaded.path.parent / cache.RECORD)
+    damage(loaded.path, loaded.path.parent / RECORD)
     again = load(unit(include))
     assert again.compiled
     assert answer(again) == 42
@@ -228,7 +225,7 @@ def test_a_cache_that_others_can_write_is_refused(
     load(unit(include))
     root.chmod(0o775)
     for one in (unit(include), unit(include, _NO_HEADER)):  # to be read, and to be written
-        with pytest.raises(cache.UntrustedCache) as caught:
+        with pytest.raises(UntrustedCache) as caught:
             load(one)
         text = re.sub(r"owner \d+", "owner UID", str(caught.value).replace(str(root), "CACHE"))
         assert_expected_inline(
@@ -247,7 +244,7 @@ def test_a_cache_of_somebody_else_is_refused(root: Path, include: Path, load: Lo
     if root.stat().st_uid == 0:
         assert not load(unit(include)).compiled, "what root has written is trusted"
     else:
-        with pytest.raises(cache.UntrustedCache):
+        with pytest.raises(UntrustedCache):
             load(unit(include))
 
 

@@ -18,19 +18,24 @@ from test_docs import compile_for_gpu
 
 import torch_jit_ops
 from torch_jit_ops import registry
-from torch_jit_ops.backends import toolchain
-from torch_jit_ops.builder import loader
+from torch_jit_ops.ahead.why import explain
+from torch_jit_ops.backends import CPU, Toolkit, programs
+from torch_jit_ops.builder import compilers, loader
 from torch_jit_ops.cli import doctor, main
-from torch_jit_ops.store import cache, listing
+from torch_jit_ops.store import listing
+from torch_jit_ops.store.digests import digest_of
+from torch_jit_ops.store.record import RECORD
+from torch_jit_ops.store.search_path import default_store, search_path
+from torch_jit_ops.store.store import Store
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> cache.Store:
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     """An empty store."""
     monkeypatch.setenv("JITK_CACHE_DIR", str(tmp_path / "kernels"))
-    return cache.default_store()
+    return default_store()
 
 
 @pytest.fixture
@@ -105,7 +110,7 @@ def test_an_interrupt(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     assert call("list", "relu2", code=130) == "interrupted\n"
 
 
-def test_a_reader_that_has_enough(store: cache.Store) -> None:
+def test_a_reader_that_has_enough(store: Store) -> None:
     shell = f"{sys.executable} -m torch_jit_ops list | head -1"
     done = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == f"jitk::silu_and_mul{' ' * 13}{SILU_AND_MUL}\n"
@@ -157,7 +162,7 @@ def test_list_of_a_pattern_that_fits_nothing(call: Call) -> None:
     assert "jitk::add_constant, jitk::fused_add_relu, " in text
 
 
-def test_list(call: Call, store: cache.Store) -> None:
+def test_list(call: Call, store: Store) -> None:
     assert_expected_inline(
         call("list", "add_constant").replace("-> ()", "-> Tensor(a2!)"),  # as PyTorch 2.13 has it
         """\
@@ -251,7 +256,7 @@ def test_without_numpy_there_is_no_word_of_it(tmp_path: Path, arguments: list[st
 
 
 @pytest.fixture
-def built(store: cache.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> cache.Store:
+def built(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     """A store with one variant, of an op's unit whose files are in a folder of the test."""
     (tmp_path / "csrc").mkdir()
     (tmp_path / "csrc/answer.h").write_text("#define ANSWER 42\n")
@@ -264,15 +269,15 @@ def unit(folder: Path, *flags: str, label: str = "clitest::answer<1>", text: str
     return loader.Unit("clitest.answer", label, "cpu", "x86-64", text, include=(folder / "csrc",), flags=flags)
 
 
-def why(of: loader.Unit, store: cache.Store) -> list[str]:
+def why(of: loader.Unit, store: Store) -> list[str]:
     from torch_jit_ops.cli import cache as command
 
-    finding = listing.why(of, [store])
+    finding = explain(of, [store])
     assert (finding.present is None) == bool(finding.differences)
     return [command._line(difference).strip() for difference in finding.differences]
 
 
-def test_the_store_is_listed_exported_cleared_and_imported(call: Call, built: cache.Store, tmp_path: Path) -> None:
+def test_the_store_is_listed_exported_cleared_and_imported(call: Call, built: Store, tmp_path: Path) -> None:
     assert call("cache", "dir") == f"{built.root}\n"
     table = call("cache", "list").splitlines()
     assert re.fullmatch(r"clitest::answer<1>  x86-64  \d+\.\d KB  \d+\.\d s +\d{4}-\d\d-\d\d \d\d:\d\d", table[1])
@@ -290,49 +295,49 @@ def test_the_store_is_listed_exported_cleared_and_imported(call: Call, built: ca
     assert call("cache", "import", str(tmp_path / "missing"), code=1).startswith("error: [Errno 2] No such file")
 
 
-def test_clear_takes_some_ops(call: Call, built: cache.Store) -> None:
+def test_clear_takes_some_ops(call: Call, built: Store) -> None:
     assert call("cache", "clear", "relu2") == f"removed 0 variants from {built.root}\n"
     assert call("cache", "clear", "answer") == f"removed 1 variants from {built.root}\n"
 
 
-def test_prune_takes_what_is_old_or_too_much(call: Call, built: cache.Store) -> None:
+def test_prune_takes_what_is_old_or_too_much(call: Call, built: Store) -> None:
     assert call("cache", "prune").endswith("; 1 are left\n")
     assert call("cache", "prune", "--max-size", "1G", "--max-age", "1").endswith("; 1 are left\n")
     (variant,) = listing.variants(built)
-    os.utime(variant.folder / cache.RECORD, (1e9, 1e9))
+    os.utime(variant.folder / RECORD, (1e9, 1e9))
     said = call("cache", "prune", "--max-age", "1")
     assert re.fullmatch(rf"removed 1 variants, \d+\.\d KB, from {built.root}; 0 are left\n", said)
     assert "must be a number of bytes" in call("cache", "prune", "--max-size", "much", code=2)
 
 
-def test_clear_takes_what_is_damaged(call: Call, built: cache.Store) -> None:
+def test_clear_takes_what_is_damaged(call: Call, built: Store) -> None:
     (variant,) = listing.variants(built)
-    (variant.folder / cache.RECORD).write_text("{")
+    (variant.folder / RECORD).write_text("{")
     assert call("cache", "clear") == f"removed 1 variants from {built.root}\n"
     assert list(built.variants()) == []
 
 
-def test_a_shared_store_is_looked_into(call: Call, built: cache.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shared_store_is_looked_into(call: Call, built: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JITK_CACHE_PATH", str(built.root))
     monkeypatch.setenv("JITK_CACHE_DIR", str(tmp_path / "own"))
-    monkeypatch.setattr(loader, "compiler_of", lambda *_: "c++ 99")  # of no matter to what is shared
-    assert listing.why(unit(tmp_path), cache.stores()).present is not None
+    monkeypatch.setattr("torch_jit_ops.ahead.why.compiler_of", lambda *_: "c++ 99")  # of no matter to what is shared
+    assert explain(unit(tmp_path), search_path()).present is not None
     (tmp_path / "csrc/answer.h").write_text("#define ANSWER 43\n")
-    finding = listing.why(unit(tmp_path), cache.stores())
+    finding = explain(unit(tmp_path), search_path())
     assert [difference.what for difference in finding.differences] == [f"file {tmp_path}/csrc/answer.h"]
 
 
-def test_why_names_a_changed_and_a_missing_file(built: cache.Store, tmp_path: Path) -> None:
+def test_why_names_a_changed_and_a_missing_file(built: Store, tmp_path: Path) -> None:
     header = tmp_path / "csrc/answer.h"
-    was = cache.digest_of(header.read_bytes())[:12]
+    was = digest_of(header.read_bytes())[:12]
     header.write_text("#define ANSWER 43\n")
-    now = cache.digest_of(header.read_bytes())[:12]
+    now = digest_of(header.read_bytes())[:12]
     assert why(unit(tmp_path), built) == [f"file {header}: {now}, was {was}"]
     header.unlink()
     assert why(unit(tmp_path), built) == [f"file {header}: {was} is gone"]
 
 
-def test_why_names_a_file_that_comes_first_now(built: cache.Store, tmp_path: Path) -> None:
+def test_why_names_a_file_that_comes_first_now(built: Store, tmp_path: Path) -> None:
     """The compiler looked for jitk's header in the op's folder before, in vain."""
     (tmp_path / "csrc/jitk").mkdir()
     of = replace(unit(tmp_path), text="#include <jitk/abi.h>\n")
@@ -342,23 +347,23 @@ def test_why_names_a_file_that_comes_first_now(built: cache.Store, tmp_path: Pat
     assert re.fullmatch(rf"file {tmp_path}/csrc/jitk/abi.h: [0-9a-f]{{12}} is new", line)
 
 
-def test_why_names_what_else_differs(built: cache.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_why_names_what_else_differs(built: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert why(unit(tmp_path, "-DMORE"), built) == ["flags: -DMORE is new"]
     assert why(unit(tmp_path, text="// more\n"), built) == ["translation unit: another text"]
     assert why(unit(tmp_path, label="clitest::answer<2>"), built) == []  # the label is not in the key
     other = loader.Unit("clitest.answer", "clitest::answer<1>", "cpu", "x86-64-v3", unit(tmp_path).text, (tmp_path / "csrc",))
     assert why(other, built) == ["architecture: x86-64-v3, was x86-64", "flags: -march=x86-64-v3, was -march=x86-64"]
-    monkeypatch.setattr(loader, "compiler_of", lambda *_: "c++ 99")
+    monkeypatch.setattr("torch_jit_ops.ahead.why.compiler_of", lambda *_: "c++ 99")
     (line,) = why(unit(tmp_path), built)
     assert line.startswith("compiler: c++ 99, was ") and line != "compiler: c++ 99, was c++ 99"
 
 
-def test_why_names_an_older_abi(built: cache.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader, "ABI_VERSION", 1000)
+def test_why_names_an_older_abi(built: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch_jit_ops.builder.unit.ABI_VERSION", 1000)
     assert why(unit(tmp_path), built) == ["ABI version: 1000, was 1"]
 
 
-def test_why_names_a_damaged_library(built: cache.Store, tmp_path: Path) -> None:
+def test_why_names_a_damaged_library(built: Store, tmp_path: Path) -> None:
     (variant,) = listing.variants(built)
     variant.library.unlink()  # as it is loaded, writing into it would end this process
     variant.library.write_bytes(b"cut")
@@ -366,7 +371,7 @@ def test_why_names_a_damaged_library(built: cache.Store, tmp_path: Path) -> None
     assert line.startswith(f"file {variant.library}: damaged or missing, was ")
 
 
-def test_why_takes_the_nearest(built: cache.Store, tmp_path: Path) -> None:
+def test_why_takes_the_nearest(built: Store, tmp_path: Path) -> None:
     """Of two variants the one that needs fewer changes; the same instantiation before another."""
     loader.load(unit(tmp_path, "-DMORE", "-DSTILL_MORE"))
     assert len(why(unit(tmp_path, "-DMORE"), built)) == 1
@@ -374,8 +379,8 @@ def test_why_takes_the_nearest(built: cache.Store, tmp_path: Path) -> None:
     assert "flags" in why(unit(tmp_path, "-DMORE"), built)[0]
 
 
-def test_why_of_an_op(call: Call, store: cache.Store) -> None:
-    isa = toolchain.host_isa()
+def test_why_of_an_op(call: Call, store: Store) -> None:
+    isa = CPU.arch_of()
     text = call("cache", "why", "relu2", "--dtype", "float32", "--backend", "cpu")
     assert text == f"jitk::relu2<fp32_t> for {isa}: would be compiled; no cpu variant of this op is in the store\n"
     (found,) = json.loads(call("cache", "why", "dispatcher", "--json"))
@@ -385,7 +390,7 @@ def test_why_of_an_op(call: Call, store: cache.Store) -> None:
 # --- doctor ----------------------------------------------------------------------------------------
 
 
-def test_doctor_finds_this_machine_well(call: Call, store: cache.Store) -> None:
+def test_doctor_finds_this_machine_well(call: Call, store: Store) -> None:
     found = json.loads(call("doctor", "--json"))
     states = {check["what"]: check["state"] for check in found}
     assert states["compiling for cpu"] == states["C++ compiler"] == states["ninja"] == states["cache"] == "ok"
@@ -409,7 +414,7 @@ def test_doctor_names_each_problem_and_its_remedy(call: Call, tmp_path: Path, mo
     assert call("doctor", code=1).endswith("\n2 problems\n")
 
 
-def test_doctor_looks_at_shared_stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: cache.Store) -> None:
+def test_doctor_looks_at_shared_stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: Store) -> None:
     (tmp_path / "shared").mkdir(mode=0o755)
     monkeypatch.setenv("JITK_CACHE_PATH", f"{tmp_path}/shared:{tmp_path}/missing")
     first, second, own = doctor._cache()
@@ -422,7 +427,7 @@ def test_doctor_looks_at_shared_stores(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_doctor_tells_a_compiler_that_compiles_nothing(
-    call: Call, store: cache.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: Call, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = tmp_path / "c++"
     broken.write_text(
@@ -438,7 +443,7 @@ def test_doctor_tells_a_compiler_that_compiles_nothing(
 
 
 def test_doctor_refuses_an_old_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(toolchain, "compiler_identity", lambda *_: "g++ (Debian 10.2.1-6) 10.2.1")
+    monkeypatch.setattr(compilers, "compiler_identity", lambda *_: "g++ (Debian 10.2.1-6) 10.2.1")
     (check,) = doctor._cpp_compiler()
     assert (check.state, check.remedy) == ("problem", "install g++ 11 or newer, and set CXX to it")
 
@@ -509,7 +514,7 @@ def test_clangd_is_told_the_folders_and_flags(call: Call, tmp_path: Path) -> Non
     plain, *_ = flags_of((tmp_path / ".clangd").read_text())
     assert plain[:2] == [f"-I{tmp_path}/fresh_lib/csrc", f"-I{loader.include_dir()}"]
     source = tmp_path / "fresh_lib/csrc/stretch.cpp"
-    command = [str(toolchain.host_compiler()), *plain, "-fsyntax-only", str(source)]
+    command = [str(programs.host_compiler()), *plain, "-fsyntax-only", str(source)]
     done = subprocess.run([flag for flag in command if flag != "-xc++"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -517,9 +522,7 @@ def test_clangd_is_told_the_folders_and_flags(call: Call, tmp_path: Path) -> Non
 def test_clangd_is_told_of_cuda(tmp_path: Path) -> None:
     from torch_jit_ops.cli import clangd
 
-    toolkit = toolchain.Toolkit(
-        Path("/cuda"), Path("/cuda/bin/nvcc"), (Path("/else/include"),), Path("/cuda/lib64"), "CUDA_HOME"
-    )
+    toolkit = Toolkit(Path("/cuda"), Path("/cuda/bin/nvcc"), (Path("/else/include"),), Path("/cuda/lib64"), "CUDA_HOME")
     text = clangd.configuration(tmp_path, "9.0a", toolkit)
     _, cuda, runtime = flags_of(text)
     assert 'PathMatch: ".*\\\\.cuh?"' in text

@@ -50,7 +50,7 @@ def outs_for(op: Op, sample: Sample) -> dict[str, Tensor]:
 
 def widest_dtype_or_first(case: Case) -> bool:
     """Every sample in one dtype, and one sample in every dtype: tracing looks at shapes."""
-    return is_first(case) or case.dtype == case.op.declaration.dtypes[-1]
+    return is_first(case) or case.is_last
 
 
 # --- opcheck: schema, autograd registration, fake, aot_dispatch --------------------------------------

@@ -103,7 +103,7 @@ def test_does_not_wait_for_the_gpu(case: Case) -> None:
 @over(on_cuda, is_first)
 def test_launches_that_follow_each_other(case: Case) -> None:
     """Kernels that start before their predecessor ends wait for what it writes, and for it to read what they overwrite."""
-    samples = [samples_of(case.op, "cuda", case.dtype, seed)[case.index] for seed in range(2)]
+    samples = [samples_of(case.op, "cuda", case.dtypes, seed)[case.index] for seed in range(2)]
     expected = [call(case.op, copy_with_storage(sample)) for sample in samples]
     passed = zeroed(samples[0])
     kept: list[list[Tensor]] = []
@@ -158,7 +158,7 @@ def test_captured_in_a_graph_and_replayed_on_new_values(case: Case) -> None:
     with torch.cuda.graph(graph):
         captured = call(case.op, passed)
     for seed in (1, 2):
-        fresh = samples_of(case.op, "cuda", case.dtype, seed)[case.index]
+        fresh = samples_of(case.op, "cuda", case.dtypes, seed)[case.index]
         copy_into(passed, fresh)
         graph.replay()
         assert_same_outcome(captured, call(case.op, copy_with_storage(fresh)))
@@ -173,7 +173,7 @@ def test_out_form_captured_in_a_graph(case: Case) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out_form(case.op, passed, outs)
-    fresh = samples_of(case.op, "cuda", case.dtype, 1)[case.index]
+    fresh = samples_of(case.op, "cuda", case.dtypes, 1)[case.index]
     copy_into(passed, fresh)
     for out in outs:
         out.view(torch.uint8).fill_(0xFF)
@@ -188,7 +188,7 @@ def test_compiled_with_cuda_graphs(case: Case) -> None:
         pytest.skip("Inductor does not capture a graph that writes its inputs")
     compiled = torch.compile(lambda *args: case.op.default(*args), fullgraph=True, mode="reduce-overhead")
     for seed in range(4):  # eager, recorded, replayed, replayed
-        sample = samples_of(case.op, "cuda", case.dtype, seed)[case.index]
+        sample = samples_of(case.op, "cuda", case.dtypes, seed)[case.index]
         torch.compiler.cudagraph_mark_step_begin()
         assert_same_outcome(call(case.op, sample, compiled), call(case.op, sample))
 
@@ -199,7 +199,7 @@ def test_compiled_with_cuda_graphs(case: Case) -> None:
 @over(on_cuda, is_first)
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
 def test_runs_on_the_device_of_its_tensors(case: Case) -> None:
-    here, there = (samples_of(case.op, f"cuda:{index}", case.dtype)[case.index] for index in range(2))
+    here, there = (samples_of(case.op, f"cuda:{index}", case.dtypes)[case.index] for index in range(2))
     with torch.cuda.device(0):
         expected = call(case.op, here)
         actual = call(case.op, there)
@@ -225,9 +225,9 @@ def test_tensors_on_two_gpus_are_refused(case: Case) -> None:
 
 def _is_smallest_with_tokens(case: Case) -> bool:
     """One case for each op, in its smallest dtype: the largest tensors that fit."""
-    smallest = min(case.op.declaration.dtypes, key=lambda dtype: dtype.itemsize)
+    smallest = min(case.op.declaration.dtypes.combinations(), key=lambda dtypes: dtypes.first.itemsize)
     with_rows = [i for i, sample in enumerate(samples_of(case.op, "cpu", smallest)) if tensors_of(sample)[0].dim() > 1]
-    return case.dtype == smallest and with_rows[:1] == [case.index]
+    return case.dtypes == smallest and with_rows[:1] == [case.index]
 
 
 @pytest.mark.serial  # the memory

@@ -12,7 +12,7 @@ from child import ROOT, run_python
 from expecttest import assert_expected_inline
 
 from torch_jit_ops import library
-from torch_jit_ops.backends import toolchain
+from torch_jit_ops.backends import CPU, CUDA, MissingCompiler
 from torch_jit_ops.builder import loader
 
 needs_gpu = pytest.mark.skipif("cuda" not in devices(), reason="no GPU")
@@ -24,11 +24,11 @@ os.environ["CUDA_MODULE_LOADING"] = "LAZY"  # the default from CUDA 12.2 on
 import torch
 import user_library
 import torch_jit_ops
-from cases import OPS, assert_same_bits, call, copy_with_storage, is_batched, map_tensors, samples_of
+from cases import OPS, assert_same_bits, call, copy_with_storage, is_batched, last_dtypes, map_tensors, samples_of
 from torch_jit_ops import Sample
 
 def first(op):
-    return samples_of(op, "cuda", op.declaration.dtypes[-1])[0]
+    return samples_of(op, "cuda", last_dtypes(op))[0]
 
 ops = [op for op in OPS if "cuda" in op.declaration.kernels and op.declaration.samples is not None]
 
@@ -61,16 +61,16 @@ def names() -> list[str]:
 def test_a_library_knows_its_kernels(name: str) -> None:
     """And so can load them: without a GPU it is only known how many there are."""
     try:
-        toolchain.cuda_toolkit()
-    except toolchain.MissingCompiler as missing:
+        CUDA.toolkit()
+    except MissingCompiler as missing:
         pytest.skip(str(missing).splitlines()[0])
-    arch = toolchain.device_arch(0) if torch.cuda.is_available() else "9.0a"
+    arch = CUDA.arch_of(0) if torch.cuda.is_available() else "9.0a"
     loaded = loader.load(library.ops[name].unit("cuda", (torch.bfloat16,), arch))
     assert loaded.load_kernels(0) > 1
 
 
 def test_a_library_for_the_cpu_has_no_kernels() -> None:
-    loaded = loader.load(library.ops["relu2"].unit("cpu", (torch.float32,), toolchain.host_isa()))
+    loaded = loader.load(library.ops["relu2"].unit("cpu", (torch.float32,), CPU.arch_of()))
     assert loaded.load_kernels(0) == 0
 
 
@@ -78,10 +78,10 @@ def test_a_library_for_the_cpu_has_no_kernels() -> None:
 @pytest.mark.parametrize("arch", ["", "before"], ids=["built with CUDA in use", "built before CUDA is in use"])
 def test_what_was_built_is_captured_without_a_call(arch: str) -> None:
     """``build`` is the whole warm-up, as the error for a cold op promises."""
-    arch = repr(toolchain.device_arch(0)) if arch else "None"
+    arch = repr(CUDA.arch_of(0)) if arch else "None"
     code = f"""
 for op in ops:
-    torch_jit_ops.build(op, [op.declaration.dtypes[-1]], backend="cuda", arch={arch})
+    torch_jit_ops.build(op, last_dtypes(op).distinct(), backend="cuda", arch={arch})
 for op in ops:
     sample = first(op)
     before = copy_with_storage(sample)
@@ -101,7 +101,7 @@ def strided(tensor):
     return wide[..., : tensor.shape[-1]].copy_(tensor)
 
 for op in ops:
-    samples = samples_of(op, "cuda", op.declaration.dtypes[-1])
+    samples = samples_of(op, "cuda", last_dtypes(op))
     call(op, copy_with_storage(samples[0]))
     for sample in samples:
         before = copy_with_storage(sample)
@@ -187,7 +187,7 @@ import threading
 op = torch_jit_ops.library.ops["silu_and_mul"]
 x = torch.randn(4, 64, device="cuda", dtype=torch.bfloat16)
 op.default(x)
-arch = torch_jit_ops.backends.toolchain.device_arch(0)
+arch = torch_jit_ops.backends.CUDA.arch_of(0)
 loaded = [torch_jit_ops.builder.loader.load(each.declaration.unit("cuda", (torch.float16,), arch))
           for each in torch_jit_ops.library.ops.values() if each.name != "add_constant" and "cuda" in each.declaration.kernels
           and [part.what for part in each.declaration.kernels["cuda"].pattern.placeholders] == ["dtype"]]

@@ -251,6 +251,23 @@ def test_options_that_cannot_work(library: OpLibrary, csrc: Path) -> None:
         {"flags": {"cuda": ["-O2"]}},
         {"flags": {"cpu": ["-O2", "-lm"]}},
         {"flags": {"cpu": ["-Wl,--as-needed"]}},
+        {"flags": {"sm_90x": ["-O2"]}},
+        {"flags": {"sm_90a": ["-O2"]}},
+        {"ldflags": {"gpu": ["-lz"]}},
+        {"ldflags": {"cpu": "-lz"}},
+        {"ldflags": {"cuda": ["-lz"]}},
+        {"ldflags": {"cpu": ["-L../lib"]}},
+        {"ldflags": {"cpu": ["libz.a"]}},
+        {"ldflags": {"cpu": ["-l'z"]}},
+        {"include": {"cpu": "headers"}},
+        {"include": {"cpu": ["/nowhere"]}},
+        {"cpu": ["kernels.cpp", "kernels.cpp"]},
+        {"cpu": ["kernels.cpp", "gone.cpp"]},
+        {"cpu": ["kernels.cpp", "kernels.cu"]},
+        {"cpu": []},
+        {"cpu": 3},
+        {"cpu_source": "int x;"},
+        {"cuda_source": " "},
         {"variant": {"cpu": "kernel", "gpu": "kernel"}},
         {"variant": 3},
         {"mutates": "x"},
@@ -273,13 +290,30 @@ ValueError lib::op has a variant, but no kernel: name its source with cuda= or c
 ValueError lib::op has a source, but no variant: name its C++ function, such as 'op<{x.dtype}>'
 ValueError lib::op: its cpu source 'kernels.cu' must be a .cpp or .cc or .cxx file
 ValueError lib::op: its cuda source 'kernels.cpp' must be a .cu file
-ValueError lib::op: flags names the backend 'gpu'; there are cuda, cpu
+ValueError lib::op: flags names 'gpu'; there are the backends cuda, cpu and architectures such as sm_90, sm_90a and x86-64-v3
 TypeError lib::op: flags must be a mapping from backends, such as {'cuda': ...}, got ['-O2']
 TypeError lib::op: flags of cpu must be a list of str, got '-O2'
 TypeError lib::op: flags of cpu must be a list of str, got [2]
-ValueError lib::op: flags are for cuda, but it has no cuda source
-ValueError lib::op: the flag '-lm' is for linking; flags are for compiling alone, and kernels link nothing
-ValueError lib::op: the flag '-Wl,--as-needed' is for linking; flags are for compiling alone, and kernels link nothing
+ValueError lib::op: flags names 'cuda', but there is no cuda source
+ValueError lib::op: the flag '-lm' is for linking, and flags are for compiling: name it in ldflags
+ValueError lib::op: the flag '-Wl,--as-needed' is for linking, and flags are for compiling: name it in ldflags
+ValueError lib::op: flags names 'sm_90x'; there are the backends cuda, cpu and architectures such as sm_90, sm_90a and x86-64-v3
+ValueError lib::op: flags names 'sm_90a', but there is no cuda source
+ValueError lib::op: ldflags names 'gpu'; there are the backends cuda, cpu and architectures such as sm_90, sm_90a and x86-64-v3
+TypeError lib::op: ldflags of cpu must be a list of str or library_of(...), got '-lz'
+ValueError lib::op: ldflags names 'cuda', but there is no cuda source
+ValueError lib::op: the linker's flag '-L../lib' names no path from /, and kernels are linked in another folder
+ValueError lib::op: the linker's flag 'libz.a' names no path from /, and kernels are linked in another folder
+ValueError lib::op: the linker's flag "-l'z" cannot be passed on: No closing quotation
+TypeError lib::op: include of cpu must be a list of folders, got 'headers'
+ValueError lib::op: include of cpu: the folder /nowhere does not exist
+ValueError lib::op: cpu names 'kernels.cpp' twice
+ValueError lib::op: its cpu source 'gone.cpp' is not in CSRC
+ValueError lib::op: its cpu source 'kernels.cu' must be a .cpp or .cc or .cxx file
+TypeError lib::op: cpu must be a file or a list of files, got []
+TypeError lib::op: cpu must be a file or a list of files, got 3
+ValueError lib::op has both cpu= and cpu_source=: its function can be in one of them alone
+TypeError lib::op: cuda_source must be the text of a source, got ' '
 ValueError lib::op: variant names the backend 'gpu'; there are cuda, cpu
 TypeError lib::op: variant must be a mapping from backends, such as {'cuda': ...}, got 3
 TypeError lib::op: mutates must be a list, got 'x'

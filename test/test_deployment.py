@@ -16,14 +16,14 @@ from typing import Any
 
 import pytest
 import torch
-from cases import OPS, call, copy_with_storage, samples_of
+from cases import OPS, call, copy_with_storage, last_dtypes, samples_of
 from child import ROOT, run_python
 from torch import Tensor
 
 import torch_jit_ops
 from torch_jit_ops import manifest
 from torch_jit_ops.ahead import build_ahead, deployment
-from torch_jit_ops.backends import toolchain
+from torch_jit_ops.backends import CPU
 from torch_jit_ops.cli import main
 from torch_jit_ops.features import planned_out
 
@@ -135,7 +135,7 @@ assert "torch_jit_ops" not in sys.modules
 @pytest.fixture(scope="module")
 def every_op(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("deployed")
-    wanted = [each for op in ON_CPU for each in build_ahead.needed([op], [op.declaration.dtypes[-1]], backend="cpu")]
+    wanted = [each for op in ON_CPU for each in build_ahead.needed([op], last_dtypes(op).distinct(), backend="cpu")]
     entries = [
         manifest.entry_of(each.op.qualified_name, "cpu", each.op.declaration.kernels["cpu"].pattern, each.values, each.arch)
         for each in wanted
@@ -148,7 +148,7 @@ def every_op(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_op_is_itself(every_op: Path, tmp_path: Path) -> None:
     calls = []
     for op in ON_CPU:
-        for sample in samples_of(op, "cpu", op.declaration.dtypes[-1]):
+        for sample in samples_of(op, "cpu", last_dtypes(op)):
             expected = call(op, copy_with_storage(sample))
             written = [argument.written for argument in op.signature.arguments]
             calls.append((op.declaration.namespace, op.name, sample.args, dict(sample.kwargs), written, list(expected.tensors)))
@@ -179,7 +179,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def shown(text: str, folder: Path) -> list[str]:
-    return text.replace(str(folder), "<folder>").replace(toolchain.host_isa(), "<cpu>").splitlines()
+    return text.replace(str(folder), "<folder>").replace(CPU.arch_of(), "<cpu>").splitlines()
 
 
 def test_calls_without_a_kernel(folder: Path) -> None:
@@ -187,7 +187,7 @@ def test_calls_without_a_kernel(folder: Path) -> None:
     table = folder / "ops.txt"
     lines = table.read_text().splitlines()
     (here,) = [line for line in lines if line.startswith("kernel") and " relu2 " in line]
-    elsewhere = here.replace(f" {FLOAT32} ", f" {2 << 8 | 16} ").replace(toolchain.host_isa(), "x86-64-v9")
+    elsewhere = here.replace(f" {FLOAT32} ", f" {2 << 8 | 16} ").replace(CPU.arch_of(), "x86-64-v9")
     lines.insert(lines.index(here), elsewhere.replace("fp32_t", "fp16_t"))
     table.write_text("\n".join(lines) + "\n")
     code = f"""
@@ -441,7 +441,7 @@ def test_beside_the_package_itself(folder: Path) -> None:
 
 def test_the_folder(folder: Path) -> None:
     (kernel,) = folder.glob("jitk.relu2*.so")
-    isa = toolchain.host_isa()
+    isa = CPU.arch_of()
     assert sorted(file.name for file in folder.iterdir()) == sorted([kernel.name, "libjitk_ops.so", "ops.txt"])
     assert [stat.S_IMODE(path.stat().st_mode) for path in (folder, *folder.iterdir())] == [0o755, 0o644, 0o644, 0o644]
     lines = (folder / "ops.txt").read_text().splitlines()
@@ -492,7 +492,7 @@ def test_a_program_says_what_it_calls(tmp_path: Path) -> None:
 
     program = export(run, torch.randn(2, 16))
     torch.export.save(program, tmp_path / "model.pt2")
-    isa = toolchain.host_isa()
+    isa = CPU.arch_of()
     expected = {
         f"jitk::relu2<fp32_t> {isa}",
         f"jitk::silu_and_mul<bf16_t> {isa}",

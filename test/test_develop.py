@@ -14,7 +14,6 @@ import types
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -223,36 +222,6 @@ def file(tmp_path: Path) -> Path:
 
 def watch(file: Path) -> develop.Watched:
     return develop.Watched.below([file.parent])
-
-
-def test_a_young_file_is_known_by_its_content(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a file system that counts in seconds: two edits in one of them look alike."""
-
-    def coarse(path: str) -> SimpleNamespace:
-        state = os.stat(path)
-        second = state.st_mtime_ns // 10**9 * 10**9
-        return SimpleNamespace(st_ino=1, st_size=state.st_size, st_mtime_ns=second, st_ctime_ns=second)
-
-    monkeypatch.setattr(develop, "os", SimpleNamespace(stat=coarse, walk=os.walk, path=os.path))
-    watched = watch(file)
-    assert not watched.changed()
-    file.write_text("two")
-    assert watched.changed()
-
-
-def test_an_old_file_is_read_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[str] = []
-    digest = develop._digest
-    monkeypatch.setattr(develop, "_digest", lambda path: read.append(path) or digest(path))
-    now = time.time_ns()
-    watched = watch(file)
-    assert (watched.changed(), len(read)) == (False, 2)
-    monkeypatch.setattr(develop.time, "time_ns", lambda: now + 10**10)
-    assert ([watched.changed() for _ in range(3)], len(read)) == ([False] * 3, 3)
-    file.touch()
-    assert (watched.changed(), len(read)) == (False, 4)
-    file.write_text("two")
-    assert watched.changed()
 
 
 def test_files_that_come_and_go_are_noticed(file: Path) -> None:

@@ -20,7 +20,7 @@ import torch
 import bench.__main__
 import torch_jit_ops
 from tools import op_tables
-from torch_jit_ops.backends import toolchain
+from torch_jit_ops.backends import CUDA, MissingCompiler
 from torch_jit_ops.builder import loader
 from torch_jit_ops.features import planned_out
 
@@ -122,8 +122,8 @@ def test_a_quoted_file_is_quoted_whole(document: Path, block: Block) -> None:
 def compile_for_gpu(source: Path, functions: list[str], folder: Path, *include: Path) -> None:
     """Compile without linking, as the build would."""
     try:
-        toolkit = toolchain.cuda_toolkit()
-    except toolchain.MissingCompiler as missing:
+        toolkit = CUDA.toolkit()
+    except MissingCompiler as missing:
         pytest.skip(str(missing).splitlines()[0])
     exports = [f"JITK_EXPORT(function{number}, {function})" for number, function in enumerate(functions)]
     text = "\n".join(["#include <jitk/export.h>", f'#include "{source}"', "using namespace jitk;", *exports, ""])

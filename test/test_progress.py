@@ -14,7 +14,8 @@ from expecttest import assert_expected_inline
 
 from torch_jit_ops import progress
 from torch_jit_ops.builder import loader
-from torch_jit_ops.store import cache
+from torch_jit_ops.store.record import RECORD
+from torch_jit_ops.store.store import Store
 
 
 @pytest.fixture(autouse=True)
@@ -59,9 +60,9 @@ def test_what_a_build_usually_takes(tmp_path: Path, records: list[tuple[str, str
     for number, (name, backend, seconds) in enumerate(records):
         folder = tmp_path / f"{name}-{number}/0"
         folder.mkdir(parents=True)
-        (folder / cache.RECORD).write_text(f'{{"name": "{name}", "backend": "{backend}", "seconds": {seconds}}}')
+        (folder / RECORD).write_text(f'{{"name": "{name}", "backend": "{backend}", "seconds": {seconds}}}')
     (tmp_path / "jitk.a-x/0").mkdir(parents=True)
-    assert cache.Store(tmp_path).usual_seconds("jitk.a", "cpu") == usual
+    assert Store(tmp_path).usual_seconds("jitk.a", "cpu") == usual
 
 
 @pytest.mark.parametrize("name", ["LOCAL_RANK", "RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"])

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import OPS, devices
+from cases import OPS, devices, last_dtypes
 from expecttest import assert_expected_inline
 from torch import Tensor
 from torch._dynamo import testing as dynamo_testing
@@ -37,13 +37,14 @@ def _arguments(op: Op, rng: random.Random) -> dict[str, Any]:
     leading = rng.choice([[3, 5], [3, 5], [3], [2, 3, 5]])
     sizes = {"hidden": 8, "d": 4, "head_dim": 8, "tokens": 3, "q_heads": 4, "k_heads": 2}
     given: dict[str, Any] = {}
+    first, dtypes = last_dtypes(op).first, dict(last_dtypes(op).named)
     for argument in op.signature.arguments:
         pattern = next((pattern for pattern in op.declaration.tensors if pattern.name == argument.name), None)
         if pattern is not None:
             shape = (leading if pattern.leading else []) + [
                 size.number * sizes[size.name] for size in pattern.sizes if size.name
             ]
-            given[argument.name] = torch.ones(shape, dtype=op.declaration.dtypes[-1])
+            given[argument.name] = torch.ones(shape, dtype=dtypes.get(argument.name, first))
         elif argument.kind == "i":
             given[argument.name] = 5
     return given

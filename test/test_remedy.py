@@ -14,12 +14,11 @@ import store_child
 import torch
 from expecttest import assert_expected_inline
 
-from torch_jit_ops import dispatcher
-from torch_jit_ops.backends import toolchain
-from torch_jit_ops.builder import compilers, loader
-from torch_jit_ops.builder import load as load_module
+from torch_jit_ops import dispatcher, process
+from torch_jit_ops.backends import MissingCompiler
+from torch_jit_ops.builder import loader
 from torch_jit_ops.builder import log as build_log
-from torch_jit_ops.store import cache, trust
+from torch_jit_ops.store import files
 
 _LOGS = {
     "disk full": "cc1plus: fatal error: /tmp/ccQ2.s: No space left on device\ncompilation terminated.\n",
@@ -42,9 +41,9 @@ _LOGS = {
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("JITK_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("JITK_CACHE_PATH", raising=False)
-    cache._warned.clear()
+    process.reset()
     yield
-    compilers._known.clear()
+    process.reset()
 
 
 @pytest.fixture
@@ -151,7 +150,7 @@ def test_a_build_that_cannot_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def full(_: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(trust, "make_files_private", full)
+    monkeypatch.setattr(files, "make_files_private", full)
     with pytest.warns(UserWarning) as caught:
         assert store_child.value(loader.load(store_child.unit(8))) == 8
     message = str(caught[0].message).replace(str(tmp_path), "<root>").replace(". ", ".\n")
@@ -215,7 +214,7 @@ the dispatcher for x86-64 is not in the kernel cache, and JITK_NO_COMPILE=1 forb
 def test_no_compile_lets_a_kernel_in_the_cache_load(monkeypatch: pytest.MonkeyPatch) -> None:
     unit = store_child.unit(9)
     loader.load(unit)
-    load_module._results.clear()
+    process.reset()
     monkeypatch.setenv("JITK_NO_COMPILE", "1")
     assert store_child.value(loader.load(unit)) == 9
 
@@ -226,7 +225,7 @@ def test_no_compile_comes_before_a_missing_compiler(monkeypatch: pytest.MonkeyPa
     with pytest.raises(loader.CompileRefused):
         loader.load(store_child.unit(1))
     monkeypatch.delenv("JITK_NO_COMPILE")
-    with pytest.raises(toolchain.MissingCompiler):
+    with pytest.raises(MissingCompiler):
         loader.load(store_child.unit(1))
 
 

@@ -16,10 +16,13 @@ import pytest
 import store_child
 from expecttest import assert_expected_inline
 
-from torch_jit_ops import environment
-from torch_jit_ops.builder import compilers, loader
-from torch_jit_ops.builder import load as load_module
-from torch_jit_ops.store import cache, trust
+from torch_jit_ops import environment, process
+from torch_jit_ops.builder import loader
+from torch_jit_ops.store import files
+from torch_jit_ops.store.digests import digest_of
+from torch_jit_ops.store.files import UntrustedCache
+from torch_jit_ops.store.record import RECORD
+from torch_jit_ops.store.store import Store
 
 DAY_S = 86400.0
 
@@ -29,12 +32,11 @@ class Here:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.store = cache.Store(root / "cache")
+        self.store = Store(root / "cache")
 
     def load(self, unit: loader.Unit) -> tuple[int, bool]:
         """What the library returns, and whether it was compiled."""
-        load_module._results.clear()
-        cache._file_digests.clear()
+        process.reset(said=False)
         loaded = loader.load(unit)
         return store_child.value(loaded), loaded.compiled
 
@@ -51,10 +53,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Here]:
     for name in ("JITK_CACHE_PATH", "JITK_CACHE_TRUST", "JITK_CACHE_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("JITK_VERBOSE", "1")
-    cache._warned.clear()
+    process.reset()
     yield Here(tmp_path)
-    load_module._results.clear()
-    compilers._known.clear()
+    process.reset()
 
 
 def reading(folder: Path) -> loader.Unit:
@@ -106,7 +107,7 @@ def test_a_hit_starts_no_process(here: Here, monkeypatch: pytest.MonkeyPatch) ->
     units = [store_child.unit(number) for number in range(3)]
     for unit in units:
         here.load(unit)
-    compilers._known.clear()
+    process.reset()
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a process was started"))
     assert [here.load(unit) for unit in units] == [(number, False) for number in range(3)]
 
@@ -165,11 +166,11 @@ DAMAGE = {
     "empty": ("*.so", lambda path: (path.unlink(), path.touch()), "LIBRARY is not the file that was built"),
     "foreign": ("*.so", other_library, "LIBRARY is not the file that was built"),
     "missing": ("*.so", Path.unlink, "LIBRARY: No such file or directory"),
-    "no record": (cache.RECORD, Path.unlink, "variant.json is missing"),
-    "half a record": (cache.RECORD, lambda path: path.write_text(path.read_text()[:99]), "variant.json cannot be read"),
-    "list": (cache.RECORD, lambda path: path.write_text("[]"), "variant.json cannot be read"),
-    "no digest": (cache.RECORD, lambda path: path.write_text('{"format": 1, "library": ""}'), "variant.json cannot be read"),
-    "zeros": (cache.RECORD, lambda path: path.write_bytes(bytes(500)), "variant.json cannot be read"),
+    "no record": (RECORD, Path.unlink, "variant.json is missing"),
+    "half a record": (RECORD, lambda path: path.write_text(path.read_text()[:99]), "variant.json cannot be read"),
+    "list": (RECORD, lambda path: path.write_text("[]"), "variant.json cannot be read"),
+    "no digest": (RECORD, lambda path: path.write_text('{"format": 1, "library": ""}'), "variant.json cannot be read"),
+    "zeros": (RECORD, lambda path: path.write_bytes(bytes(500)), "variant.json cannot be read"),
 }
 
 
@@ -196,8 +197,8 @@ def test_a_library_that_this_system_cannot_load_is_replaced(here: Here, capsys: 
     library = next(folder.glob("*.so"))
     library.unlink()
     library.write_bytes(b"no library")
-    record = json.loads((folder / cache.RECORD).read_text())
-    (folder / cache.RECORD).write_text(json.dumps({**record, "digest": cache.digest_of(b"no library")}))
+    record = json.loads((folder / RECORD).read_text())
+    (folder / RECORD).write_text(json.dumps({**record, "digest": digest_of(b"no library")}))
     capsys.readouterr()
     assert here.load(store_child.unit(1)) == (1, True)
     assert "file too short" in capsys.readouterr().err
@@ -211,7 +212,7 @@ def test_a_library_that_this_system_cannot_load_is_replaced(here: Here, capsys: 
 def test_whatever_the_umask(here: Here, umask: int) -> None:
     before = os.umask(umask)
     try:
-        trust.make_private(here.store.root / "a/b")
+        files.make_private(here.store.root / "a/b")
         folder = here.store.new_staging()
     finally:
         os.umask(before)
@@ -237,7 +238,7 @@ def test_what_others_can_write_is_refused(here: Here, what: str, monkeypatch: py
     here.load(store_child.unit(1))
     path = next(here.store.root.glob(what)) if what != "." else here.store.root
     path.chmod(0o777)
-    with pytest.raises(cache.UntrustedCache) as caught:
+    with pytest.raises(UntrustedCache) as caught:
         here.load(store_child.unit(1))
     assert here.text(caught.value) == (
         f"the kernel cache {here.text(path)} can be written by others (mode 777), so a kernel from it could be anybody's code\n"
@@ -249,9 +250,9 @@ def test_what_others_can_write_is_refused(here: Here, what: str, monkeypatch: py
 
 @pytest.mark.parametrize("what", ["staging", "."])
 def test_no_build_where_others_can_write(here: Here, what: str) -> None:
-    trust.make_private(here.store.root / "staging")
+    files.make_private(here.store.root / "staging")
     (here.store.root / what).chmod(0o770)
-    with pytest.raises(cache.UntrustedCache, match=r"\(mode 770\)"):
+    with pytest.raises(UntrustedCache, match=r"\(mode 770\)"):
         here.load(store_child.unit(1))
 
 
@@ -261,7 +262,7 @@ def test_what_belongs_to_another_user_is_refused(here: Here, what: str) -> None:
     here.load(store_child.unit(1))
     path = next(here.store.root.glob(what)) if what != "." else here.store.root
     os.chown(path, 12345, -1)
-    with pytest.raises(cache.UntrustedCache) as caught:
+    with pytest.raises(UntrustedCache) as caught:
         here.load(store_child.unit(1))
     assert_expected_inline(
         here.text(caught.value).replace(here.text(path), "PATH"),
@@ -340,7 +341,7 @@ def used(here: Here, unit: loader.Unit, days_ago: float) -> Path:
     here.load(unit)
     (folder,) = set(here.variants()) - before
     when = time.time() - days_ago * DAY_S
-    os.utime(folder / cache.RECORD, (when, when))
+    os.utime(folder / RECORD, (when, when))
     return folder
 
 
@@ -373,13 +374,13 @@ def test_pruning_in_passing(here: Here, monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("days", [2, -2])
 def test_a_hit_counts_as_use(here: Here, days: float) -> None:
-    record = used(here, store_child.unit(1), days) / cache.RECORD
+    record = used(here, store_child.unit(1), days) / RECORD
     here.load(store_child.unit(1))
     assert abs(record.stat().st_mtime - time.time()) < 60
 
 
 def test_a_hit_writes_at_most_once_a_day(here: Here) -> None:
-    record = used(here, store_child.unit(1), 0.5) / cache.RECORD
+    record = used(here, store_child.unit(1), 0.5) / RECORD
     before = record.stat().st_mtime_ns
     here.load(store_child.unit(1))
     assert record.stat().st_mtime_ns == before
@@ -406,12 +407,12 @@ def test_what_is_no_size(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
 
 def test_a_variant_that_goes_while_it_is_loaded(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
     here.load(store_child.unit(1))
-    original = cache.Store.find
+    original = Store.find
 
-    def find_and_prune(store: cache.Store, *args: object, **options: object) -> Path | None:
+    def find_and_prune(store: Store, *args: object, **options: object) -> Path | None:
         found = original(store, *args, **options)  # type: ignore[arg-type]
         store.prune(0, None)
         return found
 
-    monkeypatch.setattr(cache.Store, "find", find_and_prune)
+    monkeypatch.setattr(Store, "find", find_and_prune)
     assert here.load(store_child.unit(1)) == (1, True)

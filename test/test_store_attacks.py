@@ -21,12 +21,15 @@ from child import run_python
 from expecttest import assert_expected_inline
 
 import torch_jit_ops
-from torch_jit_ops import manifest, variant
-from torch_jit_ops.backends import toolchain
-from torch_jit_ops.builder import compilers, loader
-from torch_jit_ops.builder import load as load_module
+from torch_jit_ops import manifest, process, variant
+from torch_jit_ops.ahead import why
+from torch_jit_ops.backends import CUDA
+from torch_jit_ops.builder import loader
 from torch_jit_ops.signature import Argument, Signature
-from torch_jit_ops.store import cache, forms, listing, lock, trust
+from torch_jit_ops.store import files, forms, listing, lock
+from torch_jit_ops.store.files import UntrustedCache
+from torch_jit_ops.store.record import RECORD
+from torch_jit_ops.store.store import Store
 
 ROOT_ALONE = pytest.mark.skipif(os.getuid() != 0, reason="only root can give a file away or mount")
 STRANGER = 12345
@@ -37,13 +40,11 @@ class Here:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.store = cache.Store(root / "cache")
+        self.store = Store(root / "cache")
 
     def load(self, unit: loader.Unit) -> tuple[int, bool]:
         """What the library returns, and whether it was compiled."""
-        load_module._results.clear()
-        compilers._known.clear()
-        cache._file_digests.clear()
+        process.reset(said=False)
         loaded = loader.load(unit)
         return store_child.value(loaded), loaded.compiled
 
@@ -60,10 +61,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Here]:
     for name in ("JITK_CACHE_PATH", "JITK_CACHE_TRUST", "JITK_CACHE_SIZE", "CXX"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("JITK_VERBOSE", "1")
-    cache._warned.clear()
+    process.reset()
     yield Here(tmp_path)
-    load_module._results.clear()
-    compilers._known.clear()
+    process.reset()
 
 
 @pytest.fixture(autouse=True)
@@ -178,7 +178,7 @@ def test_no_other_gpu_reaches_nvcc(arch: str, monkeypatch: pytest.MonkeyPatch) -
         torch_jit_ops.build("relu2", backend="cuda", arch=arch)
     monkeypatch.setenv("JITK_CUDA_ARCH", arch)
     with pytest.raises(ValueError) as caught:
-        toolchain.device_arch(0)
+        CUDA.arch_of(0)
     assert str(caught.value) == f"JITK_CUDA_ARCH is {arch!r}; it must be of the form 8.0 or 9.0a"
 
 
@@ -273,7 +273,7 @@ def test_a_cache_whose_name_the_loader_would_change(here: Here, name: str, monke
 def refused(here: Here, pattern: str, place: str = ".") -> str:
     """A load that is refused, and touches nothing."""
     before = here.tree(place)
-    with pytest.raises(cache.UntrustedCache, match=pattern) as caught:
+    with pytest.raises(UntrustedCache, match=pattern) as caught:
         here.load(store_child.unit(1))
     assert here.tree(place) == before
     return here.text(caught.value)
@@ -368,8 +368,8 @@ def test_new_files_follow_no_link(tmp_path: Path) -> None:
     victim.write_text("mine")
     link.symlink_to(victim)
     with pytest.raises(FileExistsError):
-        trust.write_file(link, b"theirs")
-    trust.replace_file(link, b"theirs")
+        files.write_file(link, b"theirs")
+    files.replace_file(link, b"theirs")
     assert (victim.read_text(), link.read_text(), link.is_symlink()) == ("mine", "theirs", False)
     assert sorted(os.listdir(tmp_path)) == ["link", "victim"]
 
@@ -470,7 +470,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JITK_CACHE_DIR", str(root))
         patch.delenv("CXX", raising=False)  # as for the tests
-        load_module._results.clear()
+        process.reset()
         loader.load(store_child.unit(1))
     return root
 
@@ -480,7 +480,7 @@ def test_a_record_that_lies_counts_as_damage(here: Here, whole: Path, name: str)
     shutil.copytree(whole, here.root / "cache")
     here.store.root.chmod(0o700)
     (folder,) = here.store.variants()
-    BAD_RECORDS[name](folder / cache.RECORD)
+    BAD_RECORDS[name](folder / RECORD)
     unit = store_child.unit(1)
     assert here.store._inspect(folder, unit.key(), unit.roots(), None) == (None, "variant.json cannot be read")
     assert list(listing.variants(here.store)) == []
@@ -494,7 +494,7 @@ def test_a_record_that_lies_is_replaced(here: Here, whole: Path, name: str, caps
     shutil.copytree(whole, here.root / "cache")
     here.store.root.chmod(0o700)
     (folder,) = here.store.variants()
-    BAD_RECORDS[name](folder / cache.RECORD)
+    BAD_RECORDS[name](folder / RECORD)
     capsys.readouterr()
     assert here.load(store_child.unit(1)) == (1, True)
     assert (
@@ -542,7 +542,7 @@ def test_a_dependency_that_never_ends(here: Here, whole: Path, path: str) -> Non
     os.mkfifo(here.root / "pipe")
     (folder,) = here.store.variants()
     named = path.replace("PIPE", str(here.root / "pipe")[1:])
-    other(dependencies=[{**DEPENDENCY, "path": named}])(folder / cache.RECORD)
+    other(dependencies=[{**DEPENDENCY, "path": named}])(folder / RECORD)
     assert here.load(store_child.unit(1)) == (1, True)
     assert here.load(store_child.unit(1)) == (1, False)
 
@@ -561,7 +561,7 @@ def test_a_note_of_a_compiler_that_is_no_file(here: Here, whole: Path, name: str
 def test_a_note_beside_a_lock_that_lies(here: Here, ending: str, name: str) -> None:
     unit = store_child.unit(1)
     note = here.store.lock_path(unit.name, unit.key()).with_suffix(ending)
-    trust.make_private(note.parent)
+    files.make_private(note.parent)
     note.touch()
     {**BAD_RECORDS, "a list": bytes_of(b"[]")}[name](note)
     assert lock.owner(note.with_suffix(".lock")) is None
@@ -636,7 +636,7 @@ def test_random_records_are_read_or_refused(here: Here, whole: Path, seed: int, 
     here.store.root.chmod(0o700)
     (folder,) = here.store.variants()
     library = next(folder.glob("*.so"))
-    file = folder / cache.RECORD
+    file = folder / RECORD
     good = json.loads(file.read_text())
     good["dependencies"] = [DEPENDENCY, {**DEPENDENCY, "digest": None}]
     unit = store_child.unit(1)
@@ -659,10 +659,10 @@ def test_what_is_listed_commands_no_terminal(here: Here, whole: Path) -> None:
     shutil.copytree(whole, here.root / "cache")
     (folder,) = here.store.variants()
     label = "\x1b]0;owned\x07\x1b[2Jtiny\r\n\u202egnp [bold]"
-    other(label=label, flags=["\x1b[31m"], compiler="\x1b[32m")(folder / cache.RECORD)
+    other(label=label, flags=["\x1b[31m"], compiler="\x1b[32m")(folder / RECORD)
     code = "import sys; from torch_jit_ops.cli import main; sys.exit(main.main(['cache', 'list']))"
     printed = run_python(code, JITK_CACHE_DIR=here.store.root)
     assert "\\x1b]0;owned\\x07\\x1b[2Jtiny\\r\\n\\u202egnp [bold]  x86-64" in printed
     assert all(c.isprintable() or c == "\n" for c in printed)
     unit = store_child.unit(2)
-    assert forms.printable(listing.why(unit, [here.store]).differences).isprintable()
+    assert forms.printable(why.why(unit, [here.store]).differences).isprintable()

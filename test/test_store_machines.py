@@ -4,6 +4,7 @@ and variables that compilers obey."""
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -21,13 +22,16 @@ from expecttest import assert_expected_inline
 from test_store_attacks import ROOT_ALONE, STRANGER, Here, here  # noqa: F401  (a fixture)
 from torch.utils import cpp_extension
 
-from torch_jit_ops import dispatcher, environment
+from torch_jit_ops import dispatcher, environment, process
 from torch_jit_ops.ahead import build_ahead
-from torch_jit_ops.backends import toolchain
+from torch_jit_ops.backends import CPU, CUDA, Backend, MissingCompiler, Toolkit, programs
+from torch_jit_ops.backends import cuda as cuda_backend
 from torch_jit_ops.builder import compilers, errors, loader, shared_object, workarounds
-from torch_jit_ops.builder import load as load_module
 from torch_jit_ops.cli import doctor
-from torch_jit_ops.store import cache, lock, trust
+from torch_jit_ops.store import files, lock
+from torch_jit_ops.store.files import UntrustedCache
+from torch_jit_ops.store.search_path import default_store
+from torch_jit_ops.store.temporary import temporary_folder
 
 # --- noexec ----------------------------------------------------------------------------------------
 
@@ -66,10 +70,10 @@ def test_a_cache_that_runs_no_programs(here: Here, noexec: Path, monkeypatch: py
     assert warned(here, store_child.unit(1), (1, True)) == [NOEXEC]
     assert warned(here, store_child.unit(2), (2, True)) == []
     before = here.tree("cache")
-    cache._warned.clear()
+    process.reset()
     assert warned(here, store_child.unit(1), (1, False)) == [NOEXEC]
     assert here.tree("cache") == before
-    cache._warned.clear()
+    process.reset()
     (found,) = doctor.CHECKS["cache"]()
     assert (found.state, here.text(found.found), found.remedy) == (
         "problem",
@@ -220,7 +224,7 @@ def test_a_user_without_a_home(here: Here, monkeypatch: pytest.MonkeyPatch) -> N
     for name in ("JITK_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as where the user has no entry in passwd
-    cache._homeless.cache_clear()
+    process.reset()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert here.load(store_child.unit(1)) == (1, True)
@@ -229,10 +233,10 @@ def test_a_user_without_a_home(here: Here, monkeypatch: pytest.MonkeyPatch) -> N
         f"the user of this process (uid {os.getuid()}) has no home folder, so kernels are built again in every process. "
         "Set JITK_CACHE_DIR to a folder with space that can be written"
     ]
-    assert cache.default_store().root.parent == Path(tempfile.gettempdir())
+    assert default_store().root.parent == Path(tempfile.gettempdir())
     monkeypatch.setenv("JITK_CACHE_DIR", "~/kernels")
     with pytest.raises(ValueError) as refused:
-        cache.default_store()
+        default_store()
     assert str(refused.value) == "JITK_CACHE_DIR is '~/kernels', but the system knows no home of that user: give the whole path"
 
 
@@ -245,7 +249,7 @@ os.setgid({STRANGER}); os.setuid({STRANGER})
 os.environ.pop("HOME", None)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    store = cache.default_store()
+    store = default_store()
 print(len(caught), store.root.is_dir(), store.new_staging().is_dir())
 """
     environment_ = dict.fromkeys(("XDG_CACHE_HOME", "JITK_CACHE_DIR"), "")
@@ -279,19 +283,19 @@ def test_folders_of_headers_in_the_environment(here: Here, name: str, monkeypatc
     ("name", "cpu", "cuda"),
     [
         *((name, True, True) for name in environment._READ_BY_COMPILERS),
-        *((name, False, True) for name in environment._READ_BY_NVCC),
+        *((name, False, True) for name in CUDA.variables),
         ("TORCH_CUDA_ARCH_LIST", False, False),
         ("MAX_JOBS", False, False),
     ],
 )
 def test_variables_that_compilers_obey(name: str, cpu: bool, cuda: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    def identity(backend: str) -> list[str]:
-        return list(compilers.identity(backend, [toolchain.host_command()], Path(os.devnull)))
+    def identity(backend: Backend) -> list[str]:
+        return list(compilers.identity(backend, [programs.host_command()], Path(os.devnull)))
 
     monkeypatch.delenv(name, raising=False)
-    before = [identity(backend) for backend in ("cpu", "cuda")]
+    before = [identity(backend) for backend in (CPU, CUDA)]
     monkeypatch.setenv(name, "7")
-    assert [identity(backend) != was for backend, was in zip(("cpu", "cuda"), before, strict=True)] == [cpu, cuda]
+    assert [identity(backend) != was for backend, was in zip((CPU, CUDA), before, strict=True)] == [cpu, cuda]
 
 
 def script(path: Path, text: str) -> Path:
@@ -328,9 +332,9 @@ def test_a_compiler_that_is_replaced_behind_a_script(tmp_path: Path) -> None:
     real = script(tmp_path / "opt/g++", "echo real 1.2.3")
     front = script(tmp_path / "bin/c++", f'exec {real} "$@"')
     memory = tmp_path / "memory"
-    assert toolchain.compiler_identity(front, memory) == "real 1.2.3"
+    assert compilers.compiler_identity(front, memory) == "real 1.2.3"
     script(real, "echo real 1.2.34")
-    assert toolchain.compiler_identity(front, memory) == "real 1.2.34"
+    assert compilers.compiler_identity(front, memory) == "real 1.2.34"
 
 
 COMMANDS = ["ccache g++", "g++ -DVALUE=5", "launcher --quiet g++ -DVALUE=5", "env VALUE=1 g++ -DVALUE=5", "SPACE"]
@@ -363,8 +367,8 @@ def test_a_compiler_of_several_words(here: Here, cxx: str, monkeypatch: pytest.M
 )
 def test_what_is_no_compiler(cxx: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", cxx)
-    with pytest.raises(toolchain.MissingCompiler) as caught:
-        toolchain.host_compiler()
+    with pytest.raises(MissingCompiler) as caught:
+        programs.host_compiler()
     assert str(caught.value).splitlines()[0] == text
 
 
@@ -376,19 +380,20 @@ def test_a_failed_link_names_the_symbol(here: Here) -> None:  # noqa: F811
     extern "C" __attribute__((visibility("default"))) int jitk_value() { return mylib::helper<7>(1, ""); }
     """
     unit = store_child.unit(text=text)
-    load_module._results.clear()
+    process.reset()
     errors = []
     for _ in range(2):
         with pytest.raises(loader.BuildError) as caught:
             loader.load(unit)
         errors.append(caught.value)
-    log = str(errors[0]).rpartition("full log: ")[2]
+    log = re.findall("full log: (.*)", str(errors[0]))[0]
     assert_expected_inline(
         str(errors[0]).replace(log, "LOG"),
         """\
 store::tiny<0> did not link (cpu, x86-64)
   undefined symbol: int mylib::helper<7>(int, char const*)
-  full log: LOG""",
+  full log: LOG
+  remedy: name in ldflags the library that has it, or behind the first source the one that defines it""",
     )
     assert errors[0] is errors[1]
     assert "undefined reference" in Path(log).read_text()
@@ -400,21 +405,21 @@ def test_the_dispatchers_lack_nothing(unit: Any) -> None:
     assert loader.load(unit()).path.is_file()
 
 
-def nvcc_that_says(root: Path, text: str) -> toolchain.Toolkit:
+def nvcc_that_says(root: Path, text: str) -> Toolkit:
     nvcc = script(root / "bin/nvcc", f'echo start >> {root}/started\necho "{text}" >&2\nexit 1')
     (root / "lib").mkdir()
     (root / "lib/libcudart.so").touch()
-    return toolchain.Toolkit(root, nvcc, (), root / "lib", "test")
+    return Toolkit(root, nvcc, (), root / "lib", "test")
 
 
 def test_a_gpu_that_nvcc_does_not_know(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     toolkit = nvcc_that_says(here.root, "nvcc fatal   : Unsupported gpu architecture 'compute_130a'")
-    monkeypatch.setattr(toolchain, "cuda_toolkit", lambda: toolkit)
+    monkeypatch.setattr(cuda_backend, "toolkit", lambda: toolkit)
     monkeypatch.setattr(compilers, "identity", lambda *_: ["nvcc"])
     unit = replace(store_child.unit(1), backend="cuda", arch="13.0a")
     with pytest.raises(loader.BuildError) as caught:
         here.load(unit)
-    assert isinstance(caught.value, toolchain.MissingCompiler)
+    assert isinstance(caught.value, MissingCompiler)
     assert here.text(caught.value) == (
         "<root>/bin/nvcc does not know compute_130a, so CUDA kernels cannot be built for this GPU\n"
         "  remedy: install a newer CUDA toolkit and set CUDA_HOME to its folder"
@@ -451,7 +456,7 @@ def test_a_folder_for_temporary_files_of_another_name(here: Here, monkeypatch: p
     (here.root / "a b").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(here.root / "a b"))
     with pytest.raises(RuntimeError) as caught:
-        cache.temporary_folder()
+        temporary_folder()
     assert here.text(caught.value) == (
         "kernels cannot be built in the folder for temporary files, '<root>/a b': the build tools bear only letters, digits "
         "and /._+-~ in its name\n  remedy: set TMPDIR to another folder"
@@ -464,9 +469,9 @@ def test_the_group_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     root.mkdir(parents=True, mode=0o700)
     root.chmod(0o700)
     root.parent.chmod(0o775)
-    monkeypatch.setattr(trust, "_is_own_group", lambda group: True)
-    trust.check(root)
-    monkeypatch.setattr(trust, "_is_own_group", lambda group: False)
-    with pytest.raises(cache.UntrustedCache, match=r"mode 775"):
-        trust.check(root)
+    monkeypatch.setattr(files, "_is_own_group", lambda group: True)
+    files.check(root)
+    monkeypatch.setattr(files, "_is_own_group", lambda group: False)
+    with pytest.raises(UntrustedCache, match=r"mode 775"):
+        files.check(root)
     assert lock.is_alive(os.getpid())

@@ -20,9 +20,11 @@ import pytest
 import store_child
 from expecttest import assert_expected_inline
 
-from torch_jit_ops.builder import load as load_module
+from torch_jit_ops import process
 from torch_jit_ops.builder import loader
-from torch_jit_ops.store import cache, lock
+from torch_jit_ops.store import lock
+from torch_jit_ops.store.record import LOG
+from torch_jit_ops.store.store import Store
 
 _FORK = multiprocessing.get_context("forkserver")
 
@@ -67,15 +69,15 @@ class Machine:
         self.kept = barrier  # until they have it, too
         arguments = ({**self.environment, **environment}, units, threads, barrier, answers)
         started = [_FORK.Process(target=store_child.load, args=arguments, daemon=True) for _ in range(processes)]
-        for process in started:
-            process.start()
+        for child in started:
+            child.start()
         return started, answers
 
     def run(self, units: Sequence[loader.Unit], processes: int = 1, threads: int = 1, **environment: str) -> list[Any]:
         started, answers = self.start(units, processes, threads, **environment)
         results = [answers.get(timeout=60) for _ in started]
-        for process in started:
-            process.join()
+        for child in started:
+            child.join()
         assert [warning for _, warnings in results for warning in warnings] == []
         return [answer for found, _ in results for answer in found]
 
@@ -86,11 +88,11 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine
     for name, text in made.environment.items():
         monkeypatch.setenv(name, text)
     yield made
-    load_module._results.clear()
+    process.reset()
 
 
 def load_here(unit: loader.Unit) -> int:
-    load_module._results.clear()
+    process.reset()
     return store_child.value(loader.load(unit))
 
 
@@ -235,7 +237,7 @@ def test_a_dead_holder_whose_child_has_its_lock_stops_nobody(machine: Machine, m
 @pytest.mark.parametrize("host", ["here", "elsewhere"])
 def test_lock_files_that_were_left(machine: Machine, host: str) -> None:
     unit = store_child.unit(5)
-    path = cache.Store(machine.cache).lock_path(unit.name, unit.key())
+    path = Store(machine.cache).lock_path(unit.name, unit.key())
     path.parent.mkdir(parents=True, mode=0o700)
     machine.cache.chmod(0o700)
     path.write_text("half a line")
@@ -259,16 +261,16 @@ def test_without_locks_the_rename_is_enough(machine: Machine, monkeypatch: pytes
         raise error
 
     monkeypatch.setattr(filelock.FileLock, "acquire", fail)
-    monkeypatch.setattr(cache.Store, "find", lambda *_, **__: None)  # so that both build
+    monkeypatch.setattr(Store, "find", lambda *_, **__: None)  # so that both build
     unit = store_child.unit(6)
     for _ in range(2):
-        load_module._results.clear()
+        process.reset()
         loaded = loader.load(unit)
         assert store_child.value(loaded) == 6
         assert loaded.path.is_file(), "of the two, the first stays"
     assert machine.compiled() == 2
     monkeypatch.undo()
-    variants = list(cache.Store(machine.cache).variants())
+    variants = list(Store(machine.cache).variants())
     assert len(variants) == 1
     assert os.listdir(machine.cache / "staging") == []
 
@@ -276,7 +278,7 @@ def test_without_locks_the_rename_is_enough(machine: Machine, monkeypatch: pytes
 def test_a_fork_in_the_middle_of_a_build(machine: Machine) -> None:
     machine.set_delay(0.5)
     unit = store_child.unit(7)
-    load_module._results.clear()
+    process.reset()
     builder = threading.Thread(target=loader.load, args=(unit,))
     builder.start()
     while machine.compiled() == 0:
@@ -290,14 +292,14 @@ def test_a_fork_in_the_middle_of_a_build(machine: Machine) -> None:
 
 
 def test_staging_folders_of_the_living_stay(machine: Machine) -> None:
-    store = cache.Store(machine.cache)
+    store = Store(machine.cache)
     alive, old, failed = store.new_staging(), store.new_staging(), store.new_staging()
     os.utime(old, (0, 0))
     elsewhere = alive.with_name(f"{2**22 + 1}_00000000_0")
     dead, unknown = alive.with_name(f"{2**22 + 1}_{lock.system()}_0"), alive.with_name("unknown")
     shutil.copytree(alive, elsewhere)
     failed = failed.rename(failed.with_name(f"{2**22 + 1}_{lock.system()}_1"))
-    (failed / cache.LOG).touch()
+    (failed / LOG).touch()
     for folder in (dead, unknown):
         folder.mkdir()
     new = store.staging()

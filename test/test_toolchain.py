@@ -14,9 +14,10 @@ import torch
 from expecttest import assert_expected_inline
 from torch.utils import cpp_extension
 
-from torch_jit_ops import environment
-from torch_jit_ops.backends import toolchain
-from torch_jit_ops.builder import compile, loader
+from torch_jit_ops import environment, process
+from torch_jit_ops.backends import CUDA, MissingCompiler, Toolkit, programs
+from torch_jit_ops.backends import cuda as cuda_backend
+from torch_jit_ops.builder import compile, compilers, loader
 
 
 def program(path: Path, text: str = "#!/bin/sh\necho made up, release 13.0\n") -> Path:
@@ -53,14 +54,14 @@ class Machine:
         self.sites.append(self.root / name)
         return self.root / name / "nvidia"
 
-    def find(self) -> toolchain.Toolkit:
-        toolchain.cuda_toolkit.cache_clear()
+    def find(self) -> Toolkit:
+        process.reset()
         with self.monkeypatch.context() as patch:
             patch.setattr(sys, "path", [str(site) for site in self.sites])
-            return toolchain.cuda_toolkit()
+            return CUDA.toolkit()
 
     def refusal(self) -> str:
-        with pytest.raises(toolchain.MissingCompiler) as caught:
+        with pytest.raises(MissingCompiler) as caught:
             self.find()
         return str(caught.value).replace(str(self.root), "<root>")
 
@@ -71,9 +72,9 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     for name in ("CUDA_HOME", "CUDA_PATH", "CXX", "JITK_CUDA_ARCH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(toolchain, "_USUAL_HOME", tmp_path / "usual")
+    monkeypatch.setattr(cuda_backend, "_USUAL_HOME", tmp_path / "usual")
     yield Machine(tmp_path, monkeypatch)
-    toolchain.cuda_toolkit.cache_clear()
+    process.reset()
 
 
 # --- nvcc ------------------------------------------------------------------------------------------
@@ -96,13 +97,13 @@ def test_the_order_of_the_search(machine: Machine) -> None:
 def test_cuda_path_is_another_name_of_cuda_home(machine: Machine) -> None:
     home = whole_toolkit(machine.root / "chosen")
     machine.monkeypatch.setenv("CUDA_PATH", str(home))
-    assert machine.find() == toolchain.Toolkit(home, home / "bin/nvcc", (), home / "lib64", "CUDA_HOME")
+    assert machine.find() == Toolkit(home, home / "bin/nvcc", (), home / "lib64", "CUDA_HOME")
 
 
 def test_a_script_on_path_that_starts_the_real_one(machine: Machine) -> None:
     home = whole_toolkit(machine.root / "opt/cuda-13.0")
     program(machine.root / "bin/nvcc", f'#!/bin/sh\nexec {home}/bin/nvcc "$@"\n')
-    assert machine.find() == toolchain.Toolkit(home, home / "bin/nvcc", (), home / "lib64", "nvcc on PATH")
+    assert machine.find() == Toolkit(home, home / "bin/nvcc", (), home / "lib64", "nvcc on PATH")
 
 
 def test_a_link_on_path(machine: Machine) -> None:
@@ -144,12 +145,12 @@ def test_wheels_that_lie_in_two_environments(machine: Machine) -> None:
     empty(lower / "include/cccl/nv/target")
     empty(lower / "lib/libcudart.so.13")
     expected = (lower / "include", lower / "include/cccl")
-    assert machine.find() == toolchain.Toolkit(upper, upper / "bin/nvcc", expected, lower / "lib", "wheels")
+    assert machine.find() == Toolkit(upper, upper / "bin/nvcc", expected, lower / "lib", "wheels")
 
 
 def test_headers_beside_nvcc_hide_those_of_another_environment(machine: Machine) -> None:
     upper, lower = (whole_toolkit(machine.site(name) / "cu13", lib="lib") for name in ("upper", "lower"))
-    assert machine.find() == toolchain.Toolkit(upper, upper / "bin/nvcc", (), upper / "lib", "wheels")
+    assert machine.find() == Toolkit(upper, upper / "bin/nvcc", (), upper / "lib", "wheels")
     (upper / "include/cuda_runtime.h").unlink()
     assert machine.find().include == (lower / "include",)
 
@@ -267,8 +268,8 @@ no CUDA compiler (nvcc) was found, so CUDA kernels cannot be built
 
 
 def test_a_machine_without_a_cpp_compiler(machine: Machine) -> None:
-    with pytest.raises(toolchain.MissingCompiler) as caught:
-        toolchain.host_compiler()
+    with pytest.raises(MissingCompiler) as caught:
+        programs.host_compiler()
     assert_expected_inline(
         str(caught.value),
         """\
@@ -279,8 +280,8 @@ no C++ compiler was found ('c++' is not on PATH), so kernels cannot be built
 
 def test_a_compiler_that_does_not_run(machine: Machine) -> None:
     broken = program(machine.root / "bin/c++", "#!/bin/sh\necho cannot find cc1plus >&2\nexit 1\n")
-    with pytest.raises(toolchain.MissingCompiler) as caught:
-        toolchain.compiler_identity(broken, machine.root / "memory")
+    with pytest.raises(MissingCompiler) as caught:
+        compilers.compiler_identity(broken, machine.root / "memory")
     assert_expected_inline(
         str(caught.value).replace(str(machine.root), "<root>"),
         """\
@@ -300,13 +301,13 @@ def test_the_cpp_compiler(machine: Machine, cxx: str | None, expected: str) -> N
         program(machine.root / "bin" / name)
     if cxx is not None:
         machine.monkeypatch.setenv("CXX", cxx)
-    assert toolchain.host_compiler() == machine.root / "bin" / expected
+    assert programs.host_compiler() == machine.root / "bin" / expected
 
 
 def test_a_cpp_compiler_outside_of_path(machine: Machine) -> None:
     compiler = program(machine.root / "opt/clang++")
     machine.monkeypatch.setenv("CXX", str(compiler))
-    assert toolchain.host_compiler() == compiler
+    assert programs.host_compiler() == compiler
 
 
 # --- ninja -----------------------------------------------------------------------------------------
@@ -314,7 +315,7 @@ def test_a_cpp_compiler_outside_of_path(machine: Machine) -> None:
 
 def test_ninja_on_path(machine: Machine) -> None:
     found = program(machine.root / "bin/ninja")
-    assert toolchain.ninja() == found
+    assert programs.ninja() == found
 
 
 def test_ninja_of_the_wheel_where_the_environment_is_not_activated(machine: Machine) -> None:
@@ -324,7 +325,7 @@ def test_ninja_of_the_wheel_where_the_environment_is_not_activated(machine: Mach
     record.write_text("ninja/__init__.py,,\n../bin/ninja,,\n")
     (record.parent / "METADATA").write_text("Metadata-Version: 2.1\nName: ninja\nVersion: 1.13.2\n")
     machine.monkeypatch.setattr(sys, "path", [str(machine.root / "env/site"), *sys.path])
-    assert toolchain.ninja() == found
+    assert programs.ninja() == found
     environment.put_on_path(found)
     environment.put_on_path(found)
     assert os.environ["PATH"] == f"{machine.root}/bin:{machine.root}/env/bin"
@@ -332,8 +333,8 @@ def test_ninja_of_the_wheel_where_the_environment_is_not_activated(machine: Mach
 
 def test_a_machine_without_ninja(machine: Machine) -> None:
     machine.monkeypatch.setattr(sys, "path", [])
-    with pytest.raises(toolchain.MissingCompiler) as caught:
-        toolchain.ninja()
+    with pytest.raises(MissingCompiler) as caught:
+        programs.ninja()
     assert_expected_inline(
         str(caught.value),
         """\
@@ -358,36 +359,36 @@ def starts(talker: Path) -> int:
 
 def test_a_compiler_is_asked_once(talker: Path, tmp_path: Path) -> None:
     for _ in range(3):
-        assert toolchain.compiler_identity(talker, tmp_path / "memory") == "stub (made up) 1.2.3"
+        assert compilers.compiler_identity(talker, tmp_path / "memory") == "stub (made up) 1.2.3"
     assert starts(talker) == 1
 
 
 def test_a_compiler_that_changed_is_asked_again(talker: Path, tmp_path: Path) -> None:
-    toolchain.compiler_identity(talker, tmp_path / "memory")
+    compilers.compiler_identity(talker, tmp_path / "memory")
     talker.write_text(talker.read_text().replace("1.2.3", "1.2.4"))  # as long as before
     os.utime(talker, ns=(0, 1))
-    assert toolchain.compiler_identity(talker, tmp_path / "memory") == "stub (made up) 1.2.4"
+    assert compilers.compiler_identity(talker, tmp_path / "memory") == "stub (made up) 1.2.4"
     assert starts(talker) == 2
 
 
 def test_another_compiler_of_the_same_name_is_asked(talker: Path, tmp_path: Path) -> None:
-    toolchain.compiler_identity(talker, tmp_path / "memory")
+    compilers.compiler_identity(talker, tmp_path / "memory")
     (tmp_path / "other").mkdir()
-    toolchain.compiler_identity(Path(shutil.copy2(talker, tmp_path / "other")), tmp_path / "memory")
+    compilers.compiler_identity(Path(shutil.copy2(talker, tmp_path / "other")), tmp_path / "memory")
     assert starts(talker) == 2
 
 
 @pytest.mark.parametrize("note", ["", "{", "[]", '{"program": 1}'])
 def test_a_note_that_cannot_be_read_is_written_anew(talker: Path, tmp_path: Path, note: str) -> None:
-    toolchain.compiler_identity(talker, tmp_path / "memory")
+    compilers.compiler_identity(talker, tmp_path / "memory")
     (tmp_path / "memory/stub.json").write_text(note)
     for _ in range(2):
-        assert toolchain.compiler_identity(talker, tmp_path / "memory") == "stub (made up) 1.2.3"
+        assert compilers.compiler_identity(talker, tmp_path / "memory") == "stub (made up) 1.2.3"
     assert starts(talker) == 2
 
 
 def test_a_memory_that_cannot_be_written(talker: Path) -> None:
-    assert toolchain.compiler_identity(talker, talker / "memory") == "stub (made up) 1.2.3"
+    assert compilers.compiler_identity(talker, talker / "memory") == "stub (made up) 1.2.3"
 
 
 # --- architectures ---------------------------------------------------------------------------------
@@ -404,21 +405,20 @@ def test_a_memory_that_cannot_be_written(talker: Path) -> None:
     ],
 )
 def test_architectures(capability: tuple[int, int], name: str, flag: str, number: int) -> None:
-    assert toolchain.arch_name(*capability) == name
-    assert toolchain.gencode(name) == flag
-    assert toolchain.arch_number(name) == number
+    assert cuda_backend.arch_name(*capability) == name
+    assert CUDA.arch_flags(name) == (flag, f"-DJITK_CUDA_ARCH={number}")
 
 
 @pytest.mark.parametrize("arch", ["", "90", "sm_90", "9.0b", "9.0a;8.0", "9.0+PTX"])
 def test_what_is_no_architecture(arch: str) -> None:
     with pytest.raises(ValueError) as caught:
-        toolchain.gencode(arch)
+        CUDA.arch_flags(arch)
     assert str(caught.value) == f"the CUDA architecture {arch!r} must be of the form 8.0 or 9.0a"
 
 
 def test_the_architecture_is_of_the_tensors_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("JITK_CUDA_ARCH", raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", {0: (9, 0), 1: (8, 6)}.__getitem__)
-    assert [toolchain.device_arch(index) for index in (0, 1)] == ["9.0a", "8.6"]
+    assert [CUDA.arch_of(index) for index in (0, 1)] == ["9.0a", "8.6"]
     monkeypatch.setenv("JITK_CUDA_ARCH", "10.0a")
-    assert toolchain.device_arch(0) == "10.0a"
+    assert CUDA.arch_of(0) == "10.0a"

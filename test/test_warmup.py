@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 import torch_jit_ops
-from torch_jit_ops import OpLibrary, manifest
+from torch_jit_ops import OpLibrary, manifest, process
 from torch_jit_ops.ahead import build_ahead
-from torch_jit_ops.backends import toolchain
+from torch_jit_ops.backends import CPU
 from torch_jit_ops.builder import compiler_jobs, loader
-from torch_jit_ops.builder import load as load_module
 
 _SOURCE = """
 #include <jitk/result.h>
@@ -68,7 +67,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 
 def forget() -> None:
     """What a new process knows."""
-    load_module._results.clear()
+    process.reset()
     torch_jit_ops.reset_stats()
 
 
@@ -205,11 +204,11 @@ def test_a_run_is_recorded_and_replayed(library: OpLibrary, tmp_path: Path, monk
         library.ops["move"](x, 5, way)
     library.ops["move"](x.double(), 5)  # no kernel, nothing to build
     line = {"op": "warmlib::move", "backend": "cpu", "values": {"x.dtype": "float32", "count": 5, "way": "forth"}}
-    expected = [{**line, "arch": toolchain.host_isa()}, {**line, "arch": toolchain.host_isa()}]
+    expected = [{**line, "arch": CPU.arch_of()}, {**line, "arch": CPU.arch_of()}]
     expected[1]["values"] = {**line["values"], "way": "back"}
     assert [json.loads(text) for text in file.read_text().splitlines()] == expected
 
-    manifest._recorded.clear()  # as in another process
+    process.reset()  # as in another process
     library.ops["move"](x, 6)
     library.ops["move"]._load("cpu", [-1, *library.ops["move"].kernels["cpu"].pattern.key((torch.float32, 5, "back"))])
     assert len(file.read_text().splitlines()) == 3

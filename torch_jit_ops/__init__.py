@@ -13,7 +13,9 @@ with warnings.catch_warnings():  # PyTorch says so on its import, and nothing he
     warnings.filterwarnings("ignore", "Failed to initialize NumPy", UserWarning)
     import torch  # noqa: F401
 
-from torch_jit_ops.backends.toolchain import MissingCompiler as MissingCompiler
+from torch_jit_ops.backends.programs import MissingCompiler as MissingCompiler
+from torch_jit_ops.backends.wheels import include_of as include_of
+from torch_jit_ops.backends.wheels import library_of as library_of
 from torch_jit_ops.builder.errors import BuildError as BuildError
 from torch_jit_ops.jit_module import Module as Module
 from torch_jit_ops.jit_module import cache_once as cache_once

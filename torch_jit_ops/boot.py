@@ -185,7 +185,7 @@ class Boot:
     def _refuses(self, unserved: fallback.Unserved) -> bool:
         """Whether the function refuses the dtype, too, so that there is nothing to say of a slower way."""
         declaration = self._declaration
-        return not declaration.dtypes or matcher.refuses(declaration.tensors, unserved.argument, unserved.dtype)
+        return not unserved.kernels or matcher.refuses(declaration.tensors, unserved.argument, unserved.dtype)
 
     def _answer(self, backend: str, overload: str, key: Sequence[int]) -> int:
         """The address of the entry for a key that the dispatcher has for the first time."""

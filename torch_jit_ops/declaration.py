@@ -11,24 +11,32 @@ from typing import Any
 
 import torch
 
-from torch_jit_ops import environment, variant
+from torch_jit_ops import backends, environment, per_target, variant
+from torch_jit_ops.backends.wheels import WheelLibrary
 from torch_jit_ops.builder import loader
 from torch_jit_ops.checks import matcher
+from torch_jit_ops.dtypes import DTypes
 from torch_jit_ops.fallback import Unserved
 from torch_jit_ops.features import planned_out
 from torch_jit_ops.rows import Rows
 from torch_jit_ops.samples import Sample, SampleMaker
 from torch_jit_ops.signature import Signature
+from torch_jit_ops.sources import Source
 
 Samples = Callable[[SampleMaker], Iterable[Sample]]
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """Where the kernel of a backend is."""
+    """The kernel of a backend: what it is written in, and which function to instantiate."""
 
-    source: str
+    sources: Source
     pattern: variant.VariantPattern
+
+    @property
+    def source(self) -> str:
+        """The name of the source with the function, for people."""
+        return self.sources.name
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,32 +47,34 @@ class Declaration:
         namespace: of ``torch.ops``.
         function: the decorated one: the op's meaning, in PyTorch.
         signature: of the functional or in-place form.
-        folders: where its sources and their headers are.
+        folders: where its sources are, if they are files, and then the library's folders of headers.
         kernels: by backend, ``"cuda"`` and ``"cpu"``.
-        dtypes: those that the kernels are compiled for.
+        dtypes: those that the kernels are compiled for, by argument.
         outputs: names of the out form's arguments; empty if there is no out form.
         tensors: what tensor arguments and outputs must be.
         rows: which arguments have rows, and what the op does with them.
         samples: makes arguments for tests, or None.
         fake: what tracing calls instead of the function, or None.
         backward: the derivative, or None: the function is computed again and differentiated.
-        flags: further compiler flags by backend.
+        flags, include, ldflags: further flags of compilers, folders of headers, and what to link: by backend or architecture.
         patterns: other spellings of the function that ``inductor.fuse`` looks for, or None.
     """
 
     namespace: str
     function: Callable[..., Any]
     signature: Signature
-    folders: tuple[Path, ...]
+    folders: tuple[per_target.Folder, ...]
     kernels: Mapping[str, Kernel] = field(default_factory=dict)
-    dtypes: tuple[torch.dtype, ...] = ()
+    dtypes: DTypes = field(default_factory=lambda: DTypes({}, ()))
     outputs: tuple[str, ...] = ()
     tensors: tuple[matcher.TensorPattern, ...] = ()
     rows: Rows = field(default_factory=Rows)
     samples: Samples | None = None
     fake: Callable[..., Any] | None = None
     backward: Callable[..., Any] | None = None
-    flags: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    flags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    include: Mapping[str, tuple[per_target.Folder, ...]] = field(default_factory=dict)
+    ldflags: Mapping[str, tuple[str | WheelLibrary, ...]] = field(default_factory=dict)
     patterns: tuple[Callable[..., Any], ...] | None = None
 
     @property
@@ -115,21 +125,21 @@ class Declaration:
     def unserved(self, dtypes: Mapping[str, torch.dtype | None]) -> Unserved | None:
         """The first of these dtypes, of the arguments whose dtype picks the kernel, that no kernel is compiled for."""
         for argument, dtype in dtypes.items():
-            if dtype not in self.dtypes:
-                return Unserved(self.qualified_name, argument, dtype, self.dtypes)
+            kernels = self.dtypes.of(argument)
+            if dtype not in kernels:
+                return Unserved(self.qualified_name, argument, dtype, kernels)
         return None
 
     # --- the C++ of a variant ---------------------------------------------------------------------
 
     def unit(self, backend: str, values: Sequence[variant.Value], arch: str) -> loader.Unit:
-        """The translation unit for the placeholders' values: every overload in one library."""
+        """The translation unit for the placeholders' values: every overload in one library.
+
+        Raises:
+            MissingWheel: headers are to come from a wheel that is not installed.
+        """
         kernel = self.kernels[backend]
-        lines = [
-            f"// {self.qualified_name}",
-            "#include <jitk/export.h>",
-            f'#include "{kernel.source}"',
-            "using namespace jitk;",
-        ]
+        lines = ["using namespace jitk;"]
         for overload in self.overloads:
             function = kernel.pattern.instantiate(values, overload and "_out")
             lines.append(f"JITK_EXPORT({self.export(backend, overload)}, {function})")
@@ -137,11 +147,13 @@ class Declaration:
         return loader.Unit(
             name=f"{self.namespace}.{self.name}",
             label=f"{self.namespace}::{label}",
-            backend=backend,
+            backend=backends.named(backend),
             arch=arch,
-            text="\n".join(lines) + "\n",
-            include=self.folders,
-            flags=tuple(self.flags.get(backend, ())),
+            text=kernel.sources.opening(backend, self.qualified_name) + "\n".join(lines) + "\n",
+            include=tuple(Path(folder) for folder in (*self.folders, *per_target.pick(self.include, backend, arch))),
+            flags=per_target.pick(self.flags, backend, arch),
+            beside=kernel.sources.units_beside(),
+            ldflags=per_target.pick(self.ldflags, backend, arch),
             debug=environment.debugging(),
         )
 

@@ -4,9 +4,9 @@
     library.develop()                    for the ops of one library, such as in a notebook
 
 In this mode the dispatcher asks for the kernel of every call, and ``load`` answers with what the sources hold now: it compares
-the files that the compiler read (the kernel's own and all headers) with what they held then. A file is known by its size, inode
-and time stamps, and by its content while they are so young that another edit could have left them as they are. That takes some
-10 us for a dozen files. A kernel that did not compile is built again once any file in its folders has changed.
+the files that the compiler read, the kernel's own and all headers, with what they held then: by their states, or by content
+where those are so young that an edit could have left them as they are (``store/digests.py``). A kernel that did not compile is
+built again once any file in its folders has changed.
 
 Outside of this mode nothing here is called.
 """
@@ -17,23 +17,20 @@ import ast
 import inspect
 import os
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from torch_jit_ops import dispatcher, environment, forks
+from torch_jit_ops import dispatcher, environment, forks, process
 from torch_jit_ops.builder import load as builder
 from torch_jit_ops.builder.shared_object import Loaded
 from torch_jit_ops.builder.unit import Unit, include_dir
-from torch_jit_ops.store import cache, forms
-
-# Until then another write may leave the time stamp as it is: file systems count in up to two seconds (FAT, some of NFS).
-_SETTLED_NS = 2_500_000_000
+from torch_jit_ops.store import forms, record
+from torch_jit_ops.store.digests import digest_of_file
+from torch_jit_ops.store.search_path import search_path
 
 _namespaces: set[str] = set()
 
@@ -52,16 +49,6 @@ def is_on(namespace: str) -> bool:
 
 # --- files ----------------------------------------------------------------------------------------
 
-_State = tuple[int, int, int, int]
-
-
-@dataclass
-class _File:
-    """What a file held, and the state in which it is known to hold it still."""
-
-    digest: str | None
-    state: _State | None = None
-
 
 class Watched:
     """Files, and what they held.
@@ -72,68 +59,41 @@ class Watched:
     """
 
     def __init__(self, digests: Mapping[str, str | None], folders: Iterable[Path] = ()) -> None:
-        self._files = {path: _File(digest) for path, digest in digests.items()}
+        self._digests = dict(digests)
         self._folders = tuple(folders)
 
     @classmethod
     def below(cls, folders: Iterable[Path]) -> Watched:
         """All files below the folders, as they are."""
         folders = tuple(folders)
-        watched = cls(dict.fromkeys(_files_below(folders)), folders)
-        for path, file in watched._files.items():
-            file.state = _settled(path)
-            file.digest = _digest(path)
-        return watched
+        return cls({path: digest_of_file(path) for path in _files_below(folders)}, folders)
 
     @classmethod
     def read_for(cls, loaded: Loaded, unit: Unit) -> Watched | None:
         """The files that a compiler read for a library; None if nobody recorded them."""
         try:
-            record = cache.parse_record(forms.read(loaded.path.parent / cache.RECORD, cache.LARGEST_RECORD))
+            found = record.parse_record(forms.read(loaded.path.parent / record.RECORD, record.LARGEST_RECORD))
         except (OSError, forms.Malformed):
             return None
         roots = unit.roots()
-        if record is None or any(item["root"] not in roots for item in record["dependencies"]):
+        if found is None or any(item["root"] not in roots for item in found["dependencies"]):
             return None
-        return cls({f"{roots[item['root']]}/{item['path']}": item["digest"] for item in record["dependencies"]})
+        return cls({f"{roots[item['root']]}/{item['path']}": item["digest"] for item in found["dependencies"]})
 
     def changed(self) -> bool:
         """Whether one of them holds something else now."""
-        for path, file in self._files.items():
-            state = _settled(path)  # before its content: what is written in between is seen the next time
-            if state is not None and state == file.state:
-                continue
-            if _digest(path) != file.digest:
-                return True
-            file.state = state
-        return bool(self._folders) and set(_files_below(self._folders)) != self._files.keys()
+        if any(digest_of_file(path) != digest for path, digest in self._digests.items()):
+            return True
+        return bool(self._folders) and set(_files_below(self._folders)) != self._digests.keys()
 
 
 def _files_below(folders: Iterable[Path]) -> list[str]:
     return [os.path.join(top, name) for folder in folders for top, _, names in os.walk(folder) for name in names]
 
 
-def _settled(path: str) -> _State | None:
-    """What changes when the file does; None where it might not, or where there is no file."""
-    try:
-        state = os.stat(path)
-    except (OSError, ValueError):
-        return None
-    if max(state.st_mtime_ns, state.st_ctime_ns) > time.time_ns() - _SETTLED_NS:
-        return None
-    return state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
-
-
-def _digest(path: str) -> str | None:
-    try:
-        return cache.digest_of(forms.read(path, cache.LARGEST_FILE, follow=True))
-    except (OSError, ValueError):
-        return None
-
-
 _Key = tuple[Unit, tuple[Path, ...]]
-_watched: dict[_Key, Watched] = {}
-_under_way: set[_Key] = set()
+_watched: dict[_Key, Watched] = process.keep({})
+_under_way: set[_Key] = process.keep(set())
 _lock = forks.Lock()
 
 
@@ -152,7 +112,7 @@ def load(unit: Unit) -> Loaded:
     Raises:
         BuildError: they do not compile. The same error is raised again until one of them changes.
     """
-    key = (unit, tuple(store.root for store in cache.stores()))
+    key = (unit, tuple(store.root for store in search_path()))
     with _lock:
         watched = _watched.get(key)
         again = key not in _under_way and (watched is None or watched.changed())
@@ -160,7 +120,6 @@ def load(unit: Unit) -> Loaded:
             # Before the build: what is edited while it runs counts as a change. Other threads wait for this build.
             _watched[key] = Watched.below((*unit.include, include_dir()))
             _under_way.add(key)
-            cache.forget_digests()
             builder.forget(unit)
     if not again:
         return builder.load(unit)
@@ -211,16 +170,15 @@ class Source:
         self._module = function.__module__
         self._name = function.__name__
         self._file = function.__code__.co_filename if inspect.isfunction(function) else ""
-        self._state = _settled(self._file)
+        self._digest = digest_of_file(self._file)
         self._text = self._read()
 
     def warn_if_edited(self) -> None:
         """Say, once for each edit, that the op is still the former one."""
-        state = _settled(self._file)
-        if state is not None and state == self._state:
+        digest = digest_of_file(self._file)
+        if digest == self._digest:
             return
-        text = self._read()
-        self._state = state
+        self._digest, text = digest, self._read()
         if text is None or text == self._text:
             return
         self._text = text

@@ -16,7 +16,7 @@ from concurrent.futures import Future
 
 import torch
 
-from torch_jit_ops import environment, forks, variant
+from torch_jit_ops import backends, environment, forks, variant
 from torch_jit_ops.backends import toolchain
 from torch_jit_ops.builder import loader
 
@@ -95,7 +95,7 @@ def _unit(name: str, label: str, source: str) -> loader.Unit:
     return loader.Unit(
         name=name,
         label=label,
-        backend="cpu",
+        backend=backends.CPU,
         arch="x86-64",
         text=f'#include "{source}"\n',
         include=(loader.csrc_dir() / "runtime",),
@@ -124,7 +124,7 @@ def autograd_unit() -> loader.Unit:
     return loader.Unit(
         name="runtime_autograd",
         label="the dispatcher for autograd",
-        backend="cpu",
+        backend=backends.CPU,
         arch="x86-64",
         text='#include "autograd.cpp"\n',
         include=(loader.csrc_dir() / "runtime",),

@@ -9,7 +9,7 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 CUDA_ARCH = r"([1-9][0-9]?)\.([0-9])([af]?)"  # 8.0, 9.0a
@@ -25,8 +25,6 @@ _READ_BY_COMPILERS = (
     "SOURCE_DATE_EPOCH",
     "CCC_OVERRIDE_OPTIONS",
 )
-# CC is nvcc's host compiler, as in PyTorch.
-_READ_BY_NVCC = ("CC", "NVCC_CCBIN", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "PYTORCH_NVCC", "CUDA_INC_PATH", "CUDNN_HOME")
 _RANKS = ("LOCAL_RANK", "RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")  # torchrun, Slurm, Open MPI
 
 
@@ -135,17 +133,16 @@ def cxx() -> str:
     return os.environ.get("CXX") or "c++"
 
 
-def compiler_settings(backend: str) -> dict[str, str]:
+def compiler_settings(further: Iterable[str]) -> dict[str, str]:
     """The variables that are set and that compilers, linkers and ``cpp_extension`` obey by themselves, so that they change
-    what is built."""
-    names = (*_READ_BY_COMPILERS, *(_READ_BY_NVCC if backend == "cuda" else ()))
-    return {name: os.environ[name] for name in names if os.environ.get(name)}
+    what is built: those of every C++ compiler, and ``further`` ones of a backend."""
+    return {name: os.environ[name] for name in (*_READ_BY_COMPILERS, *further) if os.environ.get(name)}
 
 
-def compiler_choice(backend: str) -> tuple[object, ...]:
+def compiler_choice(further: Iterable[str]) -> tuple[object, ...]:
     """All variables that decide which compilers are found, and what they make."""
     names = ("CXX", "PATH", "CUDA_HOME", "CUDA_PATH")
-    return (*map(os.environ.get, names), *compiler_settings(backend).items())
+    return (*map(os.environ.get, names), *compiler_settings(further).items())
 
 
 def named_in(text: str) -> dict[str, str]:

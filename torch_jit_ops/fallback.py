@@ -29,7 +29,7 @@ class Unserved:
         who: the op.
         argument: the first one that has it.
         dtype: None for one that PyTorch has and kernels do not know of.
-        kernels: dtypes that have kernels.
+        kernels: dtypes of the argument that have kernels.
     """
 
     who: str

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import re
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -22,11 +23,13 @@ from typing import Any, TypeVar
 
 import torch
 
-from torch_jit_ops import dispatcher, environment, forks, variant
+from torch_jit_ops import dispatcher, environment, forks, per_target, variant
 from torch_jit_ops.backends import toolchain
+from torch_jit_ops.backends.wheels import WheelLibrary
 from torch_jit_ops.builder import loader
+from torch_jit_ops.builder.unit import inlined, line_directive
 from torch_jit_ops.signature import Argument, Signature
-from torch_jit_ops.store import cache
+from torch_jit_ops.store.digests import digest_of_record
 
 NAMESPACE = "jitk_modules"
 CppArg = int | bool | float | str | torch.dtype
@@ -116,9 +119,12 @@ def load_jit(
     cuda_wrappers: Sequence[tuple[str, str]] = (),
     cpp_files: Sequence[str | Path] = (),
     cpp_wrappers: Sequence[tuple[str, str]] = (),
+    cuda_sources: Sequence[str] = (),
+    cpp_sources: Sequence[str] = (),
     extra_cuda_cflags: Sequence[str] = (),
     extra_cflags: Sequence[str] = (),
-    extra_include_paths: Sequence[str | Path] = (),
+    extra_ldflags: Sequence[str | WheelLibrary] = (),
+    extra_include_paths: Sequence[str | os.PathLike[str]] = (),
     mutates: Mapping[str, Sequence[int]] | None = None,
     fakes: Mapping[str, Callable[..., Any]] | None = None,
 ) -> Module:
@@ -132,8 +138,10 @@ def load_jit(
         cuda_wrappers, cpp_wrappers: pairs of the name in Python and the C++ function, such as ``("scale", "scale<bf16_t>")``.
             Arguments may be TensorView, numbers, bool, strings, lists of ints, and std::optional of them; results Tensor, a
             tuple of it, or none.
+        cuda_sources, cpp_sources: sources that are no files, behind those that are.
         extra_cuda_cflags, extra_cflags: further flags of the two compilers.
-        extra_include_paths: further folders for ``#include``.
+        extra_ldflags: what to link: ``["-lz"]``, or ``library_of(...)`` for a library of a wheel.
+        extra_include_paths: further folders for ``#include``, or ``include_of(...)`` for those of a wheel.
         mutates: for each function, the positions of the arguments that it writes. Default: every tensor if it returns nothing,
             else none.
         fakes: for each function, what tracing calls instead of it. A function that returns nothing needs none.
@@ -145,7 +153,8 @@ def load_jit(
         BuildError: it does not compile.
         FileNotFoundError: a file is in none of the folders.
         MissingCompiler: there is nothing compiled and no compiler.
-        ValueError: nothing is exported, or ``mutates`` or ``fakes`` names no function.
+        TypeError: sources are no list of texts.
+        ValueError: nothing is exported, ``mutates`` or ``fakes`` names no function, or a flag or a folder cannot be used.
     """
     here = Path(inspect.stack()[1].filename).resolve().parent
     label = f"{name}<{', '.join(args)}>" if args else name
@@ -156,18 +165,24 @@ def load_jit(
             raise ValueError(f"load_jit({name!r}): {kind} names {', '.join(unknown)}; the functions are {', '.join(exports)}")
     if not exports or len(set(exports)) != len(exports):
         raise ValueError(f"load_jit({name!r}): cuda_wrappers and cpp_wrappers must name functions, each once; got {exports}")
-    include = tuple(Path(folder).resolve() for folder in extra_include_paths)
+    who = f"load_jit({name!r})"
+    include = tuple(Path(folder) for folder in per_target.folders(who, extra_include_paths))
     parts = []
-    if cuda_wrappers:
-        files = [_find(name, file, here) for file in cuda_files]
-        parts.append(_Part("cuda", name, label, files, tuple(cuda_wrappers), include, tuple(extra_cuda_cflags)))
-    if cpp_wrappers:
-        files = [_find(name, file, here) for file in cpp_files]
-        parts.append(_Part("cpu", name, label, files, tuple(cpp_wrappers), include, tuple(extra_cflags)))
+    for backend, wrappers, files, texts, flags in (
+        ("cuda", cuda_wrappers, cuda_files, cuda_sources, extra_cuda_cflags),
+        ("cpu", cpp_wrappers, cpp_files, cpp_sources, extra_cflags),
+    ):
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            kind = "cuda_sources" if backend == "cuda" else "cpp_sources"
+            raise TypeError(f"{who}: {kind} must be a list of texts, got {texts!r}")
+        if wrappers:
+            found = [_find(name, file, here) for file in files]
+            linked = per_target.ldflags(who, {backend: extra_ldflags}, (backend,))[backend]
+            parts.append(_Part(backend, name, label, found, tuple(texts), tuple(wrappers), include, tuple(flags), linked))
     units = [part.unit(_default_arch(part.backend)) for part in parts]
     places = [[str(folder) for folder in unit.include] for unit in units]
     written = {export: list(positions) for export, positions in (mutates or {}).items()}
-    key = cache.digest_of_record([name, [unit.key() for unit in units], places, written])
+    key = digest_of_record([name, [unit.key() for unit in units], places, written])
     with _modules_lock:
         if key not in _modules:
             functions: dict[str, Any] = {}
@@ -200,32 +215,41 @@ class _Part:
         name: str,
         label: str,
         files: Sequence[Path],
+        texts: tuple[str, ...],
         wrappers: tuple[tuple[str, str], ...],
         include: tuple[Path, ...],
         flags: tuple[str, ...],
+        ldflags: tuple[str | WheelLibrary, ...],
     ) -> None:
         self.backend = backend
         self.name = name
         self.label = label
         self.files = files
+        self.texts = texts
         self.wrappers = wrappers
         self.include = include
         self.flags = flags
+        self.ldflags = ldflags
 
     def unit(self, arch: str) -> loader.Unit:
-        lines = [f"// {self.label}", "#include <jitk/export.h>"]
-        lines += [f'#include "{file.name}"' for file in self.files]
-        lines.append("using namespace jitk;")
-        lines += [f"JITK_EXPORT({export}, {function})" for export, function in self.wrappers]
+        unit = f"module.{re.sub(r'[^A-Za-z0-9_]', '_', self.name)}"
+        kind = "cuda_sources" if self.backend == "cuda" else "cpp_sources"
+        text = f"// {self.label}\n#include <jitk/export.h>\n"
+        text += "".join(f'#include "{file.name}"\n' for file in self.files)
+        text += "".join(inlined(f"{unit.partition('.')[2]}.{kind}[{place}]", source) for place, source in enumerate(self.texts))
+        text += line_directive(text, unit, self.backend) if self.texts else ""
+        text += "using namespace jitk;\n"
+        text += "".join(f"JITK_EXPORT({export}, {function})\n" for export, function in self.wrappers)
         folders = tuple(dict.fromkeys(file.parent for file in self.files))
         return loader.Unit(
-            name=f"module.{re.sub(r'[^A-Za-z0-9_]', '_', self.name)}",
+            name=unit,
             label=self.label,
             backend=self.backend,
             arch=arch,
-            text="\n".join(lines) + "\n",
+            text=text,
             include=(*folders, *self.include),
             flags=self.flags,
+            ldflags=self.ldflags,
             debug=environment.debugging(),
         )
 

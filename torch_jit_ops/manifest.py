@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from torch_jit_ops import environment
+from torch_jit_ops import environment, process
 from torch_jit_ops.signature import Signature
 from torch_jit_ops.store import forms
 from torch_jit_ops.variant import Placeholder, Value, VariantPattern, cpp_name
@@ -127,7 +127,7 @@ def read(file: Path) -> Iterator[Entry]:
             yield entry
 
 
-_recorded: set[tuple[str, Entry]] = set()
+_recorded: set[tuple[str, Entry]] = process.keep(set())
 
 
 def record(entry: Entry) -> None:

@@ -24,9 +24,11 @@ from typing import Any
 
 import torch
 
-from torch_jit_ops import develop, options, registry
+from torch_jit_ops import develop, options, per_target, registry, sources
+from torch_jit_ops.backends.wheels import WheelLibrary
 from torch_jit_ops.checks import matcher
 from torch_jit_ops.declaration import Declaration, Samples
+from torch_jit_ops.dtypes import Given
 from torch_jit_ops.op import Op, Parameters, Results
 from torch_jit_ops.rows import Rows
 from torch_jit_ops.signature import signature_of
@@ -42,14 +44,21 @@ class OpLibrary:
 
     Args:
         namespace: of ``torch.ops``; an identifier.
-        csrc: the folder of the ``.cu`` and ``.cpp`` files that ops name.
-        include: further folders for ``#include``. The headers of this package, ``<jitk/...>``, are always found.
+        csrc: the folder of the ``.cu`` and ``.cpp`` files that ops name; None if all their sources are texts.
+        include: further folders for ``#include``, also of wheels (``include_of``). The headers of this package,
+            ``<jitk/...>``, are always found.
 
     Raises:
         ValueError: the namespace is no identifier, or a folder does not exist.
     """
 
-    def __init__(self, namespace: str, *, csrc: str | os.PathLike[str], include: Sequence[str | os.PathLike[str]] = ()) -> None:
+    def __init__(
+        self,
+        namespace: str,
+        *,
+        csrc: str | os.PathLike[str] | None = None,
+        include: Sequence[str | os.PathLike[str]] = (),
+    ) -> None:
         if not namespace.isidentifier() or keyword.iskeyword(namespace):
             raise ValueError(f"the namespace {namespace!r} must be an identifier")
         taken = any(library.namespace == namespace == "jitk" for library in registry.libraries())
@@ -58,24 +67,26 @@ class OpLibrary:
         if isinstance(include, (str, os.PathLike)):
             raise TypeError(f"OpLibrary({namespace!r}): include must be a list of folders, got {include!r}")
         self.namespace: str = namespace
-        self.csrc = Path(csrc).resolve()
-        self.include = tuple(Path(folder).resolve() for folder in include)
-        for folder in (self.csrc, *self.include):
-            if not folder.is_dir():
-                raise ValueError(f"OpLibrary({namespace!r}): the folder {folder} does not exist")
+        self.csrc = None if csrc is None else Path(csrc).resolve()
+        of_files = () if self.csrc is None else (self.csrc,)
+        self._folders = per_target.folders(f"OpLibrary({namespace!r})", (*of_files, *include))
+        self.include = self._folders[len(of_files) :]
         self.ops: dict[str, Op] = {}
         registry.add(self)
 
     def __repr__(self) -> str:
-        return f"OpLibrary({self.namespace!r}, csrc={str(self.csrc)!r}, {len(self.ops)} ops)"
+        csrc = None if self.csrc is None else str(self.csrc)
+        return f"OpLibrary({self.namespace!r}, csrc={csrc!r}, {len(self.ops)} ops)"
 
     def op(
         self,
         *,
         variant: str | Mapping[str, str] | None = None,
-        cuda: str | None = None,
-        cpu: str | None = None,
-        dtypes: Sequence[torch.dtype] = FLOATS,
+        cuda: str | Sequence[str] | None = None,
+        cpu: str | Sequence[str] | None = None,
+        cuda_source: str | None = None,
+        cpu_source: str | None = None,
+        dtypes: Given = FLOATS,
         mutates: Sequence[str] = (),
         outputs: Sequence[str] | None = None,
         tensors: Mapping[str, str] | None = None,
@@ -85,6 +96,8 @@ class OpLibrary:
         fake: Callable[..., Any] | None = None,
         backward: Callable[..., Any] | None = None,
         flags: Mapping[str, Sequence[str]] | None = None,
+        include: Mapping[str, Sequence[str | os.PathLike[str]]] | None = None,
+        ldflags: Mapping[str, Sequence[str | WheelLibrary]] | None = None,
         patterns: Sequence[Callable[..., Any]] | None = None,
     ) -> Callable[[Callable[Parameters, Results]], Op[Parameters, Results]]:
         """Make the decorated function an op.
@@ -93,10 +106,14 @@ class OpLibrary:
             variant: the C++ instantiation to compile; ``variant.py`` lists its placeholders. A mapping from backend where they
                 differ; None for an op without kernels. The out form is the function of the same name with ``_out`` behind it;
                 both come from one compilation.
-            cuda, cpu: the file with the backend's kernel, in the library's ``csrc``. A backend without one runs the function
-                itself.
-            dtypes: those for which the kernel is compiled, of every tensor whose dtype ``variant`` uses. Others run the
+            cuda, cpu: the file with the backend's kernel, in the library's ``csrc``; or a list of files, of which the first has
+                the function, and the others are compiled at the same time and linked with it. A backend without one runs the
                 function itself.
+            cuda_source, cpu_source: the source itself in place of a file, for notebooks and tests.
+            dtypes: those for which the kernel is compiled, of every tensor whose dtype ``variant`` uses. Others run the
+                function itself. A mapping says it argument by argument, ``{"q": HALVES, "positions": (torch.int32,
+                torch.int64)}``, and samples come in every combination; it names all whose dtype ``variant`` uses, and may name
+                others for the samples alone.
             mutates: tensor arguments that are written. Such an op returns what it returns, and has no out form.
             outputs: names of the out form's arguments: by default ``("out",)`` for one result; needed for several.
             tensors: what arguments and outputs must be, as the kernel's matcher says it: ``{"input": "[tokens..., hidden]
@@ -111,7 +128,10 @@ class OpLibrary:
             fake: what tracing calls instead of the function.
             backward: called with the gradients of the results and then all arguments; returns the gradient, or None, of each
                 tensor. Without it the function is computed again and differentiated.
-            flags: further compiler flags for a backend, such as ``{"cuda": ["--use_fast_math"]}``.
+            flags: further compiler flags for a backend or an architecture, such as ``{"cuda": ["--use_fast_math"], "sm_100":
+                []}``. The most specific key wins, ``sm_90a`` before ``sm_90`` before ``cuda``, and stands alone.
+            include: further folders for ``#include``, by the same keys; also those of wheels, ``include_of(...)``.
+            ldflags: what to link, by the same keys: ``{"cpu": ["-lz"]}``, ``{"cuda": [library_of(...)]}``.
             patterns: further functions of the op's arguments that compute the same, to be found in a model beside the op's own
                 by ``inductor.fuse``. An op with patterns, if only ``()``, is looked for without being named.
 
@@ -131,32 +151,37 @@ class OpLibrary:
                     f"{who} is declared twice; the first is in {first}\n"
                     "  remedy: another name; or, to replace the first, JITK_DEVELOP=1 or library.develop()"
                 )
-            options.check_lists(who, dtypes=dtypes, patterns=patterns, mutates=mutates, reusable=reusable, outputs=outputs)
+            options.check_lists(who, patterns=patterns, mutates=mutates, reusable=reusable, outputs=outputs)
             if not isinstance(rows, Rows):
                 options.check_lists(who, rows=rows)
-            sources = {"cuda": cuda, "cpu": cpu}
-            options.check_backends(who, sources, variant, flags or {})
-            options.check_dtypes(who, dtypes)
+            texts = {"cuda": cuda_source, "cpu": cpu_source}
+            found = sources.of(who, name, self.csrc, {"cuda": cuda, "cpu": cpu}, texts)
+            options.check_variant(who, variant, found)
+            flags_of = per_target.flags(who, flags, found)
+            include_of = per_target.include(who, include, found)
+            ldflags_of = per_target.ldflags(who, ldflags, found)
             of_rows = rows if isinstance(rows, Rows) else Rows(*rows)
             own = of_rows.arguments if of_rows.elementwise else ()
             signature = signature_of(function, mutates, own if reusable is None else reusable)
-            kernels = options.kernels(who, self.csrc, signature, sources, variant)
+            kernels = options.kernels(who, signature, found, variant)
             names = options.output_names(who, signature, outputs)
             of_rows.check(who, signature, names)
             declaration = Declaration(
                 namespace=self.namespace,
                 function=function,
                 signature=signature,
-                folders=(self.csrc, *self.include),
+                folders=self._folders,
                 kernels=kernels,
-                dtypes=tuple(dtypes),
+                dtypes=options.dtypes_of(who, dtypes, signature, kernels),
                 outputs=names,
                 tensors=matcher.parse(who, tensors or {}, signature, names),
                 rows=of_rows,
                 samples=samples,
                 fake=fake,
                 backward=backward,
-                flags=dict(flags or {}),
+                flags=flags_of,
+                include=include_of,
+                ldflags=ldflags_of,
                 patterns=None if patterns is None else tuple(patterns),
             )
             return self._added(declaration, known)

@@ -37,7 +37,7 @@ class Reference:
         declaration = self._declaration
         if declaration.tensors:
             matcher.verify(
-                declaration.who(overload), declaration.tensors, declaration.by_name(args, kwargs), declaration.dtypes
+                declaration.who(overload), declaration.tensors, declaration.by_name(args, kwargs), declaration.dtypes.of
             )
 
     def check_outputs(self, outs: Sequence[Tensor], results: Any) -> None:
@@ -153,7 +153,7 @@ class Reference:
         dtypes = {name: dtype for kernel in kernels for name, dtype in kernel.pattern.dtypes_of(given).items()}
         unserved = declaration.unserved(dtypes)
         return f"{declaration.qualified_name}: {text}" + (
-            f"\n  {unserved}, so the PyTorch function ran" if unserved and declaration.dtypes else ""
+            f"\n  {unserved}, so the PyTorch function ran" if unserved and unserved.kernels else ""
         )
 
 

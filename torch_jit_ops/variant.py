@@ -43,6 +43,7 @@ _DTYPES: dict[int, tuple[torch.dtype, str]] = {
         (2, 64, torch.float64, "fp64_t"),
         (10, 8, torch.float8_e4m3fn, "fp8_e4m3_t"),
         (12, 8, torch.float8_e5m2, "fp8_e5m2_t"),
+        (14, 8, torch.float8_e8m0fnu, "fp8_e8m0_t"),
     ]
 }
 # Dtypes that no kernel has a type for, so that errors can name them.
@@ -52,7 +53,6 @@ _WITHOUT_TYPE = {
     5 << 8 | 128: torch.complex128,
     11 << 8 | 8: torch.float8_e4m3fnuz,
     13 << 8 | 8: torch.float8_e5m2fnuz,
-    14 << 8 | 8: torch.float8_e8m0fnu,
 }
 _KEY_OF_DTYPE = {dtype: key for key, (dtype, _) in _DTYPES.items()}
 _CPP_NAME = dict(_DTYPES.values())
@@ -139,9 +139,13 @@ class VariantPattern:
         lines.append(f"results {signature.results}")
         return "\n".join(lines)
 
+    def arguments_of(self, what: str) -> list[str]:
+        """Names of the arguments of the placeholders of one kind, such as those whose ``dtype`` picks the kernel."""
+        return [self.signature.arguments[part.argument].name for part in self.placeholders if part.what == what]
+
     def template_arguments(self) -> set[str]:
         """Names of the arguments that the C++ function takes as template arguments alone."""
-        return {self.signature.arguments[part.argument].name for part in self.placeholders if part.what == "value"}
+        return set(self.arguments_of("value"))
 
     def cpp_signature(self, signature: Signature) -> str:
         """The signature that the C++ function of an overload must have, in the letters of export.h."""
@@ -172,8 +176,7 @@ class VariantPattern:
 
     def dtypes_of(self, given: Mapping[str, object]) -> dict[str, torch.dtype | None]:
         """The same of the arguments of a call, by name."""
-        names = [self.signature.arguments[part.argument].name for part in self.placeholders if part.what == "dtype"]
-        return {name: given[name].dtype for name in names if isinstance(given.get(name), torch.Tensor)}  # type: ignore[attr-defined]
+        return {name: given[name].dtype for name in self.arguments_of("dtype") if isinstance(given.get(name), torch.Tensor)}  # type: ignore[attr-defined]
 
     def key(self, values: Sequence[Value]) -> tuple[int, ...]:
         """The inverse of ``values``."""

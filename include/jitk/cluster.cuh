@@ -1,4 +1,4 @@
-// The blocks of a cluster: who they are, how they wait for each other, and sums over all their threads.
+// The blocks of a cluster: who they are, how they wait for each other, and sums and maxima over all their threads.
 //
 //   LaunchKernel(rows * 4, 512, stream).enable_pdl().enable_cluster({4, 1, 1})(kernel, params);       the launcher
 //
@@ -56,17 +56,26 @@ JITK_DEVICE void store(T* place, uint32_t rank, const T& value) {
   }
 }
 
-// The blocks' values added in the order of their ranks, for every thread. A buffer serves once: a second sum needs another, or
-// a barrier before it.
-template <typename T>
-JITK_DEVICE T reduce_sum(T value, T (&parts)[kMaxSize]) {
+// The blocks' values combined in the order of their ranks, for every thread. A buffer serves once: a second reduction needs
+// another, or a barrier before it.
+template <ReductionOp kOp, typename T>
+JITK_DEVICE T reduce(T value, T (&parts)[kMaxSize]) {
   if (threadIdx.x < size()) store(&parts[rank()], threadIdx.x, value);
   __syncwarp();
   arrive();
   wait();
-  T sum = parts[0];
-  for (uint32_t i = 1; i < size(); ++i) sum = ReductionTrait<ReductionOp::SUM, T>::reduce(sum, parts[i]);
-  return sum;
+  T result = parts[0];
+  for (uint32_t i = 1; i < size(); ++i) result = ReductionTrait<kOp, T>::reduce(result, parts[i]);
+  return result;
+}
+
+template <typename T>
+JITK_DEVICE T reduce_sum(T value, T (&parts)[kMaxSize]) {
+  return reduce<ReductionOp::SUM>(value, parts);
+}
+template <typename T>
+JITK_DEVICE T reduce_max(T value, T (&parts)[kMaxSize]) {
+  return reduce<ReductionOp::MAX>(value, parts);
 }
 #endif
 

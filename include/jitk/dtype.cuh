@@ -89,14 +89,7 @@ struct DTypeTrait<fp32_t> : details::TypeFacts<fp32_t, fp32x2_t, fp32_t, 1> {
   JITK_DEVICE static fp32_t abs(fp32_t x) { return fabsf(x); }
   JITK_DEVICE static fp32_t max(fp32_t x, fp32_t y) { return fmaxf(x, y); }
   JITK_DEVICE static fp32_t min(fp32_t x, fp32_t y) { return fminf(x, y); }
-  JITK_DEVICE static fp32_t sqrt(fp32_t x) { return sqrtf(x); }
   JITK_DEVICE static fp32_t rsqrt(fp32_t x) { return rsqrtf(x); }
-  JITK_DEVICE static fp32_t exp(fp32_t x) { return expf(x); }
-  JITK_DEVICE static fp32_t exp2(fp32_t x) { return exp2f(x); }
-  JITK_DEVICE static fp32_t log(fp32_t x) { return logf(x); }
-  JITK_DEVICE static fp32_t tanh(fp32_t x) { return tanhf(x); }
-  JITK_DEVICE static fp32_t sin(fp32_t x) { return sinf(x); }
-  JITK_DEVICE static fp32_t cos(fp32_t x) { return cosf(x); }
 };
 
 template <>
@@ -104,9 +97,7 @@ struct DTypeTrait<fp64_t> : details::TypeFacts<fp64_t, void, fp64_t, 1> {
   JITK_DEVICE static fp64_t abs(fp64_t x) { return ::fabs(x); }
   JITK_DEVICE static fp64_t max(fp64_t x, fp64_t y) { return ::fmax(x, y); }
   JITK_DEVICE static fp64_t min(fp64_t x, fp64_t y) { return ::fmin(x, y); }
-  JITK_DEVICE static fp64_t sqrt(fp64_t x) { return ::sqrt(x); }
   JITK_DEVICE static fp64_t rsqrt(fp64_t x) { return ::rsqrt(x); }
-  JITK_DEVICE static fp64_t exp(fp64_t x) { return ::exp(x); }
 };
 
 template <>

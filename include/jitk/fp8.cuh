@@ -6,7 +6,8 @@
 //   DTypeTrait<fp8_e4m3_t>::kFloatMax                   448, also math::FP8_E4M3_MAX
 //
 // A cast to them rounds once, to nearest, ties to even, and saturates: what is too large, infinities included, becomes the
-// largest finite value, and NaN stays NaN. PyTorch makes NaN of what is too large for e4m3, and infinity for e5m2.
+// largest finite value, and NaN stays NaN. PyTorch makes infinity of what is too large for e5m2, and up to 2.11 NaN for e4m3.
+// fp8_e8m0_t (dtype.h), a power of two, is cast from and to floats; it rounds as PyTorch does, and ignores the sign.
 // Left out: block-scaled formats, arithmetic in 8 bits.
 #pragma once
 
@@ -52,6 +53,18 @@ struct DTypeTrait<fp8_e4m3_t> : details::Fp8Facts<fp8_e4m3_t, fp8x2_e4m3_t, fp8_
 template <>
 struct DTypeTrait<fp8_e5m2_t> : details::Fp8Facts<fp8_e5m2_t, fp8x2_e5m2_t, fp8_e5m2_t, 1, fp16_t> {
   static constexpr float kFloatMax = 57344.0f;
+};
+template <>
+struct DTypeTrait<fp8_e8m0_t> : details::TypeFacts<fp8_e8m0_t, void, fp8_e8m0_t, 1, fp32_t> {
+  JITK_DEVICE static fp8_e8m0_t round(fp32_t x) {
+    const uint32_t magnitude = __float_as_uint(x) & 0x7fffffffu;
+    if (magnitude >= 0x7f800000u) return {0xff};
+    // Up from the middle of two powers, but for the smallest, which stands for 0 too.
+    return {static_cast<uint8_t>((magnitude >> 23) + (magnitude > 0x00400000u ? magnitude >> 22 & 1u : 0u))};
+  }
+  JITK_DEVICE static fp32_t widen(fp8_e8m0_t x) {
+    return __uint_as_float(x.bits == 0 ? 0x00400000u : x.bits == 0xff ? 0x7fc00000u : uint32_t{x.bits} << 23);
+  }
 };
 template <>
 struct DTypeTrait<fp8x2_e4m3_t> : details::Fp8Facts<fp8x2_e4m3_t, fp8x4_e4m3_t, fp8_e4m3_t, 2, fp16x2_t> {};

@@ -5,7 +5,7 @@
 //
 // Offsets count elements and are 64-bit: a product of two 32-bit numbers has overflowed before it gets here, so widen a factor.
 // pointer::offset also works on the host, where a launcher moves to its part of a tensor.
-// Left out: vectors (vec.cuh), cooperation of threads (tile.cuh).
+// Left out: vectors (vec.cuh).
 #pragma once
 
 #include <jitk/arch.cuh>  // JITK_DEVICE

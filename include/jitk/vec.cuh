@@ -2,13 +2,13 @@
 //
 //   constexpr uint32_t kVec = device::kMaxVecBytes / sizeof(bf16_t);
 //   using Vec = device::AlignedVector<bf16_t, kVec>;
-//   const bool wide = width % kVec == 0 && host::is_aligned<Vec>(input, row_stride_bytes);       the launcher
+//   const uint32_t vec = host::widest_vector<bf16_t>(input, host::strides_of<bf16_t>(row_stride, width));    the launcher
 //   Vec x;                                                                                       the kernel
 //   x.load(input, i);       x[0] = ...;       x.store(output, i);                                i counts vectors
 //
 // A vector reads and writes at multiples of its own size only; anything else is a misaligned address, which ends the CUDA
-// context. Tensors start wherever a slice starts, so the launcher asks is_aligned, of pointers and of strides in bytes alike.
-// Left out: tails (a second loop of single elements) and the sharing of vectors among threads (tile.cuh).
+// context. Tensors start wherever a slice starts, so the launcher asks widest_vector, of pointers and of strides alike.
+// Left out: tails (a second loop of single elements).
 #pragma once
 
 #include <jitk/arch.cuh>   // kMaxVecBytes
@@ -140,12 +140,21 @@ class AlignedVector {
   JITK_DEVICE void load_ordered(const void* data, int64_t offset = 0) {
     details::load_ordered(words_, static_cast<const Words*>(data) + offset);
   }
-  // Past L1, and with a policy for L2. 16-byte vectors.
+  // With a policy for L2, and loads past L1, where the vector has 16 bytes. Narrower ones are loaded and stored as any: their
+  // neighbours share a line of L1.
   JITK_DEVICE void load_streaming(const void* data, int64_t offset, L2Policy policy) {
-    details::load_streaming(words_, static_cast<const Words*>(data) + offset, policy.value());
+    if constexpr (sizeof(Words) == 16) {
+      details::load_streaming(words_, static_cast<const Words*>(data) + offset, policy.value());
+    } else {
+      load(data, offset);
+    }
   }
   JITK_DEVICE void store(void* data, int64_t offset, L2Policy policy) const {
-    details::store_with_policy(words_, static_cast<Words*>(data) + offset, policy.value());
+    if constexpr (sizeof(Words) == 16) {
+      details::store_with_policy(words_, static_cast<Words*>(data) + offset, policy.value());
+    } else {
+      store(data, offset);
+    }
   }
 
   JITK_DEVICE void fill(T value) {
@@ -193,8 +202,8 @@ JITK_DEVICE void from_floats(const float (&values)[N], AlignedVector<T, N>& vect
   }
 }
 
-// N elements in as many vectors as that takes, for a type that is wider than the one that the rest of a loop moves N of at once:
-// fp32 weights beside halves. Every place that is loaded is aligned to kAlignment bytes.
+// N elements of a type wider than the loop's, split over as many vectors as needed: fp32 weights beside halves. Every place that
+// is loaded is aligned to kAlignment bytes.
 template <typename T, uint32_t N, uint32_t kAlignment>
 class AlignedVectors {
   static constexpr uint32_t kBytes = N * sizeof(T) < 16 ? N * sizeof(T) : 16;
@@ -228,10 +237,30 @@ class AlignedVectors {
 
 namespace host {
 
-// Whether Vector can be read at each of the places: pointers, and distances between them in bytes.
-template <typename Vector, typename... Places>
-bool is_aligned(Places... places) {
-  return (... && ((uintptr_t)places % alignof(Vector) == 0));
+inline uint64_t place(const void* data) { return reinterpret_cast<uintptr_t>(data); }
+inline uint64_t place(uint64_t bytes) { return bytes; }
+
+// All places that vectors start at, one on top of the other: a power of two divides the result if it divides each of them. A
+// place is a pointer, a distance in bytes between two starts, or places().
+template <typename... Places>
+uint64_t places(Places... each) {
+  return (uint64_t{0} | ... | place(each));
+}
+
+// Distances that count elements of T, in bytes: of strides, and of the width of rows that lie back to back.
+template <typename T, typename... Elements>
+uint64_t strides_of(Elements... each) {
+  return sizeof(T) * static_cast<uint64_t>((int64_t{0} | ... | int64_t{each}));
+}
+
+// The widest vector of T that can be read at every place, in elements: kWidest bytes, else 4, which is a pair of halves, else
+// one element.
+template <typename T, uint32_t kWidest = device::kMaxVecBytes, typename... Places>
+uint32_t widest_vector(Places... each) {
+  static_assert(kWidest >= 4 && (kWidest & (kWidest - 1)) == 0 && sizeof(T) <= kWidest, "a vector holds whole elements");
+  const uint64_t all = places(each...);
+  const uint32_t bytes = all % kWidest == 0 ? kWidest : all % 4 == 0 ? 4 : 1;
+  return bytes > sizeof(T) ? bytes / sizeof(T) : 1;
 }
 
 }  // namespace host

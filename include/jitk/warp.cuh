@@ -1,9 +1,9 @@
-// Sums, maxima and scans over the lanes of a warp, or of each group of lanes in it.
+// Sums, maxima, minima and running sums over the lanes of a warp, or of each group of lanes in it.
 //
 //   warp::reduce_sum(x)            over 32 lanes, and every lane gets the result
 //   warp::reduce_max<8>(x)         over each 8 neighbours
 //   warp::reduce_sum<32, 8>(x)     over the 4 lanes that have the same place in their group of 8
-//   warp::inclusive_sum(x), warp::broadcast(x, lane)
+//   warp::inclusive_sum(x)         over the lanes up to this one
 //
 // Every lane of the group takes part, in the same call: masks name them where a warp is not whole. A sum adds in one fixed
 // order, so it is the same in every lane and in every run. A maximum or minimum passes over NaN, unless all are NaN. Types:
@@ -136,21 +136,6 @@ JITK_DEVICE T inclusive_reduce(T value, uint32_t lane = get_lane_id<kWidth>(), u
 template <uint32_t kWidth = kWarpThreads, typename T>
 JITK_DEVICE T inclusive_sum(T value, uint32_t lane = get_lane_id<kWidth>(), uint32_t active_mask = kFullMask) {
   return inclusive_reduce<ReductionOp::SUM, kWidth>(value, lane, active_mask);
-}
-template <uint32_t kWidth = kWarpThreads, typename T>
-JITK_DEVICE T inclusive_max(T value, uint32_t lane = get_lane_id<kWidth>(), uint32_t active_mask = kFullMask) {
-  return inclusive_reduce<ReductionOp::MAX, kWidth>(value, lane, active_mask);
-}
-template <uint32_t kWidth = kWarpThreads, typename T>
-JITK_DEVICE T inclusive_min(T value, uint32_t lane = get_lane_id<kWidth>(), uint32_t active_mask = kFullMask) {
-  return inclusive_reduce<ReductionOp::MIN, kWidth>(value, lane, active_mask);
-}
-
-// The value of lane `source` of each group.
-template <uint32_t kWidth = kWarpThreads, typename T>
-JITK_DEVICE T broadcast(T value, uint32_t source, uint32_t active_mask = kFullMask) {
-  static_assert(kWidth >= 1 && kWidth <= kWarpThreads && (kWidth & (kWidth - 1)) == 0, "a group is a power of two of lanes");
-  return shuffle_words(value, [=](uint32_t word) { return __shfl_sync(active_mask, word, source, kWidth); });
 }
 
 }  // namespace warp

@@ -4,13 +4,14 @@
 //   jitk_test("casts fp32_t", buffers, count, extra)      device pointers, elements, one more number; returns a cudaError_t
 //
 // Every thread of a kernel writes what it got, so that Python compares each element with PyTorch or with exact integers.
-#include <jitk/atomic.cuh>
 #include <jitk/cta.cuh>
 #include <jitk/fast_divisor.h>
 #include <jitk/fp8.cuh>
 #include <jitk/math.cuh>
+#include <jitk/overlap.cuh>
 #include <jitk/pointer.cuh>
-#include <jitk/tile.cuh>
+#include <jitk/share.cuh>
+#include <jitk/team.cuh>
 #include <jitk/vec.cuh>
 #include <jitk/warp.cuh>
 
@@ -54,6 +55,15 @@ __global__ void casts_of_pairs(Buffers buffers, int64_t count) {
   cast_to<bf16x2_t>(buffers, 3, x, i);
   cast_to<fp8x2_e4m3_t>(buffers, 4, x, i);
   cast_to<fp8x2_e5m2_t>(buffers, 5, x, i);
+}
+
+// fp8_e8m0_t has no other arithmetic, and is made of a float.
+__global__ void casts_of_e8m0(Buffers buffers, int64_t count) {
+  const int64_t i = thread_index();
+  if (i >= count) return;
+  const fp8_e8m0_t x = cast<fp8_e8m0_t>(load_as<fp32_t>(buffers.at[0], i));
+  store_as<fp8_e8m0_t>(buffers.at[1], x, i);
+  store_as<fp32_t>(buffers.at[2], cast<fp32_t>(x), i);
 }
 
 __global__ void casts_of_quads(Buffers buffers, int64_t count) {
@@ -126,25 +136,6 @@ __global__ void fill(Buffers buffers, int64_t count) {
   x.store(buffers.at[1], i);
 }
 
-// Tiles: one block of 96 threads (three warps) copies; what a group does not reach keeps its old value.
-template <typename T>
-__device__ void copy_tiles(tile::Memory<T> memory, const void* in, void* out, int64_t count) {
-  for (int64_t t = 0; memory.in_bound(count, t); ++t) memory.store(out, memory.load(in, t), t);
-}
-
-extern "C" __global__ void tile_copy(const void* __restrict__ in, void* __restrict__ out, int64_t count) {
-  copy_tiles(tile::Memory<AlignedVector<bf16_t, 8>>::cta(96), in, out, count);
-}
-
-__global__ void tiles(Buffers buffers, int64_t count) {
-  using Memory = tile::Memory<fp32x2_t>;
-  const void* in = buffers.at[0];
-  copy_tiles(Memory::cta(), in, buffers.at[1], count);
-  if (threadIdx.x / kWarpThreads == 1) copy_tiles(Memory::warp(), in, buffers.at[2], count);
-  if (threadIdx.x / 8 == 7) copy_tiles(Memory::warp(8), in, buffers.at[3], count);
-  if (threadIdx.x == 95) copy_tiles(Memory::thread(), in, buffers.at[4], count);
-}
-
 template <typename T, uint32_t kStart, uint32_t kFinish>
 __global__ void warp_reduce(Buffers buffers, int64_t count) {
   const int64_t i = thread_index();  // count is whole warps
@@ -167,10 +158,8 @@ __global__ void warp_scan(Buffers buffers, int64_t count) {
   const int64_t i = thread_index();
   const T x = load_as<T>(buffers.at[0], i);
   store_as<T>(buffers.at[1], warp::inclusive_sum<kWidth>(x), i);
-  store_as<T>(buffers.at[2], warp::inclusive_max<kWidth>(x), i);
-  store_as<T>(buffers.at[3], warp::inclusive_min<kWidth>(x, threadIdx.x % kWarpThreads), i);
-  store_as<T>(buffers.at[4], warp::broadcast<kWidth>(x, kWidth / 2), i);
-  store_as<uint32_t>(buffers.at[5], get_lane_id<kWidth>(), i);
+  store_as<T>(buffers.at[2], warp::inclusive_sum<kWidth>(x, threadIdx.x % kWarpThreads), i);
+  store_as<uint32_t>(buffers.at[3], get_lane_id<kWidth>(), i);
 }
 
 // Five reductions in a row through one buffer, by warps that are out of step.
@@ -198,16 +187,10 @@ __global__ void functions(Buffers buffers, int64_t count) {
   const int64_t i = thread_index();
   if (i >= count) return;
   const float x = load_as<float>(buffers.at[0], i);
-  store_as<float>(buffers.at[1], math::sigmoid(x), i);
-  store_as<float>(buffers.at[2], math::sigmoid_fast(x), i);
-  store_as<float>(buffers.at[3], math::silu(x), i);
-  store_as<float>(buffers.at[4], math::silu_fast(x), i);
-  store_as<float>(buffers.at[5], math::softplus_fast(x), i);
-  store_as<float>(buffers.at[6], math::exp2(x * math::log2e), i);
-  store_as<float>(buffers.at[7], math::rsqrt(math::abs(x)), i);
-  store_as<float>(buffers.at[8], math::tanh(x), i);
-  store_as<float>(buffers.at[9], math::sin(x), i);
-  store_as<float>(buffers.at[10], math::reciprocal_fast(x), i);
+  store_as<float>(buffers.at[1], math::sigmoid_fast(x), i);
+  store_as<float>(buffers.at[2], math::exp2_fast(x * math::log2e), i);
+  store_as<float>(buffers.at[3], math::rsqrt(math::abs(x)), i);
+  store_as<float>(buffers.at[4], math::reciprocal_fast(x), i);
 }
 
 template <typename N>
@@ -219,12 +202,30 @@ __global__ void divide(Buffers buffers, int64_t count, FastDivisor divisor) {
   store_as<N>(buffers.at[2], remainder, i);
 }
 
-__global__ void atomics(Buffers buffers, int64_t count) {
+// Each thread's place in its team, and what the team reduces, twice.
+template <Team kTeam>
+__global__ void team_reduce(Buffers buffers, uint32_t lanes_log2) {
+  __shared__ team::Buffer<kTeam, float> sums;
+  __shared__ team::Buffer<kTeam, fp32x2_t> maxima;
+  const auto member = team::join<kTeam>(lanes_log2);
   const int64_t i = thread_index();
-  if (i >= count) return;
   const float x = load_as<float>(buffers.at[0], i);
-  atomic::max(static_cast<float*>(buffers.at[1]), x);
-  atomic::min(static_cast<float*>(buffers.at[2]), x);
+  team::meet<kTeam>();
+  store_as<float>(buffers.at[1], team::sum(member, x, sums), i);
+  store_as<fp32x2_t>(buffers.at[2], team::max(member, fp32x2_t{x, -x}, maxima), i);
+  store_as<int64_t>(buffers.at[3], member.team(), i);
+  store_as<uint32_t>(buffers.at[4], member.rank(), i);
+  store_as<uint32_t>(buffers.at[5], member.size(), i);
+}
+
+// Each team counts in at its vectors of a row of `count`, which are single elements here.
+template <Team kTeam, uint32_t kItems>
+__global__ void team_share(Buffers buffers, int64_t count, uint32_t lanes_log2) {
+  const auto member = team::join<kTeam>(lanes_log2);
+  const Share<kTeam, kItems> share(member, static_cast<typename Share<kTeam, kItems>::Index>(count));
+  int32_t* row = static_cast<int32_t*>(buffers.at[0]) + member.team() * count;
+  share.each([&](uint32_t, auto at) { atomicAdd(row + at, 1); });
+  team::meet<kTeam>();
 }
 
 // The first kernel lets the second start at once, and writes late. Named, for the test that reads the PTX.
@@ -274,6 +275,30 @@ void divide_by(Buffers buffers, int64_t count, int64_t divisor) {
   divide<N><<<blocks(count), kBlock>>>(buffers, count, FastDivisor(static_cast<uint64_t>(divisor)));
 }
 
+// Blocks of 256 threads, for a cluster four of them.
+template <typename... Params>
+void launch_teams(void (*kernel)(Params...), Team team, int64_t blocks_of_grid, Params... params) {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = 4;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<uint32_t>(blocks_of_grid));
+  config.blockDim = dim3(kBlock);
+  config.attrs = &attribute;
+  config.numAttrs = team == Team::kCluster ? 1 : 0;
+  cudaLaunchKernelEx(&config, kernel, params...);
+}
+
+template <Team kTeam>
+void reduce_teams(Buffers buffers, int64_t count, int64_t lanes_log2) {
+  launch_teams(team_reduce<kTeam>, kTeam, count / kBlock, buffers, static_cast<uint32_t>(lanes_log2));
+}
+template <Team kTeam, uint32_t kItems>
+void share_teams(Buffers buffers, int64_t count, int64_t blocks_of_grid) {
+  launch_teams(team_share<kTeam, kItems>, kTeam, blocks_of_grid, buffers, count, 3u);
+}
+
 void run_pdl(Buffers buffers, int64_t count, int64_t) {
   float* data = static_cast<float*>(buffers.at[0]);
   pdl_producer<<<blocks(count), kBlock>>>(data, count);
@@ -320,6 +345,7 @@ const Named kCases[] = {
     CASTS_OF_PAIRS(bf16x2_t),
     CASTS_OF_PAIRS(fp8x2_e4m3_t),
     CASTS_OF_PAIRS(fp8x2_e5m2_t),
+    {"casts_of_e8m0", each<casts_of_e8m0>},
     {"casts_of_quads", each<casts_of_quads>},
     {"pair_arithmetic fp16x2_t", each<pair_arithmetic<fp16x2_t>>},
     {"pair_arithmetic bf16x2_t", each<pair_arithmetic<bf16x2_t>>},
@@ -335,7 +361,6 @@ const Named kCases[] = {
     COPIES(widest),
     COPIES(widest_of_8),
     {"fill", each<fill>},
-    {"tiles", by_block<tiles>},
     WARP_REDUCE(fp32_t, 32, 1),
     WARP_REDUCE(fp32_t, 8, 1),
     WARP_REDUCE(fp32_t, 32, 8),
@@ -370,13 +395,28 @@ const Named kCases[] = {
     {"divide int64_t", divide_by<int64_t>},
     {"divide uint32_t", divide_by<uint32_t>},
     {"divide int32_t", divide_by<int32_t>},
-    {"atomics", each<atomics>},
+    {"team_reduce lanes", reduce_teams<Team::kLanes>},
+    {"team_reduce warp", reduce_teams<Team::kWarp>},
+    {"team_reduce block", reduce_teams<Team::kBlock>},
+    {"team_share lanes 4", share_teams<Team::kLanes, 4>},
+    {"team_share block 2", share_teams<Team::kBlock, 2>},
+    {"team_share block 0", share_teams<Team::kBlock, 0>},
+#if JITK_ARCH_HOPPER_OR_GREATER
+    {"team_reduce cluster", reduce_teams<Team::kCluster>},
+    {"team_share cluster 2", share_teams<Team::kCluster, 2>},
+#endif
     {"pdl", run_pdl},
 };
 
 // Host code: no GPU needed.
-extern "C" bool jitk_is_aligned(const void* pointer, int64_t stride_in_bytes) {
-  return host::is_aligned<AlignedVector<bf16_t, 8>>(pointer, stride_in_bytes);
+extern "C" uint32_t jitk_widest_vector(const void* pointer, int64_t stride, int64_t width) {
+  return host::widest_vector<bf16_t, 16>(pointer, host::strides_of<bf16_t>(stride, width));
+}
+extern "C" uint32_t jitk_widest_vector_of_bytes(const void* pointer) { return host::widest_vector<uint8_t, 16>(pointer); }
+extern "C" uint32_t jitk_widest_vector_of_doubles(const void* pointer) { return host::widest_vector<fp64_t, 16>(pointer); }
+extern "C" int jitk_trigger(int64_t threads, int64_t block, int64_t sms) {
+  return static_cast<int>(block == 0 ? host::choose_trigger(threads, sms)
+                                     : host::choose_trigger(threads, static_cast<uint32_t>(block), sms));
 }
 extern "C" const void* jitk_offset(const void* pointer, int32_t row, int64_t column) {
   return host::pointer::offset<fp32_t>(pointer, row, column);

@@ -21,9 +21,10 @@ from typing import Any
 
 import torch
 
-from torch_jit_ops import dispatcher, environment, fallback, manifest, progress, registry
-from torch_jit_ops.backends import toolchain
+from torch_jit_ops import backends, dispatcher, environment, fallback, manifest, progress, registry
+from torch_jit_ops.backends import CUDA, Backend
 from torch_jit_ops.builder import compiler_jobs, loader
+from torch_jit_ops.dtypes import Combination, shown
 from torch_jit_ops.op import Op
 from torch_jit_ops.registry import find_ops, nearest
 from torch_jit_ops.samples import SampleMaker
@@ -35,12 +36,12 @@ class Wanted:
     """A variant of an op, for an architecture."""
 
     op: Op
-    backend: str
+    backend: Backend
     values: tuple[Value, ...]
     arch: str
 
     def unit(self) -> loader.Unit:
-        return self.op.declaration.unit(self.backend, self.values, self.arch)
+        return self.op.declaration.unit(self.backend.name, self.values, self.arch)
 
 
 Names = str | Op | Sequence[str | Op] | None
@@ -70,7 +71,8 @@ def build(
 
     Args:
         ops: names (``"silu_and_mul"``, ``"mylib::scale"``) or ops; default all.
-        dtypes: of the tensors; default all that the op has kernels for.
+        dtypes: of the tensors; default all that the op has kernels for. Of an op that declares them by argument, each argument
+            takes those of them that it has, and one that has none takes all of its own.
         arguments: values of the variant's placeholders, one or a list each: ``{"constant": [5, 7]}``,
             ``{"input.shape[-1]": 4096}``. Those that are not given are as the op's samples have them.
         arch: CUDA architectures, such as ``"9.0a"``; default those of the GPUs here.
@@ -104,23 +106,22 @@ def load_all(units: Iterable[loader.Unit], jobs: int | None = None) -> Report:
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
     wanted = list(dict.fromkeys([dispatcher.unit(), dispatcher.autograd_unit(), *units]))
-    if torch.version.cuda is None and any(unit.backend == "cuda" for unit in wanted):
-        raise ValueError(
-            f"PyTorch {torch.__version__} is built without CUDA, so no CUDA kernel can be built with it: "
-            "install a PyTorch for CUDA, or choose the backend cpu"
-        )
+    for backend in dict.fromkeys(unit.backend for unit in wanted):
+        refusal = backend.refusal()
+        if refusal is not None:
+            raise ValueError(refusal)
     start = time.monotonic()
     failures = []
     compiled = 0
     # Of several GPUs the current one: the others' kernels are loaded, from this process's libraries, when they are called.
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else -1
-    here = toolchain.device_arch(device) if device >= 0 else None
+    here = (CUDA, CUDA.arch_of(device)) if device >= 0 else None
     with _bar(len(wanted)) as working, ThreadPoolExecutor(jobs or compiler_jobs.compiler_jobs()) as pool:
 
         def load(unit: loader.Unit) -> loader.Loaded:
             with working(f"{unit.label} {unit.arch}"):
                 loaded = loader.load(unit)
-                if unit.arch == here:
+                if (unit.backend, unit.arch) == here:
                     loaded.load_kernels(device)
                 return loaded
 
@@ -130,7 +131,7 @@ def load_all(units: Iterable[loader.Unit], jobs: int | None = None) -> Report:
                 try:
                     compiled += result.result().compiled
                 except (RuntimeError, OSError) as error:  # of this kernel; the others shall be built all the same
-                    failures.append(f"{unit.label} ({unit.backend} {unit.arch}): {error}")
+                    failures.append(f"{unit.label} ({unit.backend.name} {unit.arch}): {error}")
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -175,7 +176,7 @@ def needed(
 ) -> list[Wanted]:
     """The variants of ``build``'s arguments, without a manifest."""
     chosen = find_ops(ops)
-    backends, archs = targets(arch, backend)
+    chosen_backends, archs = targets(arch, backend)
     given = {name: _listed(values) for name, values in (arguments or {}).items()}
     only = _listed(dtypes) if dtypes is not None else None
     known = {part.text for op in chosen for kernel in op.declaration.kernels.values() for part in kernel.pattern.placeholders}
@@ -184,11 +185,10 @@ def needed(
             raise ValueError(f"no op here has the placeholder {name!r}{nearest(name, known)}")
     wanted = []
     for op in chosen:
-        if only is not None and ops is not None and not set(only) <= set(op.declaration.dtypes):
-            raise ValueError(f"{op.qualified_name} has kernels for {_shown(op.declaration.dtypes)}; got {_shown(only)}")
-        for each in backends:
-            if each in op.declaration.kernels:
-                for values in _values(op, op.declaration.kernels[each].pattern, only, given):
+        combinations = _combinations(op, only, strict=ops is not None)
+        for each in chosen_backends:
+            if each.name in op.declaration.kernels:
+                for values in _values(op, op.declaration.kernels[each.name].pattern, combinations, given):
                     wanted += [Wanted(op, each, values, target) for target in archs_of(each, archs)]
     return wanted
 
@@ -209,33 +209,49 @@ def replayed(
         op = chosen[entry.op]
         if entry.backend not in op.declaration.kernels:
             raise ValueError(f"{file}: {entry.op} has no {entry.backend} kernel")
-        (toolchain.gencode if entry.backend == "cuda" else toolchain.march)(entry.arch)
+        of_entry = backends.named(entry.backend)
+        of_entry.check_arch(entry.arch)
         values = manifest.values_of(entry, op.declaration.kernels[entry.backend].pattern)
-        targets = archs if entry.backend == "cuda" and archs else [entry.arch]
-        wanted += [Wanted(op, entry.backend, values, target) for target in targets]
+        targets = archs if of_entry.builds_for_others and archs else [entry.arch]
+        wanted += [Wanted(op, of_entry, values, target) for target in targets]
     return wanted
 
 
-def targets(arch: str | Sequence[str] | None, backend: str | Sequence[str] | None) -> tuple[list[str], list[str]]:
-    """Backends and CUDA architectures."""
-    archs = _listed(arch) if arch is not None else sorted({toolchain.device_arch(i) for i in range(torch.cuda.device_count())})
-    for each in archs:
-        toolchain.gencode(each)
-    backends = _listed(backend) if backend is not None else ["cuda", "cpu"] if archs else ["cpu"]
-    for each in backends:
-        if each not in ("cuda", "cpu"):
-            raise ValueError(f"the backend must be cuda or cpu, got {each!r}")
-    if "cuda" in backends and not archs:
+def targets(arch: str | Sequence[str] | None, backend: str | Sequence[str] | None) -> tuple[list[Backend], list[str]]:
+    """Backends, and the architectures for those that build for other machines than this one."""
+    others = [each for each in backends.ALL if each.builds_for_others]
+    archs = _listed(arch) if arch is not None else [name for each in others for name in each.archs_here()]
+    for each in others:
+        for name in archs:
+            each.check_arch(name)
+    if backend is not None:
+        chosen = [backends.named(name) for name in _listed(backend)]
+    else:
+        chosen = [each for each in backends.ALL if archs or not each.builds_for_others]
+    if not archs and any(each.builds_for_others for each in chosen):
         raise ValueError("there is no GPU here: say for which to build, such as arch 9.0a (H100, H200) or 8.0 (A100)")
-    return backends, archs
+    return chosen, archs
 
 
-def archs_of(backend: str, archs: list[str]) -> list[str]:
-    return archs if backend == "cuda" else [toolchain.host_isa()]
+def archs_of(backend: Backend, archs: list[str]) -> list[str]:
+    """Those to build for: what was chosen, or what this machine has."""
+    return archs if backend.builds_for_others else backend.archs_here()
+
+
+def _combinations(op: Op, only: Sequence[torch.dtype] | None, strict: bool) -> list[Combination]:
+    """The op's combinations of dtypes in ``only``. If not all of those are the op's, an error if ``strict``, else fewer."""
+    if only is None or strict:
+        try:
+            return op.declaration.dtypes.combinations(only)
+        except ValueError:
+            raise ValueError(f"{op.qualified_name} has kernels for {op.declaration.dtypes}; got {shown(only or ())}") from None
+    known = {dtype for dtypes in (*op.declaration.dtypes.values(), op.declaration.dtypes.shared or ()) for dtype in dtypes}
+    asked = [dtype for dtype in only if dtype in known]
+    return op.declaration.dtypes.combinations(asked) if asked else []
 
 
 def _values(
-    op: Op, pattern: VariantPattern, dtypes: Sequence[torch.dtype] | None, given: Mapping[str, Sequence[Any]]
+    op: Op, pattern: VariantPattern, combinations: Sequence[Combination], given: Mapping[str, Sequence[Any]]
 ) -> Iterator[tuple[Value, ...]]:
     """The placeholders' values that are asked for: given ones, dtypes, and what samples have for the rest."""
     chosen = {
@@ -244,22 +260,26 @@ def _values(
         if part.text in given
     }
     found: dict[tuple[Value, ...], None] = {}
-    for dtype in op.declaration.dtypes:
-        if dtypes is None or dtype in dtypes:
-            for values in _seeds(op, pattern, dtype, chosen):
-                options = (chosen.get(part.text, [value]) for part, value in zip(pattern.placeholders, values, strict=True))
-                found.update(dict.fromkeys(itertools.product(*options)))
+    for dtypes in combinations:
+        for values in _seeds(op, pattern, dtypes, chosen):
+            options = (chosen.get(part.text, [value]) for part, value in zip(pattern.placeholders, values, strict=True))
+            found.update(dict.fromkeys(itertools.product(*options)))
     yield from found
 
 
 def _seeds(
-    op: Op, pattern: VariantPattern, dtype: torch.dtype, chosen: Mapping[str, Sequence[Value]]
+    op: Op, pattern: VariantPattern, dtypes: Combination, chosen: Mapping[str, Sequence[Value]]
 ) -> Iterator[tuple[Value, ...]]:
     rest = [part for part in pattern.placeholders if part.text not in chosen]
-    if not rest or [part.what for part in rest] == ["dtype"]:  # samples would tell nothing more
-        yield (dtype,) * len(pattern.placeholders)
+    # Tensors for which one dtype is declared may still have several in a sample, such as a weight of its own.
+    may_miss = any(pattern.signature.arguments[part.argument].optional for part in rest)
+    names_all = len(rest) <= 1 if dtypes.is_shared else not (may_miss and op.declaration.samples)
+    if names_all and all(part.what == "dtype" for part in rest):  # samples would tell nothing more
+        named = dict(dtypes.named)
+        names = (pattern.signature.arguments[part.argument].name for part in pattern.placeholders)
+        yield tuple(named.get(name, dtypes.first) for name in names)
     elif op.declaration.samples is not None:
-        for sample in op.declaration.samples(SampleMaker("cpu", dtype)):
+        for sample in op.declaration.samples(SampleMaker("cpu", dtypes)):
             unserved = op.declaration.unserved(pattern.dtypes_of(op.declaration.by_name(sample.args, sample.kwargs)))
             if unserved is None:
                 yield pattern.values(pattern.words_of(op.declaration.arguments(*sample.args, **sample.kwargs)))
@@ -271,7 +291,3 @@ def _seeds(
 
 def _listed(values: Any) -> list[Any]:
     return list(values) if isinstance(values, (list, tuple, set, frozenset, range)) else [values]
-
-
-def _shown(dtypes: Sequence[torch.dtype]) -> str:
-    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

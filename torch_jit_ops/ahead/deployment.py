@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import shutil
 import time
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +20,12 @@ from typing import Any
 
 import torch
 
-from torch_jit_ops import dispatcher, registry
+from torch_jit_ops import backends, dispatcher, registry
 from torch_jit_ops.ahead import build_ahead
-from torch_jit_ops.backends import toolchain
 from torch_jit_ops.builder import loader
+from torch_jit_ops.dtypes import shown
 from torch_jit_ops.op import Op
-from torch_jit_ops.store import trust
+from torch_jit_ops.store import files
 
 LIBRARY = "libjitk_ops.so"
 TABLE = "ops.txt"
@@ -88,36 +87,32 @@ def deploy(
         raise loader.BuildError(
             f"{len(report.failures)} of {report.kernels} kernels could not be built\n" + "\n".join(report.failures)
         )
-    unfinished = target.resolve().with_name(f".{target.resolve().name}.{uuid.uuid4().hex[:8]}")
-    trust.make_private(unfinished)
-    try:
+    with files.replacing(target.resolve()) as unfinished:
+        files.make_private(unfinished)
         _write(unfinished, wanted, units)
-        _replace(target.resolve(), unfinished)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return Deployment(target, target / LIBRARY, len(wanted), report.compiled, time.monotonic() - start)
 
 
 def _write(folder: Path, wanted: Sequence[build_ahead.Wanted], units: Sequence[loader.Unit]) -> None:
     shutil.copyfile(loader.load(dispatcher.standalone_unit()).path, folder / LIBRARY)
-    files = {}
+    names = {}
     for unit in units:
-        files[unit] = f"{unit.name}-{unit.key()[:16]}.so"
-        shutil.copyfile(loader.load(unit).path, folder / files[unit])
+        names[unit] = f"{unit.name}-{unit.key()[:16]}.so"
+        shutil.copyfile(loader.load(unit).path, folder / names[unit])
     lines = [_VERSION]
     for op in dict.fromkeys(each.op for each in wanted):
         forms = op.declaration.overloads
         lines += [f"op {op.declaration.namespace} {signature.schema(_name(op, form))}" for form, signature in forms.items()]
-        for backend, kernel in op.declaration.kernels.items():
+        for backend, kernel in ((backends.named(name), kernel) for name, kernel in op.declaration.kernels.items()):
             for form, signature in forms.items():
-                lines.append(f"slot {op.declaration.namespace} {_name(op, form)} {backend.upper()}")
+                lines.append(f"slot {op.declaration.namespace} {_name(op, form)} {backend.dispatch_key}")
                 lines.append(kernel.pattern.plan(signature))
                 lines += [f"asked {part.text}" for part in kernel.pattern.placeholders]
                 for each, unit in zip(wanted, units, strict=True):
                     if (each.op, each.backend) == (op, backend):
-                        export = op.declaration.checked_export(backend, form, loader.load(unit))
+                        export = op.declaration.checked_export(backend.name, form, loader.load(unit))
                         words = ",".join(map(str, kernel.pattern.key(each.values))) or "-"
-                        lines.append(f"kernel {files[unit]} {export} {each.arch} {words} {unit.label}")
+                        lines.append(f"kernel {names[unit]} {export} {each.arch} {words} {unit.label}")
     (folder / TABLE).write_text("\n".join(lines) + "\n")
     # Others may read it, such as the user of a service, and only this one write it.
     for path in (folder, *folder.iterdir()):
@@ -126,15 +121,6 @@ def _write(folder: Path, wanted: Sequence[build_ahead.Wanted], units: Sequence[l
 
 def _name(op: Op, form: str) -> str:
     return f"{op.name}.{form}" if form else op.name
-
-
-def _replace(target: Path, made: Path) -> None:
-    """Whoever opens the folder finds the old or the new one, or for a moment none, but never a mixture."""
-    old = made.with_name(f"{made.name}.old")
-    if target.exists():
-        os.rename(target, old)
-    os.rename(made, target)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 # --- what a program calls ---------------------------------------------------------------------------
@@ -174,13 +160,13 @@ def _of_call(op: Op, node: torch.fx.Node, arch: str | Sequence[str] | None) -> I
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda each: each.meta["val"])
     given = {name: value for name, value in kwargs.items() if name not in op.declaration.outputs}
     values = op.declaration.arguments(*args, **given)
-    device = next(value.device.type for value in values if isinstance(value, torch.Tensor))
+    device = next(value.device for value in values if isinstance(value, torch.Tensor))
+    backend = backends.of_device(device)
     who = f"the program's call of {op.qualified_name}"
-    if device not in op.declaration.kernels:
-        raise ValueError(
-            f"{who} is on {device}, where the op has no kernel; it has some for {', '.join(op.declaration.kernels) or 'none'}"
-        )
-    pattern = op.declaration.kernels[device].pattern
+    if backend is None or backend.name not in op.declaration.kernels:
+        served = ", ".join(op.declaration.kernels) or "none"
+        raise ValueError(f"{who} is on {device.type}, where the op has no kernel; it has some for {served}")
+    pattern = op.declaration.kernels[backend.name].pattern
     words = pattern.static_words_of(values)
     if words is None:
         names = ", ".join(part.text for part in pattern.placeholders)
@@ -189,10 +175,10 @@ def _of_call(op: Op, node: torch.fx.Node, arch: str | Sequence[str] | None) -> I
             "values instead of the program"
         )
     chosen = pattern.values(words)
-    for value in chosen:
-        if isinstance(value, torch.dtype) and value not in op.declaration.dtypes:
-            served = ", ".join(str(dtype).removeprefix("torch.") for dtype in op.declaration.dtypes)
-            asked = str(value).removeprefix("torch.")
-            raise ValueError(f"{who} is in {asked}, for which the op has no kernel; it has some for {served}")
-    archs = build_ahead.targets(arch, "cuda")[1] if device == "cuda" else [toolchain.host_isa()]
-    yield from (build_ahead.Wanted(op, device, chosen, each) for each in archs)
+    unserved = op.declaration.unserved(pattern.dtypes_of(op.declaration.by_name(args, given)))
+    if unserved is not None:
+        whose = "is" if op.declaration.dtypes.shared is not None else f"has {unserved.argument!r}"
+        asked = "another dtype" if unserved.dtype is None else shown([unserved.dtype])
+        raise ValueError(f"{who} {whose} in {asked}, for which the op has no kernel; it has some for {shown(unserved.kernels)}")
+    archs = build_ahead.archs_of(backend, build_ahead.targets(arch, backend.name)[1])
+    yield from (build_ahead.Wanted(op, backend, chosen, each) for each in archs)

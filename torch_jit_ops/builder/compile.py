@@ -6,22 +6,23 @@ So ``cpp_extension`` never sees a folder or a name twice, and its own versioning
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import shutil
 import uuid
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from torch_jit_ops import environment, forks
-from torch_jit_ops.backends import toolchain
+from torch_jit_ops.backends import programs
+from torch_jit_ops.backends.backend import Toolkit
 from torch_jit_ops.builder import log, workarounds
 from torch_jit_ops.builder.errors import BuildError, BuildInterrupted, UnknownGpu
 from torch_jit_ops.builder.shared_object import NOEXEC, OF_THIS_MOMENT
-from torch_jit_ops.builder.unit import Unit, include_dir
-from torch_jit_ops.store import cache
+from torch_jit_ops.builder.unit import Unit, file_name, include_dir, inlined_in
+from torch_jit_ops.store.dependencies import Dependency, dependencies_of
 
 _EXPORTS = "#include <jitk/export.h>"
 _INTERRUPTED = "ninja: build stopped: interrupted by user"
@@ -29,10 +30,10 @@ _INTERRUPTED = "ninja: build stopped: interrupted by user"
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a compiler made: the library, from which source, in which staging folder."""
+    """What a compiler made: the library, from which sources, in which staging folder."""
 
     staging: Path
-    source: Path
+    sources: tuple[Path, ...]
     library: Path
 
 
@@ -44,26 +45,39 @@ def compile_unit(unit: Unit, staging: Path) -> Compiled:
         BuildInterrupted: Ctrl-C reached the compilers.
         OSError: of the machine, not of the kernel.
     """
-    environment.put_on_path(toolchain.ninja())
-    name = re.sub(r"\W+", "_", unit.name, flags=re.ASCII)
-    source = staging / f"{name}.{'cu' if unit.backend == 'cuda' else 'cpp'}"
-    source.write_bytes(os.fsencode(unit.text))
-    module = f"{name}_{uuid.uuid4().hex[:12]}"
-    _run_cpp_extension(unit, staging, source, module)
-    return Compiled(staging, source, staging / f"{module}.so")
+    environment.put_on_path(programs.ninja())
+    names = (unit.name, *(f"{unit.name}_beside{index}" for index in range(len(unit.beside))))
+    sources = tuple(staging / file_name(name, unit.backend) for name in names)
+    for source, text in zip(sources, (unit.text, *unit.beside), strict=True):
+        source.write_bytes(os.fsencode(text))
+    module = f"{sources[0].stem}_{uuid.uuid4().hex[:12]}"
+    _run_cpp_extension(unit, staging, sources, module)
+    return Compiled(staging, sources, staging / f"{module}.so")
 
 
-def files_read(unit: Unit, compiled: Compiled) -> list[cache.Dependency] | None:
-    """The files that the compiler read, but the source and what its own version covers; None if they are not known."""
-    files = [file.resolve() for file in _depfile(compiled.staging)]
-    if compiled.source.resolve() not in files:
+def files_read(unit: Unit, compiled: Compiled) -> list[Dependency] | None:
+    """The files that compilers and linker read, but the sources and what a version covers; None if they are not known."""
+    read = {file.resolve() for file in _depfile(compiled.staging)}
+    sources = {source.resolve() for source in compiled.sources}
+    if not sources <= read:
         return None  # ninja could not write its database, and so a change of a header would go unnoticed
-    files.remove(compiled.source.resolve())
+    files = sorted((read - sources) | {archive.resolve() for archive in _archives(unit.link_flags())})
     system = _system_folders(unit)
     try:
-        return cache.dependencies_of(files, unit.roots(), lambda file: any(folder in file.parents for folder in system))
+        return dependencies_of(files, unit.roots(), lambda file: any(folder in file.parents for folder in system))
     except OSError:
         return None  # a file went meanwhile, and so did the knowledge of what was built
+
+
+def _archives(flags: Sequence[str]) -> Iterator[Path]:
+    """The files that go into the library as they are: objects, and static libraries by path or by ``-L`` and ``-l``."""
+    folders = [Path(flag.removeprefix("-L")) for flag in flags if flag.startswith("-L")]
+    for flag in flags:
+        name = flag.removeprefix("-l")
+        places = [folder / f"lib{name}.a" for folder in folders] + [folder / name.removeprefix(":") for folder in folders]
+        for place in [Path(flag)] if flag.startswith("/") else places if flag.startswith("-l") else []:
+            if place.suffix in (".a", ".o") and place.is_file():
+                yield place
 
 
 def remove_leftovers(staging: Path) -> None:
@@ -75,7 +89,7 @@ def remove_leftovers(staging: Path) -> None:
             leftover.unlink(missing_ok=True)
 
 
-def _run_cpp_extension(unit: Unit, staging: Path, source: Path, module: str) -> None:
+def _run_cpp_extension(unit: Unit, staging: Path, sources: Sequence[Path], module: str) -> None:
     with forks.held_off():
         from torch.utils import cpp_extension
     cpp_extension.subprocess = forks.subprocess
@@ -85,29 +99,28 @@ def _run_cpp_extension(unit: Unit, staging: Path, source: Path, module: str) -> 
     link = ["-Wl,--as-needed", "-Wl,-z,defs"]
     # It goes into commands as it is.
     cpp_extension.TORCH_LIB_PATH = workarounds.quoted([shlex.quote(str(Path(torch.__file__).parent / "lib"))])[0]
-    if unit.backend == "cuda":
-        toolkit = toolchain.cuda_toolkit()
+    if _EXPORTS in unit.text:
+        link += unit.backend.exports_link_flags
+    toolkit = unit.backend.toolkit()
+    if toolkit is not None:
         # Found at its import, and wrong behind a wrapper script, for wheels, and in a CPU build of PyTorch.
         cpp_extension.CUDA_HOME = _cuda_home(toolkit, staging)
         include += toolkit.include
-        if _EXPORTS in unit.text:
-            link.append("-Wl,--wrap=__cudaRegisterFunction")  # what that header does with it stands there
         link += _cudart_flags(toolkit, staging)
-    cuda = unit.backend == "cuda"
     flags = workarounds.quoted(unit.compile_flags())
-    command = toolchain.host_words()
+    command = programs.host_words()
     try:
         with workarounds.started_by(command, staging):
             cpp_extension.load(
                 module,
-                [str(source)],
-                extra_cflags=[] if cuda else flags,
-                extra_cuda_cflags=flags if cuda else [],
-                extra_ldflags=link,
+                [str(source) for source in sources],
+                extra_cflags=flags if toolkit is None else [],
+                extra_cuda_cflags=[] if toolkit is None else flags,
+                extra_ldflags=[*link, *workarounds.quoted(shlex.quote(flag) for flag in unit.link_flags())],
                 extra_include_paths=[str(folder) for folder in workarounds.plain_folders(staging, include)],
                 build_directory=str(staging),
                 verbose=verbose,
-                with_cuda=cuda,
+                with_cuda=toolkit is not None,
                 is_python_module=False,
             )
     except (RuntimeError, OSError, UnicodeDecodeError) as error:  # the last of what a compiler wrote
@@ -125,20 +138,20 @@ def _run_cpp_extension(unit: Unit, staging: Path, source: Path, module: str) -> 
 def _failure(unit: Unit, error: Exception, staging: Path) -> BuildError:
     """The error to raise; and the compiler's log, if it shall be kept, in a file beside the source."""
     text = log.text_of(error)
-    gpu = log.unknown_gpu(text)
-    if gpu is not None:
-        nvcc = toolchain.cuda_toolkit().nvcc
+    gpu, toolkit = log.unknown_gpu(text), unit.backend.toolkit()
+    if gpu is not None and toolkit is not None:
         return UnknownGpu(
-            f"{nvcc} does not know {gpu}, so CUDA kernels cannot be built for this GPU\n"
+            f"{toolkit.nvcc} does not know {gpu}, so CUDA kernels cannot be built for this GPU\n"
             "  remedy: install a newer CUDA toolkit and set CUDA_HOME to its folder"
         )
     file = log.keep(text, staging)
     names = workarounds.named(staging, (*unit.include, include_dir()))
-    where = f"{unit.backend}, {unit.target()}"
-    return BuildError(log.distill(text, unit.label, where, names, file, loading=isinstance(error, OSError)))
+    where = f"{unit.backend.name}, {unit.target()}"
+    inlined = dict(inlined_in("".join((unit.text, *unit.beside))))
+    return BuildError(log.distill(text, unit.label, where, names, file, loading=isinstance(error, OSError), inlined=inlined))
 
 
-def _cuda_home(toolkit: toolchain.Toolkit, staging: Path) -> str:
+def _cuda_home(toolkit: Toolkit, staging: Path) -> str:
     """A path that needs no quotes, since it gets none: a link, seen from the folder in which ninja runs the commands."""
     if workarounds.is_plain(toolkit.home):
         return str(toolkit.home)
@@ -146,7 +159,7 @@ def _cuda_home(toolkit: toolchain.Toolkit, staging: Path) -> str:
     return f"{workarounds.LINKS}/toolkit"
 
 
-def _cudart_flags(toolkit: toolchain.Toolkit, staging: Path) -> list[str]:
+def _cudart_flags(toolkit: Toolkit, staging: Path) -> list[str]:
     """Toolkits from wheels bring libcudart.so.13 alone; the linker asks for libcudart.so."""
     folder = toolkit.libraries
     if not (folder / "libcudart.so").exists():
@@ -163,7 +176,7 @@ def _depfile(staging: Path) -> list[Path]:
 def _system_folders(unit: Unit) -> list[Path]:
     """Headers in here are known by the compiler's, or PyTorch's, version."""
     folders = [Path("/usr"), Path(torch.__file__).resolve().parent]
-    if unit.backend == "cuda":
-        toolkit = toolchain.cuda_toolkit()
+    toolkit = unit.backend.toolkit()
+    if toolkit is not None:
         folders += [folder.resolve() for folder in (toolkit.home, *toolkit.include)]
     return folders

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch_jit_ops.backends.toolchain import MissingCompiler as MissingCompiler
+from torch_jit_ops.backends.programs import MissingCompiler
 
 
 class BuildError(RuntimeError):

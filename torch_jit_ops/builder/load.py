@@ -19,15 +19,21 @@ from pathlib import Path
 
 import torch
 
-from torch_jit_ops import environment, forks, progress, statistics
+from torch_jit_ops import environment, forks, process, progress, statistics
 from torch_jit_ops.builder import compilers, errors, shared_object
 from torch_jit_ops.builder.errors import BuildError, BuildInterrupted, CompileRefused
 from torch_jit_ops.builder.shared_object import NOEXEC, OF_THIS_MOMENT, Loaded, nowhere_to_run
 from torch_jit_ops.builder.unit import Unit, include_dir
-from torch_jit_ops.store import cache, lock
+from torch_jit_ops.store import lock
+from torch_jit_ops.store.dependencies import states_of
+from torch_jit_ops.store.digests import digest_of_record
+from torch_jit_ops.store.record import LOG
+from torch_jit_ops.store.search_path import search_path
+from torch_jit_ops.store.store import Store
+from torch_jit_ops.store.temporary import temporary_folder
 
-_results: dict[tuple[Unit, tuple[Path, ...]], Future[Loaded]] = {}
-_builders: dict[Future[Loaded], int] = {}  # the threads
+_results: dict[tuple[Unit, tuple[Path, ...]], Future[Loaded]] = process.keep({})
+_builders: dict[Future[Loaded], int] = process.keep({})  # the threads
 _results_lock = forks.Lock()
 
 
@@ -54,7 +60,7 @@ def load(unit: Unit, meanwhile: Callable[[], object] | None = None) -> Loaded:
         UntrustedCache: others could have written the kernel.
         Reentered: this thread is in the middle of it, and called from a signal handler.
     """
-    stores = cache.stores()
+    stores = search_path()
     key = (unit, tuple(store.root for store in stores))
     with _results_lock:
         result = _results.get(key)
@@ -89,7 +95,7 @@ def load(unit: Unit, meanwhile: Callable[[], object] | None = None) -> Loaded:
 
 def forget(unit: Unit) -> None:
     """Have the next ``load`` look into the stores again, and build again what could not be built. A build under way goes on."""
-    key = (unit, tuple(store.root for store in cache.stores()))
+    key = (unit, tuple(store.root for store in search_path()))
     with _results_lock:
         if key in _results and _results[key].done():
             del _results[key]
@@ -97,14 +103,14 @@ def forget(unit: Unit) -> None:
 
 def find(unit: Unit) -> Loaded | None:
     """Load the unit's library if it is in a store; None if it would have to be compiled."""
-    stores = cache.stores()
+    stores = search_path()
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         return None
     compiler = compilers.compiler_of(unit, stores[-1])
     return _look(unit, unit.key(), stores, compiler, time.monotonic(), repair=False)
 
 
-def _load(unit: Unit, stores: tuple[cache.Store, ...], meanwhile: Callable[[], object] | None) -> Loaded:
+def _load(unit: Unit, stores: tuple[Store, ...], meanwhile: Callable[[], object] | None) -> Loaded:
     """The steps, in their order."""
     key = unit.key()
     store = stores[-1]
@@ -125,12 +131,12 @@ def _load(unit: Unit, stores: tuple[cache.Store, ...], meanwhile: Callable[[], o
         loaded = look(repair=True)
         if loaded is not None:
             return loaded
-        inputs = cache.digest_of_record([compiler, cache.states_of((*unit.include, include_dir()))])
+        inputs = digest_of_record([compiler, states_of((*unit.include, include_dir()))])
         failure = held.failure(inputs)
         if failure is not None:
             raise errors.told(failure)
         try:
-            with progress.building(f"{unit.label} for {unit.target()}", store.usual_seconds(unit.name, unit.backend)):
+            with progress.building(f"{unit.label} for {unit.target()}", store.usual_seconds(unit.name, unit.backend.name)):
                 return _build(unit, store, key, compiler)
         except BuildError as error:
             held.tell_failure(inputs, str(error))
@@ -138,7 +144,7 @@ def _load(unit: Unit, stores: tuple[cache.Store, ...], meanwhile: Callable[[], o
 
 
 def _look(
-    unit: Unit, key: str, stores: tuple[cache.Store, ...], compiler: str | None, start: float, *, repair: bool
+    unit: Unit, key: str, stores: tuple[Store, ...], compiler: str | None, start: float, *, repair: bool
 ) -> Loaded | None:
     """Load the unit from the first store that has it."""
     for store in stores:
@@ -146,6 +152,7 @@ def _look(
         if path is None:
             continue
         try:
+            shared_object.preload(unit.libraries())
             return Loaded(shared_object.open_from(store, path), path, time.monotonic() - start, compiled=False)
         except OSError as error:  # built on a newer system; or pruned just now
             if OF_THIS_MOMENT.search(str(error)):
@@ -155,7 +162,7 @@ def _look(
     return None
 
 
-def _build(unit: Unit, store: cache.Store, key: str, compiler: str | None) -> Loaded:
+def _build(unit: Unit, store: Store, key: str, compiler: str | None) -> Loaded:
     """Build in a staging folder of the store; if that is full or runs no programs, once more in a temporary one."""
     staging = store.staging()
     try:
@@ -168,7 +175,7 @@ def _build(unit: Unit, store: cache.Store, key: str, compiler: str | None) -> Lo
             if not inside:
                 raise nowhere_to_run(error, store) from error
             store.warn_of_noexec()
-            elsewhere = cache.temporary_folder
+            elsewhere = temporary_folder
         elif inside and log.is_disk_full(f"{error}\n{error.__cause__}"):
             elsewhere = functools.partial(store.temporary, "No space left on device")
         else:
@@ -177,12 +184,13 @@ def _build(unit: Unit, store: cache.Store, key: str, compiler: str | None) -> Lo
     return _build_in(elsewhere(), unit, store, key, compiler)
 
 
-def _build_in(staging: Path, unit: Unit, store: cache.Store, key: str, compiler: str | None) -> Loaded:
+def _build_in(staging: Path, unit: Unit, store: Store, key: str, compiler: str | None) -> Loaded:
     """Compile and load in the folder, and only then publish."""
     from torch_jit_ops.builder import compile
 
     start, started_ns = time.monotonic(), time.time_ns()
     try:
+        shared_object.preload(unit.libraries())  # PyTorch, too, loads what it has built
         compiled = compile.compile_unit(unit, staging)
         loaded = Loaded(shared_object.open_library(compiled.library), compiled.library, time.monotonic() - start, compiled=True)
         dependencies = compile.files_read(unit, compiled)
@@ -194,7 +202,7 @@ def _build_in(staging: Path, unit: Unit, store: cache.Store, key: str, compiler:
         facts = {**unit.facts(), "compiler": compiler, "seconds": round(loaded.seconds, 3)}
         return replace(loaded, path=store.publish(staging, unit.name, key, compiled.library, dependencies, facts))
     except BaseException:
-        if not (staging / cache.LOG).exists():  # nobody was told of the folder
+        if not (staging / LOG).exists():  # nobody was told of the folder
             shutil.rmtree(staging, ignore_errors=True)
         raise
 
@@ -214,10 +222,10 @@ def _refuse_during_capture(unit: Unit) -> None:
         )
 
 
-def _not_in_the_cache(unit: Unit, stores: tuple[cache.Store, ...]) -> str:
+def _not_in_the_cache(unit: Unit, stores: tuple[Store, ...]) -> str:
     namespace, _, name = unit.name.partition(".")
-    arch = f" --arch {unit.arch}" if unit.backend == "cuda" else ""
-    command = f"python -m torch_jit_ops build {namespace}::{name} --backend {unit.backend}{arch}"
+    arch = f" --arch {unit.arch}" if unit.backend.builds_for_others else ""
+    command = f"python -m torch_jit_ops build {namespace}::{name} --backend {unit.backend.name}{arch}"
     if not name:
         command = "python -m torch_jit_ops build"  # always builds the dispatcher
     if unit.name.startswith(("module.", "runtime.")):

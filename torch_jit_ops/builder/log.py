@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from torch_jit_ops.store import cache
 from torch_jit_ops.store.forms import printable
+from torch_jit_ops.store.record import LOG
 
 # The first pattern that the log has decides. A remedy may use groups of its pattern: {0} is the first.
 _REMEDIES = tuple(
@@ -52,12 +52,23 @@ _ERROR_LINE = re.compile(
 # GNU ld and gold; lld, mold.
 _UNDEFINED = re.compile(r"undefined reference to [`'](.+)'$|undefined symbol: (.+)$", re.MULTILINE)
 _SYMBOLS = 3
+_NO_LIBRARY = re.compile(
+    r"cannot find (-l\S+?)(?=: No such file|$)|unable to find library (-l\S+)|library not found: (\S+)", re.MULTILINE
+)
+_LINK_REMEDIES = (
+    (
+        _NO_LIBRARY,
+        "install it, or name its folder in ldflags, -L/folder and -Wl,-rpath,/folder; for one of a wheel, library_of(...)",
+    ),
+    (_UNDEFINED, "name in ldflags the library that has it, or behind the first source the one that defines it"),
+)
+_NONE: Mapping[str, Sequence[str]] = {}
 _NINJA_LINE = re.compile(r"^Error building extension|^\[\d+/\d+\] |^FAILED: |^ninja: build stopped| -c .* -o ")
 
 
 def remedy_for(log: str) -> str | None:
     """What to do about the failure that the log tells of; None if the cause is not known for certain."""
-    for pattern, remedy in _REMEDIES:
+    for pattern, remedy in (*_REMEDIES, *_LINK_REMEDIES):
         found = pattern.search(log)
         if found is not None:
             return remedy.format(*found.groups())
@@ -75,19 +86,23 @@ def unknown_gpu(log: str) -> str | None:
     return found[1] if found else None
 
 
-def undefined_symbols(log: str) -> list[str]:
-    """The functions and variables that a linker did not find, as C++ writes them, the first few."""
-    found = dict.fromkeys(found[1] or found[2] for found in _UNDEFINED.finditer(log))
-    more = [f"and {len(found) - _SYMBOLS} more"] if len(found) > _SYMBOLS else []
-    return [*(f"undefined symbol: {name}" for name in [*found][:_SYMBOLS]), *more]
+def not_linked(log: str) -> list[str]:
+    """What a linker did not find, the first few: libraries; else functions and variables, as C++ writes them."""
+    for pattern, what in ((_NO_LIBRARY, "library not found"), (_UNDEFINED, "undefined symbol")):
+        found = list(dict.fromkeys(next(filter(None, found.groups())) for found in pattern.finditer(log)))
+        if found:
+            more = [f"and {len(found) - _SYMBOLS} more"] if len(found) > _SYMBOLS else []
+            return [*(f"{what}: {name}" for name in found[:_SYMBOLS]), *more]
+    return []
 
 
-def first_errors(log: str, include: Mapping[str, Path]) -> list[str]:
+def first_errors(log: str, include: Mapping[str, Path], inlined: Mapping[str, Sequence[str]] = _NONE) -> list[str]:
     """The first errors, as ``csrc/norm.cu:23: what is wrong``; without any, what else speaks of errors, or the last lines.
 
     Args:
         log: what ninja and the compilers wrote.
         include: folders, by what compilers call them, whose files are named with the folder's own name alone.
+        inlined: the lines of the sources that are no files, by what compilers call them. Nobody could look them up.
     """
     roots = sorted(((name + os.sep, folder.name) for name, folder in include.items()), key=lambda pair: -len(pair[0]))
     errors: list[str] = []
@@ -100,7 +115,10 @@ def first_errors(log: str, include: Mapping[str, Path]) -> list[str]:
             if file.startswith(prefix):
                 file = f"{printable(short)}/{file.removeprefix(prefix)}"
                 break
-        text = f"{Path(file).name if file.startswith('/') else file}:{found['nv'] or found['gcc']}: {found['text']}"
+        number = int(found["nv"] or found["gcc"])
+        text = f"{Path(file).name if file.startswith('/') else file}:{number}: {found['text']}"
+        if 0 < number <= len(inlined.get(file, ())):
+            text += f"\n    {printable(inlined[file][number - 1].strip())}"
         if text not in errors:
             errors.append(text)
     if errors:
@@ -119,30 +137,39 @@ def text_of(error: Exception) -> str:
 
 def keep(log: str, staging: Path) -> Path:
     """Write the log into the staging folder, unless the disk is full."""
-    file = staging / cache.LOG
+    file = staging / LOG
     with contextlib.suppress(OSError):
         file.write_text(log, errors="replace")
     return file
 
 
-def distill(log: str, label: str, where: str, include: Mapping[str, Path], file: Path, *, loading: bool) -> str:
+def distill(
+    log: str,
+    label: str,
+    where: str,
+    include: Mapping[str, Path],
+    file: Path,
+    *,
+    loading: bool,
+    inlined: Mapping[str, Sequence[str]] = _NONE,
+) -> str:
     """The first errors of a compiler's log, where the whole log is, and what to do about it if that is known.
 
     Args:
         log: what ninja and the compilers wrote.
         label: what was built, for people.
         where: for which backend and architecture.
-        include: see ``first_errors``.
+        include, inlined: see ``first_errors``.
         file: the whole log.
         loading: the library was made, and the system does not load it.
     """
-    undefined = undefined_symbols(log)
+    lacking = not_linked(log)
     known = remedy_for(log)
-    failed = "cannot be loaded" if loading else "did not link" if undefined else "did not compile"
+    failed = "cannot be loaded" if loading else "did not link" if lacking else "did not compile"
     return "\n  ".join(
         (
             f"{label} {failed} ({where})",
-            *(undefined or first_errors(log, include)),
+            *(lacking or first_errors(log, include, inlined)),
             f"full log: {file}",
             *([f"remedy: {known}"] if known else []),
         )

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch_jit_ops import forks
 from torch_jit_ops.builder.unit import ABI_VERSION
-from torch_jit_ops.store import cache
+from torch_jit_ops.store.store import Store
+from torch_jit_ops.store.temporary import temporary_folder
 
 # What dlopen says of whole libraries: the file system is mounted noexec; the process has no room.
 NOEXEC = re.compile(r"failed to map segment from shared object(?!.*(?:allocate|memory))")
@@ -45,6 +48,20 @@ class Loaded:
         return str(function().decode())
 
 
+def preload(libraries: Iterable[Path]) -> None:
+    """Load what a library is linked with, so that the system finds it by its name, wherever the library was built.
+
+    Raises:
+        OSError: the system does not load it.
+    """
+    for library in libraries:
+        try:
+            ctypes.CDLL(library.name, mode=os.RTLD_NOLOAD)  # PyTorch may have loaded it, from another folder
+        except OSError:
+            with forks.held_off():
+                ctypes.CDLL(str(library))
+
+
 def open_library(path: Path) -> ctypes.CDLL:
     """Load a library into this process.
 
@@ -60,7 +77,7 @@ def open_library(path: Path) -> ctypes.CDLL:
     return library
 
 
-def open_from(store: cache.Store, path: Path) -> ctypes.CDLL:
+def open_from(store: Store, path: Path) -> ctypes.CDLL:
     """Load a library of a store, or a temporary copy of it where the system runs no programs from the store."""
     try:
         return open_library(path)
@@ -68,7 +85,7 @@ def open_from(store: cache.Store, path: Path) -> ctypes.CDLL:
         if NOEXEC.search(str(error)) is None:
             raise
     store.warn_of_noexec()
-    copy = cache.temporary_folder() / path.name
+    copy = temporary_folder() / path.name
     shutil.copyfile(path, copy)
     try:
         return open_library(copy)
@@ -76,7 +93,7 @@ def open_from(store: cache.Store, path: Path) -> ctypes.CDLL:
         raise nowhere_to_run(error, store) from error
 
 
-def nowhere_to_run(error: OSError, store: cache.Store) -> Exception:
+def nowhere_to_run(error: OSError, store: Store) -> Exception:
     """The error to raise for one of a library in a temporary folder."""
     if NOEXEC.search(str(error)) is None:
         return error

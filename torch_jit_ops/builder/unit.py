@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import functools
+import re
+import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from torch_jit_ops.backends import toolchain
-from torch_jit_ops.store import cache
+from torch_jit_ops.backends import Backend, named
+from torch_jit_ops.backends.wheels import WheelLibrary
+from torch_jit_ops.store.digests import digest_of_record
 
 ABI_VERSION = 1  # kAbiVersion of include/jitk/abi.h
-# -O is for the host code alone, most of which runs once an error occurs; ptxas optimises fully by default.
-_CUDA_FLAGS = ("-O1", "-Xcompiler=-fvisibility=hidden")
-_CPU_FLAGS = ("-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")
-# -G makes line numbers by itself, and says so where it meets -lineinfo.
-_CUDA_DEBUG = ("-g", "-G", "-Xcompiler=-O0", "-DJITK_DEBUG")
-_CPU_DEBUG = ("-O0", "-g", "-DJITK_DEBUG")
 _STANDARD = "-std=c++17"
 
 
@@ -28,24 +26,32 @@ class Unit:
     Attributes:
         name: what is built, for folders, progress and errors: ``jitk.silu_and_mul``.
         label: the same for people: ``jitk::silu_and_mul<bf16_t>``.
-        backend: ``"cuda"`` or ``"cpu"``.
+        backend: where it runs.
         arch: ``"9.0a"`` for CUDA, an x86-64 level for CPU.
         text: the translation unit.
         include: folders to search, in this order, before the headers of this package.
         flags: further flags of nvcc or the C++ compiler.
         torch: whether the unit includes PyTorch's headers, and so depends on its version.
+        beside: further translation units, compiled at the same time and linked with it.
+        ldflags: what to link: flags of the linker, and libraries of wheels.
         debug: build it for debuggers: unoptimised, and with checks of indices.
     """
 
     name: str
     label: str
-    backend: str
+    backend: Backend
     arch: str
     text: str
     include: tuple[Path, ...] = ()
     flags: tuple[str, ...] = ()
     torch: bool = False
+    beside: tuple[str, ...] = ()
+    ldflags: tuple[str | WheelLibrary, ...] = ()
     debug: bool = False
+
+    def __post_init__(self) -> None:  # until the last modules that give a name are merged
+        if isinstance(self.backend, str):
+            object.__setattr__(self, "backend", named(self.backend))
 
     def roots(self) -> dict[str, Path]:
         """The folders by whose names files are recorded."""
@@ -55,31 +61,76 @@ class Unit:
     def compile_flags(self) -> tuple[str, ...]:
         """The flags that decide the machine code; no paths."""
         standard = () if any(flag.startswith("-std=") for flag in self.flags) else (_STANDARD,)
-        if self.backend == "cuda":
-            target = (toolchain.gencode(self.arch), f"-DJITK_CUDA_ARCH={toolchain.arch_number(self.arch)}")
-            return (*_CUDA_FLAGS, *standard, *target, *self.flags, *(_CUDA_DEBUG if self.debug else ()))
-        return (*_CPU_FLAGS, *standard, toolchain.march(self.arch), *self.flags, *(_CPU_DEBUG if self.debug else ()))
+        debug = self.backend.debug_flags if self.debug else ()
+        return (*self.backend.flags, *standard, *self.backend.arch_flags(self.arch), *self.flags, *debug)
+
+    def link_flags(self) -> tuple[str, ...]:
+        """The words for the linker, which name the folders of wheels.
+
+        Raises:
+            MissingWheel: one is not installed.
+        """
+        flags = (flag.flags() if isinstance(flag, WheelLibrary) else shlex.split(flag) for flag in self.ldflags)
+        return tuple(word for words in flags for word in words)
+
+    def linked(self) -> tuple[str, ...]:
+        """The same for the key: a library of a wheel by its file's name alone, wherever the wheel is.
+
+        Raises:
+            MissingWheel: one is not installed.
+        """
+        return tuple(f"-l:{flag.file().name}" if isinstance(flag, WheelLibrary) else flag for flag in self.ldflags)
+
+    def libraries(self) -> tuple[Path, ...]:
+        """The libraries of wheels that must be loaded before this one.
+
+        Raises:
+            MissingWheel: one is not installed.
+        """
+        return tuple(flag.file() for flag in self.ldflags if isinstance(flag, WheelLibrary))
 
     def target(self) -> str:
         """What it is compiled for, for people: ``sm_90a``."""
-        return f"sm_{self.arch.replace('.', '')}" if self.backend == "cuda" else self.arch
+        return self.backend.target(self.arch)
 
     def key(self) -> str:
         """Digest of all that is known before compiling."""
         versions = [ABI_VERSION, torch.__version__ if self.torch else None]
-        return cache.digest_of_record([self.backend, self.text, self.compile_flags(), versions])
+        texts = [self.text, *self.beside]
+        return digest_of_record([self.backend.name, texts, self.compile_flags(), self.linked(), versions])
 
     def facts(self) -> dict[str, object]:
         """What the store keeps about it beside its key, for people and for the question why it is built again."""
         return {
             "name": self.name,
             "label": self.label,
-            "backend": self.backend,
+            "backend": self.backend.name,
             "arch": self.arch,
-            "flags": self.compile_flags(),
+            "flags": (*self.compile_flags(), *self.linked()),
             "abi": ABI_VERSION,
             "torch": torch.__version__ if self.torch else None,
         }
+
+
+def file_name(name: str, backend: Backend) -> str:
+    """The name of the generated source of a unit."""
+    return f"{re.sub(r'[^A-Za-z0-9_]+', '_', name)}{backend.suffixes[0]}"
+
+
+def inlined(name: str, text: str) -> str:
+    """A source that is no file, for the text of a unit: compilers call it ``name``, and count its own lines."""
+    return f'#line 1 "{name}"\n{text}\n'
+
+
+def line_directive(text: str, name: str, backend: str) -> str:
+    """A line behind inlined sources: what follows is in the generated source again, and not the author's."""
+    return f'#line {text.count(chr(10)) + 2} "{file_name(name, named(backend))}"\n'
+
+
+def inlined_in(text: str) -> Iterator[tuple[str, list[str]]]:
+    """The names and the lines of the sources that are no files."""
+    parts = re.split(r'^#line 1 "([^"]+)"$\n', text, flags=re.MULTILINE)[1:]
+    yield from ((name, lines.split("\n")) for name, lines in zip(parts[::2], parts[1::2], strict=True))
 
 
 def include_dir() -> Path:

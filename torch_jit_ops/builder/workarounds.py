@@ -6,22 +6,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import re
 import shlex
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch_jit_ops.store import files
+
 LINKS = "links"  # folder of links in a staging folder, which go after the build
-
-# cpp_extension quotes some paths for the shell, and none for ninja; compilers write them into depfiles as they please.
-_PLAIN = re.compile(r"[A-Za-z0-9/._+~-]+")
-
-
-def is_plain(path: str | Path) -> bool:
-    """Whether every build tool takes the path as it is, without quotes."""
-    return _PLAIN.fullmatch(str(path)) is not None
 
 
 def quoted(flags: Iterable[str]) -> list[str]:
@@ -55,7 +48,7 @@ def link(staging: Path, name: str, target: Path) -> Path:
 def plain_folders(staging: Path, folders: Iterable[Path]) -> list[Path]:
     """The folders, in their order, each by a name that needs no quotes."""
     return [
-        folder if is_plain(folder) else link(staging, f"include{index}", folder.absolute())
+        folder if files.is_plain(folder) else link(staging, f"include{index}", folder.absolute())
         for index, folder in enumerate(folders)
     ]
 
@@ -75,7 +68,7 @@ _here = threading.local()
 def started_by(command: Sequence[str], staging: Path) -> Iterator[None]:
     """Have ``cpp_extension`` start the C++ compiler by this command, and take no lock, in this thread while the block runs."""
     _install()
-    if len(command) > 1 or not is_plain(command[0]):
+    if len(command) > 1 or not files.is_plain(command[0]):
         program = staging / LINKS / "c++"
         program.parent.mkdir(exist_ok=True)
         program.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')

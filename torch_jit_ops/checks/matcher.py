@@ -128,14 +128,17 @@ def _layout(who: str, name: str, form: re.Match[str], has_leading: bool, fixed: 
     return layout.Layout(strides=tuple(None if entry == "*" else int(entry) for entry in entries[has_leading:]))
 
 
-def verify(who: str, patterns: Sequence[TensorPattern], given: Mapping[str, Any], kernels: Sequence[torch.dtype]) -> None:
+Kernels = Callable[[str], Sequence[torch.dtype]]
+
+
+def verify(who: str, patterns: Sequence[TensorPattern], given: Mapping[str, Any], kernels: Kernels) -> None:
     """Raise unless the tensors of a call are what the patterns say, and on one device.
 
     Args:
         who: the op, for errors.
         patterns: in the order of the arguments.
         given: arguments by name; those that are no tensors, or for which there is no pattern, may be anything.
-        kernels: dtypes that have kernels, for errors.
+        kernels: dtypes of an argument that have kernels, for errors.
 
     Raises:
         RuntimeError: they are not.
@@ -147,7 +150,7 @@ def verify(who: str, patterns: Sequence[TensorPattern], given: Mapping[str, Any]
             _verify(who, pattern, tensor, bound, kernels)
 
 
-def _verify(who: str, pattern: TensorPattern, tensor: Tensor, bound: _Bound, kernels: Sequence[torch.dtype]) -> None:
+def _verify(who: str, pattern: TensorPattern, tensor: Tensor, bound: _Bound, kernels: Kernels) -> None:
     def require(condition: bool | torch.SymBool, why: str) -> None:
         _require(condition, lambda: _refusal(who, pattern, tensor, bound, why))
 
@@ -175,7 +178,8 @@ def _verify(who: str, pattern: TensorPattern, tensor: Tensor, bound: _Bound, ker
     for dim, condition in layout.unmet(tensor, pattern.layout):
         require(condition, _why_not_so(pattern, tensor, dim))
     if pattern.dtypes:
-        served = f"; kernels take {', '.join(map(_shown, kernels))}" if set(kernels) < set(pattern.dtypes) else ""
+        some = kernels(pattern.name)
+        served = f"; kernels take {', '.join(map(_shown, some))}" if set(some) < set(pattern.dtypes) else ""
         require(tensor.dtype in pattern.dtypes, f"dtype {_shown(tensor.dtype)} is not among those expected{served}")
     expected = bound.dtypes.get(pattern.dtype_of or "", tensor.dtype)
     require(tensor.dtype == expected, f"dtype was bound to {_shown(expected)} by '{pattern.dtype_of}'")

@@ -20,9 +20,11 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from torch_jit_ops import dispatcher, environment, registry
+from torch_jit_ops import backends, dispatcher, environment, registry
+from torch_jit_ops.ahead.why import Difference, Finding, explain
 from torch_jit_ops.cli import build, screen
-from torch_jit_ops.store import bundle, cache, forms, listing, prune
+from torch_jit_ops.store import bundle, forms, listing, prune
+from torch_jit_ops.store.search_path import default_store, search_path
 
 _OPS = {"nargs": "*", "metavar": "op", "help": "names, as silu_and_mul or jitk::silu_and_mul (default: all)"}
 
@@ -63,13 +65,13 @@ def run(options: argparse.Namespace) -> int:
 
 def _dir(options: argparse.Namespace) -> int:
     """Print the folder of the store; JITK_CACHE_DIR sets it."""
-    print(cache.default_store().root)
+    print(default_store().root)
     return 0
 
 
 def _list(options: argparse.Namespace) -> int:
     """List the variants that are in the store, the largest first."""
-    found = sorted(listing.variants(cache.default_store(), options.ops), key=lambda variant: -variant.bytes)
+    found = sorted(listing.variants(default_store(), options.ops), key=lambda variant: -variant.bytes)
     if options.json:
         extra = [{"folder": str(each.folder), "bytes": each.bytes, "used": each.used} for each in found]
         print(json.dumps([{**each.record, **more} for each, more in zip(found, extra, strict=True)], indent=1))
@@ -77,33 +79,34 @@ def _list(options: argparse.Namespace) -> int:
     table = screen.table("kernel", "for", "size", "compiled in", "used")
     for each in found:
         record = each.record
+        target = backends.named(record["backend"]).target(record["arch"])
         took, used = f"{record['seconds']:.1f} s", time.strftime("%Y-%m-%d %H:%M", time.localtime(each.used))
         table.add_row(
-            forms.printable(record["label"]), _target(record["backend"], record["arch"]), screen.size(each.bytes), took, used
+            forms.printable(record["label"]),
+            target,
+            screen.size(each.bytes),
+            took,
+            used,
         )
     screen.show(table)
-    print(f"{len(found)} variants, {screen.size(sum(each.bytes for each in found))} in {cache.default_store().root}")
+    print(f"{len(found)} variants, {screen.size(sum(each.bytes for each in found))} in {default_store().root}")
     return 0
-
-
-def _target(backend: str, arch: str) -> str:
-    return f"sm_{arch.replace('.', '')}" if backend == "cuda" else arch
 
 
 def _why(options: argparse.Namespace) -> int:
     """Say of each kernel that an op needs whether it is in the store. If it is not: which input of its key (a file, the
     compiler, a flag, the architecture, the ABI, PyTorch) differs from the variant that comes nearest."""
     units = [dispatcher.unit()] if options.op == "dispatcher" else [each.unit() for each in build.chosen([options.op], options)]
-    findings = [listing.why(unit, cache.stores()) for unit in units]
+    findings = [explain(unit, search_path()) for unit in units]
     if options.json:
         print(json.dumps([_plain(finding) for finding in findings], indent=1))
         return 0
     for finding in findings:
-        name = f"{finding.unit.label} for {_target(finding.unit.backend, finding.unit.arch)}"
+        name = f"{finding.unit.label} for {finding.unit.target()}"
         if finding.present is not None:
             print(f"{name}: in the store\n  {finding.present}")
         elif finding.nearest is None:
-            print(f"{name}: would be compiled; no {finding.unit.backend} variant of this op is in the store")
+            print(f"{name}: would be compiled; no {finding.unit.backend.name} variant of this op is in the store")
         else:
             print(f"{name}: would be compiled; what differs from the nearest variant, {finding.nearest.folder}:")
             for difference in finding.differences:
@@ -111,12 +114,12 @@ def _why(options: argparse.Namespace) -> int:
     return 0
 
 
-def _line(difference: listing.Difference) -> str:
+def _line(difference: Difference) -> str:
     """A line of text, of which a terminal obeys nothing."""
     return "  " + forms.printable(_text(difference))
 
 
-def _text(difference: listing.Difference) -> str:
+def _text(difference: Difference) -> str:
     if "\n" in f"{difference.was}{difference.now}":
         return f"{difference.what}: another text"
     if difference.now is None:
@@ -124,10 +127,10 @@ def _text(difference: listing.Difference) -> str:
     return f"{difference.what}: {difference.now}" + (f", was {difference.was}" if difference.was is not None else " is new")
 
 
-def _plain(finding: listing.Finding) -> dict[str, object]:
+def _plain(finding: Finding) -> dict[str, object]:
     return {
         "kernel": finding.unit.label,
-        "backend": finding.unit.backend,
+        "backend": finding.unit.backend.name,
         "arch": finding.unit.arch,
         "present": finding.present and str(finding.present),
         "nearest": finding.nearest and str(finding.nearest.folder),
@@ -138,7 +141,7 @@ def _plain(finding: listing.Finding) -> dict[str, object]:
 def _prune(options: argparse.Namespace) -> int:
     """Remove variants that nobody used for --max-age days, then those unused for longest until the rest fits into --max-size.
     Builds do the same in passing. What failed builds left goes too, with their logs."""
-    store = cache.default_store()
+    store = default_store()
     max_bytes = environment.cache_bytes() if options.max_size is None else options.max_size
     max_age_s = prune.AGE_S if options.max_age is None else options.max_age * prune.DAY_S
     pruned = store.prune(max_bytes, max_age_s)
@@ -159,7 +162,7 @@ def _bytes(text: str) -> int:
 def _clear(options: argparse.Namespace) -> int:
     """Remove all variants from the store, or those of the named ops, and what failed builds left. Processes that have loaded
     one keep it."""
-    store = cache.default_store()
+    store = default_store()
     # Without names also what is damaged and has no name that could be read.
     folders = [each.folder for each in listing.variants(store, options.ops)] if options.ops else list(store.variants())
     kept = [folder for folder in folders if not store.remove(folder)]
@@ -177,7 +180,7 @@ def _export(options: argparse.Namespace) -> int:
     """Write the variants in the store, or those of the named ops and the dispatcher, into one .tar.gz."""
     registry.find_ops(options.ops or None)
     wanted = [*options.ops, "(dispatcher)"] if options.ops else []
-    count = bundle.export_variants(options.file, listing.variants(cache.default_store(), wanted))
+    count = bundle.export_variants(options.file, listing.variants(default_store(), wanted))
     print(f"{options.file}: {count} variants, {screen.size(options.file.stat().st_size)}")
     return 0
 
@@ -185,7 +188,7 @@ def _export(options: argparse.Namespace) -> int:
 def _import(options: argparse.Namespace) -> int:
     """Put the variants of a bundle into the store. It is refused whole if a digest is wrong, a name leads elsewhere, or a
     member is no plain file. A bundle holds code: import those of people whom you would let run a program."""
-    store = cache.default_store()
+    store = default_store()
     count = bundle.import_variants(options.file, store)
     print(f"{count} variants of {options.file} are in {store.root}")
     return 0

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from torch_jit_ops.backends import toolchain
+from torch_jit_ops.backends import CPU, CUDA, MissingCompiler, Toolkit
 from torch_jit_ops.builder import loader
 
 _MARK = "# Written by python -m torch_jit_ops clangd, which replaces it when it is run again.\n"
@@ -36,10 +36,10 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"there is no folder {options.folder}")
     if file.exists() and not file.read_text().startswith(_MARK) and not options.force:
         raise FileExistsError(f"{file} was written by somebody else; --force replaces it")
-    arch = options.arch or (toolchain.device_arch(0) if torch.cuda.is_available() else "9.0a")
+    arch = options.arch or (CUDA.arch_of(0) if CUDA.is_here() else "9.0a")
     try:
-        toolkit = toolchain.cuda_toolkit()
-    except toolchain.MissingCompiler as missing:
+        toolkit = CUDA.toolkit()
+    except MissingCompiler as missing:
         print(f"without CUDA: {missing}")
         toolkit = None
     file.write_text(configuration(options.folder.resolve(), arch, toolkit))
@@ -47,18 +47,18 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def configuration(folder: Path, arch: str, toolkit: toolchain.Toolkit | None) -> str:
+def configuration(folder: Path, arch: str, toolkit: Toolkit | None) -> str:
     """The text of a .clangd for the sources in ``folder``."""
     own = [
         place for name in ("include", "csrc") for place in sorted({folder / name, *folder.glob(f"*/{name}")}) if place.is_dir()
     ]
     include = [f"-I{place}" for place in dict.fromkeys([*own, loader.include_dir()])]
-    cpu = loader.Unit("", "", "cpu", toolchain.host_isa(), "").compile_flags()
+    cpu = loader.Unit("", "", CPU, CPU.arch_of(), "").compile_flags()
     parts = [_part(None, [*include, "-xc++", *cpu])]
     if toolkit is not None:
-        flags = loader.Unit("", "", "cuda", arch, "").compile_flags()
+        flags = loader.Unit("", "", CUDA, arch, "").compile_flags()
         cuda = [flag for flag in flags if not flag.startswith(_NO_SUCH_IN_CLANG)]
-        cuda += ["-xcuda", f"--cuda-path={toolkit.home}", f"--cuda-gpu-arch=sm_{arch.replace('.', '')}"]
+        cuda += ["-xcuda", f"--cuda-path={toolkit.home}", f"--cuda-gpu-arch={CUDA.target(arch)}"]
         # clangd only reads: it needs no device library, and knows the newest CUDA well enough.
         cuda += ["-nogpulib", "-Wno-unknown-cuda-version", *(f"-I{place}" for place in toolkit.include)]
         parts.append(_part(r".*\.cuh?", cuda))

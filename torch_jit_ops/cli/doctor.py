@@ -30,10 +30,12 @@ from pathlib import Path
 import torch
 
 from torch_jit_ops import environment
-from torch_jit_ops.backends import toolchain
-from torch_jit_ops.builder import compiler_jobs, loader
+from torch_jit_ops.backends import CPU, CUDA, MissingCompiler, programs
+from torch_jit_ops.builder import compiler_jobs, compilers, loader
 from torch_jit_ops.cli import screen
-from torch_jit_ops.store import cache, trust
+from torch_jit_ops.store import files
+from torch_jit_ops.store.search_path import default_store, search_path
+from torch_jit_ops.store.store import Store
 
 _OLDEST_TORCH = (2, 11)
 _OLDEST_GCC = 11
@@ -123,15 +125,15 @@ def _settings() -> Iterator[Check]:
             yield Check("environment", "note", f"{name} is set, and nothing reads it", remedy)
     environment.verbosity(), environment.fallback_is_error()  # each refuses what it does not know
     if environment.cuda_arch() is not None:
-        toolchain.gencode(str(environment.cuda_arch()))
+        CUDA.check_arch(str(environment.cuda_arch()))
     yield Check("environment", "ok", " ".join(f"{name}={value}" for name, value in given.items()) or "no JITK_ variable is set")
 
 
 def _cpp_compiler() -> Iterator[Check]:
-    command = toolchain.host_command()
-    identity = toolchain.compiler_identity(command, Path(os.devnull))
+    command = programs.host_command()
+    identity = compilers.compiler_identity(command, Path(os.devnull))
     started = f", started as {' '.join(command)}" if len(command) > 1 else ""
-    check = Check("C++ compiler", "ok", f"{identity}, {toolchain.host_compiler()}{started}")
+    check = Check("C++ compiler", "ok", f"{identity}, {programs.host_compiler()}{started}")
     version = re.search(r"(\d+)\.\d+\.\d+\s*$", identity)
     if version is not None and "clang" not in identity and int(version[1]) < _OLDEST_GCC:
         check = replace(check, state="problem", remedy="install g++ 11 or newer, and set CXX to it")
@@ -139,7 +141,7 @@ def _cpp_compiler() -> Iterator[Check]:
 
 
 def _ninja() -> Iterator[Check]:
-    program = toolchain.ninja()
+    program = programs.ninja()
     said = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout.strip()
     yield Check("ninja", "ok", f"{said}, {program}")
 
@@ -147,8 +149,8 @@ def _ninja() -> Iterator[Check]:
 def _cuda_compiler() -> Iterator[Check]:
     if not _cuda_should_work():
         return
-    toolkit = toolchain.cuda_toolkit()
-    identity = toolchain.compiler_identity(toolkit.nvcc, Path(os.devnull))
+    toolkit = CUDA.toolkit()
+    identity = compilers.compiler_identity(toolkit.nvcc, Path(os.devnull))
     version = tuple(map(int, re.search(r"release (\d+)\.(\d+)", identity).groups()))  # type: ignore[union-attr]
     check = Check("nvcc", "ok", f"{version[0]}.{version[1]}, {toolkit.nvcc} (found by: {toolkit.found_by})")
     if version < _OLDEST_NVCC:
@@ -172,7 +174,7 @@ def _gpus() -> Iterator[Check]:
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
         driver = f", driver {listed[0][1]}" if listed else ""
-        arch = toolchain.device_arch(index)
+        arch = CUDA.arch_of(index)
         check = Check("GPU", "ok", f"cuda:{index} {torch.cuda.get_device_name(index)}, kernels for {arch}{driver}")
         if known and f"sm_{major}{minor}" not in known:
             check = replace(
@@ -193,14 +195,14 @@ def _nvidia_smi() -> list[list[str]]:
 
 def _archs_of_nvcc() -> list[str]:
     try:
-        command = [toolchain.cuda_toolkit().nvcc, "--list-gpu-code"]
+        command = [CUDA.toolkit().nvcc, "--list-gpu-code"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    except (toolchain.MissingCompiler, OSError, subprocess.SubprocessError):
+    except (MissingCompiler, OSError, subprocess.SubprocessError):
         return []
 
 
 def _cache() -> Iterator[Check]:
-    *shared, store = cache.stores()
+    *shared, store = search_path()
     for each in shared:
         if each.root.is_dir():
             yield from _shared(each)
@@ -221,10 +223,10 @@ def _cache() -> Iterator[Check]:
     yield check
 
 
-def _shared(store: cache.Store) -> Iterator[Check]:
+def _shared(store: Store) -> Iterator[Check]:
     try:
-        trust.check(store.root)
-    except (OSError, trust.UntrustedCache) as error:
+        files.check(store.root)
+    except (OSError, files.UntrustedCache) as error:
         yield _of_error("cache", error)
         return
     check = Check("cache", "ok", f"{store.root}, searched first and never written")
@@ -237,20 +239,20 @@ def _shared(store: cache.Store) -> Iterator[Check]:
 def _machine() -> Iterator[Check]:
     cores = len(os.sched_getaffinity(0))
     jobs = compiler_jobs.compiler_jobs()
-    yield Check("machine", "ok", f"{cores} cores, {toolchain.host_isa()}; build runs {jobs} compilers at a time")
+    yield Check("machine", "ok", f"{cores} cores, {CPU.arch_of()}; build runs {jobs} compilers at a time")
 
 
 def _compiling() -> Iterator[Check]:
     # It warns at its import that there is no GPU, which was said above.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    with contextlib.suppress(toolchain.MissingCompiler):
-        toolchain.host_compiler()
-        yield _try(loader.Unit("doctor", "a CPU kernel", "cpu", toolchain.host_isa(), _CPU_KERNEL), call=True)
+    with contextlib.suppress(MissingCompiler):
+        programs.host_compiler()
+        yield _try(loader.Unit("doctor", "a CPU kernel", CPU, CPU.arch_of(), _CPU_KERNEL), call=True)
         if _cuda_should_work():
-            toolchain.cuda_toolkit()
+            CUDA.toolkit()
             here = torch.cuda.is_available()
-            arch = toolchain.device_arch(0) if here else environment.cuda_arch() or "9.0a"
-            yield _try(loader.Unit("doctor", "a CUDA kernel", "cuda", arch, _CUDA_KERNEL), call=here)
+            arch = CUDA.arch_of(0) if here else environment.cuda_arch() or "9.0a"
+            yield _try(loader.Unit("doctor", "a CUDA kernel", CUDA, arch, _CUDA_KERNEL), call=here)
 
 
 def _cuda_should_work() -> bool:
@@ -258,7 +260,7 @@ def _cuda_should_work() -> bool:
 
 
 def _try(unit: loader.Unit, *, call: bool) -> Check:
-    what = f"compiling for {unit.backend}"
+    what = f"compiling for {unit.backend.name}"
     start = time.monotonic()
     try:
         with _empty_store():
@@ -279,7 +281,7 @@ def _try(unit: loader.Unit, *, call: bool) -> Check:
 @contextlib.contextmanager
 def _empty_store() -> Iterator[None]:
     """A store on the disk of the real one, which may forbid to run programs, if it can be written."""
-    place = cache.default_store().root / "staging"
+    place = default_store().root / "staging"
     folder = tempfile.mkdtemp(prefix="doctor", dir=place if os.access(place, os.W_OK) else None)
     try:
         with environment.overridden(JITK_CACHE_DIR=folder, JITK_VERBOSE="0", JITK_NO_COMPILE="0", JITK_CACHE_PATH=""):

@@ -20,11 +20,15 @@ import fnmatch
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from typing import Any
+
+import torch
 
 from torch_jit_ops import registry
 from torch_jit_ops.op import Op
-from torch_jit_ops.store import cache, listing
+from torch_jit_ops.store import listing
+from torch_jit_ops.store.search_path import search_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
         _print_lines(ops)
         return 0
     compiled: dict[str, list[str]] = {}
-    for variant in (variant for store in cache.stores() for variant in listing.variants(store)):
+    for variant in (variant for store in search_path() for variant in listing.variants(store)):
         compiled.setdefault(variant.op, []).append(f"{variant.record['label']} {variant.record['arch']}")
     rows = [_row(op, compiled.get(op.qualified_name, [])) for op in ops]
     if options.json:
@@ -50,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
         print(*row["schemas"], sep="\n")
         if row["summary"]:
             print("    what     ", row["summary"])
-        print("    dtypes   ", " ".join(row["dtypes"]))
+        print("    dtypes   ", _listed(row["dtypes"]))
         print("    kernels  ", ", ".join(f"{backend}: {source}" for backend, source in row["kernels"].items()) or "none")
         print("    compiled ", ", ".join(row["compiled"]) or "none")
         print()
@@ -106,7 +110,24 @@ def _row(op: Op, compiled: list[str]) -> dict[str, Any]:
         "name": op.qualified_name,
         "summary": _summary(op),
         "schemas": [str(getattr(op.packet, overload or "default")._schema) for overload in op.declaration.overloads],
-        "dtypes": [str(dtype).removeprefix("torch.") for dtype in op.declaration.dtypes],
+        "dtypes": _dtypes(op),
         "kernels": {backend: kernel.source for backend, kernel in op.declaration.kernels.items()},
         "compiled": sorted(set(compiled)),
     }
+
+
+def _dtypes(op: Op) -> list[str] | dict[str, list[str]]:
+    """Those that all arguments share, or those of each."""
+    if op.declaration.dtypes.shared is not None:
+        return _names(op.declaration.dtypes.shared)
+    return {argument: _names(dtypes) for argument, dtypes in op.declaration.dtypes.items()}
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> list[str]:
+    return [str(dtype).removeprefix("torch.") for dtype in dtypes]
+
+
+def _listed(dtypes: list[str] | dict[str, list[str]]) -> str:
+    if isinstance(dtypes, list):
+        return " ".join(dtypes)
+    return ", ".join(f"{argument}: {' '.join(names)}" for argument, names in dtypes.items())

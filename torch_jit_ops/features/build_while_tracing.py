@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from torch_jit_ops import dispatcher, environment, forks, progress
+from torch_jit_ops import backends, dispatcher, environment, forks, progress
 from torch_jit_ops.builder import compiler_jobs
 from torch_jit_ops.variant import VariantPattern
 
@@ -41,18 +41,18 @@ def start(
     try:
         values = arguments()
         device = next(value.device for value in values if isinstance(value, torch.Tensor))
+        backend = backends.of_device(device)
         # Whoever has initialised CUDA has a device, and will not fork and use it there.
-        if device.type not in patterns or (device.type == "cuda" and not torch.cuda.is_initialized()):
+        if backend is None or backend.name not in patterns or not backend.is_in_use():
             return
-        words = patterns[device.type].static_words_of(values)
+        words = patterns[backend.name].static_words_of(values)
     except Exception:  # the call will say what is wrong with its arguments
         return
     if words is None:
         return
-    index = -1 if device.type != "cuda" else torch.cuda.current_device() if device.index is None else device.index
-    key = (index, *words)
+    key = (backend.index_of(device), *words)
     _workers.submit("dispatcher", dispatcher.library)
-    _workers.submit((who, device.type, key), lambda: load(device.type, key))
+    _workers.submit((who, backend.name, key), lambda: load(backend.name, key))
 
 
 def _is_tracing() -> bool:

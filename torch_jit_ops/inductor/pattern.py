@@ -107,15 +107,15 @@ class _Shapes(SampleMaker):
     def randn(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
 
-    def values(self, *values: float) -> Tensor:
-        return torch.empty(len(values), dtype=self.dtype, device="meta")
+    def values(self, *values: float, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(len(values), dtype=dtype or self.dtype, device="meta")
 
 
 def _distinct_samples(op: Op) -> Iterator[list[Any]]:
     """The arguments of a sample for each combination of dtypes, with rows that a size tells from other dimensions."""
     seen = set()
-    for dtype in op.declaration.dtypes:
-        for sample in op.declaration.samples(_Shapes("meta", dtype)) if op.declaration.samples else ():
+    for dtypes in op.declaration.dtypes.combinations():
+        for sample in op.declaration.samples(_Shapes("meta", dtypes)) if op.declaration.samples else ():
             arguments = op.declaration.arguments(*sample.args, **sample.kwargs)
             tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
             key = tuple((value.dtype, value.dim()) if isinstance(value, Tensor) else type(value) for value in arguments)

@@ -16,22 +16,25 @@ import json
 import re
 import shutil
 import tarfile
-import uuid
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
-from torch_jit_ops.store import cache, forms, prune, trust
+from torch_jit_ops.store import files, forms, prune
+from torch_jit_ops.store.dependencies import Dependency
+from torch_jit_ops.store.digests import LARGEST_FILE, digest_of
 from torch_jit_ops.store.listing import Variant
+from torch_jit_ops.store.record import LARGEST_RECORD, LIBRARY, NAME, RECORD, SHA256, parse_record
+from torch_jit_ops.store.store import Store
 
 INDEX = "bundle.json"
 FORMAT = 1
 # <op>-<digest>/<digest>/<file>. What has another form is refused, so no name can lead out of the store.
-_FORM = rf"({cache.NAME}-[0-9a-f]{{16}}/[0-9a-f]{{16}})/({cache.LIBRARY}|\w[\w.-]*\.cu|\w[\w.-]*\.cpp|variant\.json|build\.log)"
+_FORM = rf"({NAME}-[0-9a-f]{{16}}/[0-9a-f]{{16}})/({LIBRARY}|\w[\w.-]*\.cu|\w[\w.-]*\.cpp|variant\.json|build\.log)"
 _MEMBER = re.compile(_FORM, re.ASCII)
 _LARGEST_NAME = 1 << 12
-_INDEX = forms.fields(format=forms.one_of(FORMAT), files=forms.table(forms.text(r"(?s).+", _LARGEST_NAME), cache.SHA256))
+_INDEX = forms.fields(format=forms.one_of(FORMAT), files=forms.table(forms.text(r"(?s).+", _LARGEST_NAME), SHA256))
 _LARGEST_INDEX = 16 << 20
 _LARGEST_BUNDLE = 16 << 30
 _BLOCK = 512  # of a tar file
@@ -51,31 +54,27 @@ def export_variants(file: Path, variants: Iterable[Variant]) -> int:
     count = 0
     for variant in variants:
         place = f"{variant.folder.parent.name}/{variant.folder.name}"
-        names = [cache.RECORD, variant.library.name, "build.log", *(each.name for each in variant.folder.glob("*.c*"))]
+        names = [RECORD, variant.library.name, "build.log", *(each.name for each in variant.folder.glob("*.c*"))]
         for name in names:
             if (variant.folder / name).is_file() and _MEMBER.fullmatch(f"{place}/{name}"):
                 contents[f"{place}/{name}"] = (variant.folder / name).read_bytes()
         count += 1
-    index = {"format": FORMAT, "files": {name: cache.digest_of(data) for name, data in contents.items()}}
-    unfinished = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        # Without a time stamp or a name in it, the same kernels give the same bytes, and so the same layer of an image.
-        with (
-            unfinished.open("wb") as raw,
-            gzip.GzipFile("", "wb", mtime=0, fileobj=raw) as packed,
-            tarfile.open(fileobj=packed, mode="w") as archive,
-        ):
-            for name, data in {INDEX: json.dumps(index, indent=1).encode(), **contents}.items():
-                member = tarfile.TarInfo(name)
-                member.size = len(data)
-                archive.addfile(member, io.BytesIO(data))
-        unfinished.replace(file)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    index = {"format": FORMAT, "files": {name: digest_of(data) for name, data in contents.items()}}
+    # Without a time stamp or a name in it, the same kernels give the same bytes, and so the same layer of an image.
+    with (
+        files.replacing(file) as unfinished,
+        unfinished.open("wb") as raw,
+        gzip.GzipFile("", "wb", mtime=0, fileobj=raw) as packed,
+        tarfile.open(fileobj=packed, mode="w") as archive,
+    ):
+        for name, data in {INDEX: json.dumps(index, indent=1).encode(), **contents}.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
     return count
 
 
-def import_variants(file: Path, store: cache.Store) -> int:
+def import_variants(file: Path, store: Store) -> int:
     """Check a whole bundle, then put its variants into the store. Those that are there already stay. Returns how many it holds.
 
     Raises:
@@ -113,11 +112,11 @@ def _unpack(file: Path, work: Path) -> dict[str, dict[str, Any]]:
                 total += member.size
                 if total > most:
                     raise BundleError(f"{file} unpacks to more than {most >> 20} MiB, more than kernels do")
-                data = _read(file, archive, member, cache.LARGEST_FILE)
-                if cache.digest_of(data) != left.pop(member.name):
+                data = _read(file, archive, member, LARGEST_FILE)
+                if digest_of(data) != left.pop(member.name):
                     raise BundleError(f"{file}: {member.name} is not the file that was exported")
                 (work / form[1]).mkdir(mode=0o700, parents=True, exist_ok=True)
-                trust.write_file(work / member.name, data)
+                files.write_file(work / member.name, data)
                 places.add(form[1])
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, forms.Malformed, UnicodeError) as error:
         raise BundleError(f"{file} is damaged or no bundle of kernels: {forms.printable(error)}") from error
@@ -171,27 +170,27 @@ def _record(file: Path, folder: Path, place: str) -> dict[str, Any]:
     """The record of a variant, if it fits its place and its files."""
     record = None
     try:
-        record = cache.parse_record(forms.read(folder / cache.RECORD, cache.LARGEST_RECORD))
+        record = parse_record(forms.read(folder / RECORD, LARGEST_RECORD))
         fits = (
             record is not None
             and place.startswith(f"{record['name']}-{record['key'][:16]}/")
-            and cache.digest_of(forms.read(folder / record["library"], cache.LARGEST_FILE)) == record["digest"]
+            and digest_of(forms.read(folder / record["library"], LARGEST_FILE)) == record["digest"]
         )
     except (OSError, forms.Malformed):
         fits = False
     if record is None or not fits:
-        raise BundleError(f"{file}: {place}/{cache.RECORD} does not describe the files beside it")
+        raise BundleError(f"{file}: {place}/{RECORD} does not describe the files beside it")
     return record
 
 
-def _publish(store: cache.Store, folder: Path, place: str, record: dict[str, Any]) -> None:
-    dependencies = [cache.Dependency(**item) for item in record["dependencies"]]
+def _publish(store: Store, folder: Path, place: str, record: dict[str, Any]) -> None:
+    dependencies = [Dependency(**item) for item in record["dependencies"]]
     known = ("format", "key", "library", "digest", "dependencies")
     facts = {name: value for name, value in record.items() if name not in known} | {"imported": True}
     store.publish(folder, record["name"], record["key"], folder / record["library"], dependencies, facts)
     for built in prune.folders(store.root / place.partition("/")[0]):
         with contextlib.suppress(OSError, forms.Malformed):
-            there = store.record(built)
+            there = record.read(built, store.root)
             if there is not None and (there["key"], there["dependencies"]) == (record["key"], record["dependencies"]):
                 return
     raise OSError(f"{place} could not be put into {store.root}")

@@ -1,4 +1,4 @@
-"""What is in a store, and why a kernel is not."""
+"""What is in a store."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from torch_jit_ops.builder import loader
-from torch_jit_ops.store import cache, forms
+from torch_jit_ops.store import forms
+from torch_jit_ops.store.record import DISPATCHER, LARGEST_RECORD, RECORD
+from torch_jit_ops.store.store import Store
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Variant:
     def op(self) -> str:
         """``jitk::silu_and_mul``, or ``(dispatcher)``."""
         name = str(self.record["name"])
-        return "(dispatcher)" if name == cache.DISPATCHER else name.replace(".", "::", 1)
+        return "(dispatcher)" if name == DISPATCHER else name.replace(".", "::", 1)
 
     @property
     def library(self) -> Path:
@@ -40,17 +39,17 @@ class Variant:
     @property
     def used(self) -> float:
         """When it was built or last seen in use, in seconds since 1970."""
-        return (self.folder / cache.RECORD).stat().st_mtime
+        return (self.folder / RECORD).stat().st_mtime
 
     @property
     def text(self) -> str | None:
         for file in (*self.folder.glob("*.cu"), *self.folder.glob("*.cpp")):
             with contextlib.suppress(OSError, forms.Malformed):
-                return os.fsdecode(forms.read(file, cache.LARGEST_RECORD))
+                return os.fsdecode(forms.read(file, LARGEST_RECORD))
         return None
 
 
-def variants(store: cache.Store, ops: Sequence[str] = ()) -> Iterator[Variant]:
+def variants(store: Store, ops: Sequence[str] = ()) -> Iterator[Variant]:
     """The variants of a store whose record can be read; of these ops, ``relu2`` or ``jitk::relu2``, if any are named."""
     for folder in store.variants():
         try:
@@ -61,87 +60,3 @@ def variants(store: cache.Store, ops: Sequence[str] = ()) -> Iterator[Variant]:
             found = Variant(folder, record)
             if not ops or {found.op, found.op.split("::")[-1]} & set(ops):
                 yield found
-
-
-@dataclass(frozen=True)
-class Difference:
-    """An input of the key that is not as it was. ``was`` or ``now`` is None where there was or is none."""
-
-    what: str
-    was: str | None
-    now: str | None
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Whether a unit is in the store, and if not, what differs from the variant there that is nearest to it."""
-
-    unit: loader.Unit
-    present: Path | None
-    nearest: Variant | None
-    differences: tuple[Difference, ...]
-
-
-def why(unit: loader.Unit, stores: Sequence[cache.Store]) -> Finding:
-    """Look for the unit, as a load would, and compare with what comes nearest."""
-    for store in stores:
-        found = store.find(unit.name, unit.key(), unit.roots(), loader.compiler_of(unit, store))
-        if found is not None:
-            return Finding(unit, found.parent, None, ())
-    best: Finding | None = None
-    for store in stores:
-        compiler = loader.compiler_of(unit, store)
-        for variant in variants(store):
-            if (variant.record["name"], variant.record["backend"]) != (unit.name, unit.backend):
-                continue
-            # What was imported, or is in a shared store, is used whatever compiler built it.
-            given = store.shared or variant.record.get("imported") is True
-            differences = tuple(_differences(unit, variant, None if given else compiler))
-            if best is None or _rank(differences, variant) < _rank(best.differences, best.nearest):
-                best = Finding(unit, None, variant, differences)
-    return best or Finding(unit, None, None, ())
-
-
-def _rank(differences: Sequence[Difference], variant: Variant | None) -> tuple[bool, int, float]:
-    """Another instantiation is further away than the same one from other files; of two equal ones the later is nearer."""
-    other = any(difference.what in ("architecture", "instantiation") for difference in differences)
-    return other, len(differences), -variant.used if variant is not None else 0
-
-
-def _differences(unit: loader.Unit, variant: Variant, compiler: str | None) -> Iterator[Difference]:
-    record = variant.record
-    for what, was, now in (
-        ("architecture", record.get("arch"), unit.arch),
-        ("instantiation", record.get("label"), unit.label),
-        ("PyTorch", record.get("torch"), torch.__version__ if unit.torch else None),
-        ("ABI version", record.get("abi", loader.ABI_VERSION), loader.ABI_VERSION),
-    ):
-        if was != now:
-            yield Difference(what, str(was), str(now))
-    if compiler is not None and record.get("compiler") != compiler:
-        yield Difference("compiler", record.get("compiler"), compiler)
-    was, now = list(record.get("flags", ())), list(unit.compile_flags())
-    gone = [flag for flag in was if flag not in now]
-    new = [flag for flag in now if flag not in was]
-    if gone or new:
-        yield Difference("flags", " ".join(gone) or None, " ".join(new) or None)
-    elif was != now:
-        yield Difference("order of flags", " ".join(was), " ".join(now))
-    if record.get("label") == unit.label and variant.text not in (None, unit.text):
-        yield Difference("translation unit", variant.text, unit.text)
-    roots = unit.roots()
-    for item in record["dependencies"]:
-        if item["root"] not in roots:
-            yield Difference(f"file {item['path']}", f"in {item['root']}", None)
-            continue
-        file = roots[item["root"]] / item["path"]
-        digest = cache.digest_of_file(file)
-        if digest != item["digest"]:
-            yield Difference(f"file {file}", _short(item["digest"]), _short(digest))
-    if cache.digest_of_file(variant.library) != record["digest"]:
-        yield Difference(f"file {variant.library}", str(record["digest"])[:12], "damaged or missing")
-
-
-def _short(digest: str | None) -> str | None:
-    """A file that is not there has no digest: neither now, nor where the compiler looked for it in vain."""
-    return None if digest is None else digest[:12]

@@ -21,7 +21,7 @@ from pathlib import Path
 import filelock  # here: on import it registers what waits for forks, which would wait for this thread if they were held off
 
 from torch_jit_ops import progress
-from torch_jit_ops.store import forms, trust
+from torch_jit_ops.store import files, forms
 
 PATIENCE_S = 3.0  # a process that waits longer says for whom
 _POLL_S = 0.05
@@ -133,7 +133,7 @@ def owner(path: Path) -> Owner | None:
 def _acquire(path: Path) -> tuple[filelock.BaseFileLock | None, Owner | None]:
     """The lock, None where locks do not work, and who held it when this process came."""
     try:
-        trust.make_private(path.parent)
+        files.make_private(path.parent)
         lock = filelock.FileLock(path)
         first = told = None
         # At first and soon after: whom to wait for, who may not have written who it is yet.
@@ -161,4 +161,4 @@ def _acquire(path: Path) -> tuple[filelock.BaseFileLock | None, Owner | None]:
 
 def _write(note: Path, content: dict[str, object]) -> None:
     with contextlib.suppress(OSError):  # a full disk: the others wait without knowing for whom
-        trust.replace_file(note, json.dumps(content).encode())
+        files.replace_file(note, json.dumps(content).encode())

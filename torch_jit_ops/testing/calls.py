@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,13 +10,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_jit_ops.dtypes import Combination
 from torch_jit_ops.op import Op
 from torch_jit_ops.samples import Sample, SampleMaker
 
 
-def samples_of(op: Op, device: str, dtype: torch.dtype, seed: int = 0) -> list[Sample]:
+def samples_of(op: Op, device: str, dtypes: torch.dtype | Combination, seed: int = 0) -> list[Sample]:
     """Fresh arguments, the same in every call."""
-    return list(op.declaration.samples(SampleMaker(device, dtype, seed))) if op.declaration.samples else []
+    make = op.declaration.samples
+    return list(make(SampleMaker(device, dtypes, seed))) if make is not None else []
+
+
+@functools.cache
+def kept_arguments(op: Op) -> frozenset[str]:
+    """Names of the arguments that samples make of indices: another value would be another call, or none at all."""
+    names: set[str] = set()
+    declaration, samples = op.declaration, op.declaration.samples
+    for dtypes in declaration.dtypes.combinations() if samples is not None else ():
+        make = SampleMaker("cpu", dtypes)
+        for sample in samples(make) if samples is not None else ():
+            given = declaration.by_name(sample.args, sample.kwargs)
+            names |= {name for name, value in given.items() if isinstance(value, Tensor) and make.is_kept(value)}
+    return frozenset(names)
 
 
 def writes(op: Op) -> bool:
@@ -65,24 +81,44 @@ def with_tokens(sample: Sample, count: int) -> Sample:
     return map_tensors(sample, resize)
 
 
-def with_extremes(sample: Sample, dtype: torch.dtype, seed: int = 0, largest: float | None = None) -> Sample:
-    """The sample with most values of ``dtype`` replaced by infinities, NaN, the largest and smallest numbers and zeros."""
+def with_extremes(op: Op, sample: Sample, dtype: torch.dtype, seed: int = 0, largest: float | None = None) -> Sample:
+    """The sample with most values of ``dtype`` replaced by infinities, NaN, the largest and smallest numbers and zeros.
+
+    Indices stay what they are.
+    """
     generator = torch.Generator().manual_seed(seed)
-    if dtype.is_floating_point:
-        format = torch.finfo(dtype)
-        sizes = [torch.inf, largest or format.max, 20.0, 1.0, format.tiny, format.tiny * format.eps, 0.0]
-        special = torch.tensor([torch.nan, *sizes, *(-size for size in sizes)], dtype=torch.float64)
-    else:
-        numbers = torch.iinfo(dtype)
-        special = torch.tensor([numbers.min, numbers.min + 1, -1, 0, 1, numbers.max])
+    special = _special_values(dtype, largest)
+    given = op.declaration.by_name(sample.args, sample.kwargs)
+    kept = {id(given[name]) for name in kept_arguments(op) if name in given}
 
     def extreme(tensor: Tensor) -> Tensor:
-        if tensor.dtype != dtype:
+        if tensor.dtype != dtype or id(tensor) in kept:
             return tensor
-        picked = special[torch.randint(len(special), tensor.shape, generator=generator)].to(tensor.device, tensor.dtype)
+        picked = special[torch.randint(len(special), tensor.shape, generator=generator)].to(tensor.device)
         return torch.where(torch.rand(tensor.shape, generator=generator).to(tensor.device) < 0.8, picked, tensor)
 
     return map_tensors(sample, extreme)
+
+
+def _special_values(dtype: torch.dtype, largest: float | None) -> Tensor:
+    if dtype is torch.bool:
+        return torch.tensor([False, True])
+    if not dtype.is_floating_point:
+        numbers = torch.iinfo(dtype)
+        middle = [0, 1] if numbers.min == 0 else [-1, 0, 1]
+        return torch.tensor([numbers.min, numbers.min + 1, *middle, numbers.max], dtype=dtype)
+    format = torch.finfo(dtype)
+    sizes = [largest or format.max, min(20.0, format.max), 1.0, format.tiny]
+    if dtype is torch.float8_e8m0fnu:  # powers of two, neither zero nor negative
+        return torch.tensor([torch.nan, *sizes], dtype=torch.float64).to(dtype)
+    sizes += [format.tiny * format.eps, 0.0]
+    if dtype not in WITHOUT_INFINITIES:
+        sizes = [torch.inf, *sizes]
+    return torch.tensor([torch.nan, *sizes, *(-size for size in sizes)], dtype=torch.float64).to(dtype)
+
+
+# What becomes of an infinity that is converted to one of these depends on PyTorch's version and on the device.
+WITHOUT_INFINITIES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu)
 
 
 def copy_with_storage(sample: Sample) -> Sample:
@@ -97,11 +133,30 @@ def copy_with_storage(sample: Sample) -> Sample:
 
 def bits(tensor: Tensor) -> Tensor:
     """Bytes that compare equal only if the tensors do to the last bit, NaNs included."""
-    return tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
+    tensor = tensor.detach()
+    if tensor.itemsize == 1:
+        tensor = tensor.view(torch.uint8)  # a copy of a bool is 0 or 1, whatever byte is there
+    return tensor.clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
 
 
 def storage_bits(tensor: Tensor) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+
+
+def moved(tensor: Tensor, move: Callable[[Tensor], Tensor]) -> Tensor:
+    """``move(tensor)`` for a function that only moves elements: 8-bit floats go as bytes, which more operations take."""
+    if not is_8bit_float(tensor.dtype):
+        return move(tensor)
+    return move(tensor.view(torch.uint8)).view(tensor.dtype)
+
+
+def is_8bit_float(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and dtype.itemsize == 1
+
+
+def may_want_gradient(tensor: Tensor) -> bool:
+    """8-bit floats are storage: nothing that they went through has a derivative."""
+    return tensor.is_floating_point() and not is_8bit_float(tensor.dtype)
 
 
 def assert_same_bits(actual: Tensor, expected: Tensor, what: str) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from torch_jit_ops import fallback
+from torch_jit_ops import backends, fallback
+from torch_jit_ops.dtypes import Combination, Given
 from torch_jit_ops.op import Op
 from torch_jit_ops.samples import Sample
 from torch_jit_ops.testing import oracle
@@ -18,9 +21,13 @@ from torch_jit_ops.testing.calls import (
     Outcome,
     assert_only_written_inside,
     assert_same_bits,
+    bits,
     call,
     copy_with_storage,
+    is_8bit_float,
     map_tensors,
+    may_want_gradient,
+    moved,
     poisoned,
     require,
     samples_of,
@@ -32,10 +39,11 @@ from torch_jit_ops.testing.calls import (
 )
 
 
-def check(op: Op, *, devices: Sequence[str] | None = None, dtypes: Sequence[torch.dtype] | None = None) -> None:
+def check(op: Op, *, devices: Sequence[str] | None = None, dtypes: Given | None = None) -> None:
     """Call the op with each of its samples and fail unless
 
     * it is as right as its function: at most twice as wrong as the function in the same dtype, by the function in float64,
+      and as wrong on average; integers, booleans and 8-bit floats are equal, but for what two rounding errors may decide,
     * its results are new and contiguous, and it writes nothing but what its schema says,
     * the out form makes the same bits, and no others beside its outputs,
     * no tokens and one token are served, where the samples have a dimension of tokens,
@@ -49,33 +57,35 @@ def check(op: Op, *, devices: Sequence[str] | None = None, dtypes: Sequence[torc
     Args:
         op: with samples; as ``library.op`` returns it.
         devices: ``"cpu"``, ``"cuda"``; default all that are here and that the op has kernels for, ``"cpu"`` if it has none.
-        dtypes: default those of the op.
+        dtypes: fewer than those of the op; of an op that declares them by argument a list, of which each argument takes those
+            that it has, or a mapping.
 
     Raises:
         AssertionError: a promise is broken; the text says which one, and for which sample.
-        ValueError: the op has no samples.
+        ValueError: the op has no samples, or no kernels for one of the ``dtypes``.
     """
     if op.declaration.samples is None:
         raise ValueError(f"{op.qualified_name} declares no samples, so there is nothing to check it with")
-    served = dtypes or op.declaration.dtypes
+    combinations = op.declaration.dtypes.combinations(dtypes)
     for device in devices or _devices(op):
-        for dtype in served:
-            count = len(samples_of(op, device, dtype))
-            for index in range(count):
-                _check_sample(op, device, dtype, index, thorough=dtype == served[-1], first=index == 0)
+        for each in combinations:
+            for index in range(len(samples_of(op, device, each))):
+                _check_sample(op, device, each, index, thorough=each == combinations[-1], first=index == 0)
 
 
 def _devices(op: Op) -> list[str]:
-    here = {"cpu": True, "cuda": torch.cuda.is_available()}
-    return [device for device in op.declaration.kernels if here[device]] or ["cpu"]
+    able = (backend.device_type for backend in map(backends.named, op.declaration.kernels) if backend.is_here())
+    return list(able) or [backends.CPU.device_type]
 
 
-def _check_sample(op: Op, device: str, dtype: torch.dtype, index: int, *, thorough: bool, first: bool) -> None:
+def _check_sample(op: Op, device: str, dtypes: Combination, index: int, *, thorough: bool, first: bool) -> None:
     def sample() -> Sample:
-        return samples_of(op, device, dtype)[index]
+        return samples_of(op, device, dtypes)[index]
+
+    differentiable = not writes(op) and any(map(may_want_gradient, tensors_of(sample())))
 
     checks: list[tuple[str, Callable[[], object]]] = [
-        ("the kernel and the function", lambda: _right(op, device, dtype, sample())),
+        ("the kernel and the function", lambda: _right(op, device, dtypes, sample())),
         ("what it writes", lambda: _writes_what_it_says(op, sample())),
         ("the fake", lambda: _like_its_fake(op, sample())),
     ]
@@ -84,26 +94,28 @@ def _check_sample(op: Op, device: str, dtype: torch.dtype, index: int, *, thorou
     if first and tokens_of(sample()) is not None:
         for tokens in (0, 1):
             few = f"{tokens} token{'s' * (tokens != 1)}"
-            checks.append((few, lambda n=tokens: _right(op, device, dtype, with_tokens(sample(), n))))
+            checks.append((few, lambda n=tokens: _right(op, device, dtypes, with_tokens(sample(), n))))
+    if first:
+        checks.append(("rounding", lambda: _rounds(op, device, dtypes)))
     if first or thorough:
         checks.append(("torch.library.opcheck", lambda: _opcheck(op, sample())))
-    if first and dtype.is_floating_point and not writes(op):
+    if first and differentiable:
         checks.append(("opcheck with gradients", lambda: _opcheck(op, _wanting_gradients(sample()), out_form=False)))
     if first and op.declaration.rows.arguments and not op.declaration.rows.sums and not writes(op):
         checks.append(("torch.func.vmap", lambda: _more_rows(op, sample())))
     if first and thorough and op.declaration.rows.arguments:
         checks.append(("rows", lambda: _rows_apart(op, sample())))
-    if first and thorough and dtype.is_floating_point and not writes(op):
+    if first and thorough and differentiable:
         checks.append(("the derivative", lambda: _derivative(op, sample())))
     for name, run in checks:
         try:
             run()
         except Exception as error:  # of any kind: which sample and which promise it was is worth most to the reader
-            where = f"{op.qualified_name} on {device} with {str(dtype).removeprefix('torch.')}, sample {index}"
+            where = f"{op.qualified_name} on {device} with {dtypes}, sample {index}"
             raise AssertionError(f"{where} ({sample().note or 'no note'}): {name}\n{error}") from error
 
 
-def _right(op: Op, device: str, dtype: torch.dtype, given: Sample) -> None:
+def _right(op: Op, device: str, dtypes: Combination, given: Sample) -> None:
     if device in op.declaration.kernels:
         unserved = op.declaration.unserved(
             op.declaration.kernels[device].pattern.dtypes_of(op.declaration.by_name(given.args, given.kwargs))
@@ -111,9 +123,19 @@ def _right(op: Op, device: str, dtype: torch.dtype, given: Sample) -> None:
         require(unserved is None, f"the kernel cannot run: {unserved}")
     with op.kernels_alone() if device in op.declaration.kernels else contextlib.nullcontext():
         actual = call(op, copy_with_storage(given))
-    oracle.verify(op, device, dtype, given, actual)
+    oracle.verify(op, device, dtypes, given, actual)
     for name, tensor in Outcome(actual.names[: op.signature.results], actual.tensors[: op.signature.results]):
         require(tensor.is_contiguous(), f"{name} is not contiguous: strides {tensor.stride()}")
+
+
+def _rounds(op: Op, device: str, dtypes: Combination) -> None:
+    """Halves are rounded and not cut off, of which the largest errors may tell nothing."""
+    results = call(op, samples_of(op, device, dtypes)[0], op.reference)
+    halves = [name for name, tensor in results if tensor.dtype in (torch.float16, torch.bfloat16)]
+    errors = oracle.average_errors(op, device, dtypes, lambda sample: call(op, sample)) if halves else {}
+    for name in halves:
+        error, plain = errors[name]
+        require(error <= 1.1 * plain, f"{name}: on average {error:.3f} ulp wrong, plain PyTorch {plain:.3f}")
 
 
 def _writes_what_it_says(op: Op, given: Sample) -> None:
@@ -150,19 +172,44 @@ def _like_its_fake(op: Op, given: Sample) -> None:
 def _opcheck(op: Op, given: Sample, *, out_form: bool = True) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        torch.library.opcheck(op.default, given.args, dict(given.kwargs))
+        results = call(op, copy_with_storage(given) if writes(op) else given).tensors
+        _opcheck_overload(op.default, given, results[: op.signature.results])
         if op.declaration.outputs and out_form:
-            outs = {
-                name: torch.empty_like(made) for name, made in zip(op.declaration.outputs, call(op, given).tensors, strict=True)
-            }
-            torch.library.opcheck(op.out, given.args, {**given.kwargs, **outs})
+            outs = dict(zip(op.declaration.outputs, map(torch.empty_like, results), strict=True))
+            _opcheck_overload(op.out, Sample(given.args, {**given.kwargs, **outs}), results)
+
+
+def _opcheck_overload(overload: Any, given: Sample, results: Sequence[Tensor]) -> None:
+    kwargs = dict(given.kwargs)
+    if not any(is_8bit_float(tensor.dtype) for tensor in (*tensors_of(given), *results)):
+        torch.library.opcheck(overload, given.args, kwargs)
+        return
+    with mock.patch.object(torch, "allclose", _all_close):
+        torch.library.opcheck(overload, given.args, kwargs, test_utils="test_schema")
+    rest = ["test_autograd_registration", "test_faketensor"]
+    # Of results that want a gradient it takes the sum, which 8-bit floats do not have.
+    if not any(is_8bit_float(result.dtype) and result.requires_grad for result in results):
+        rest.append("test_aot_dispatch_dynamic")
+    torch.library.opcheck(overload, given.args, kwargs, test_utils=rest)
+
+
+_allclose = torch.allclose
+
+
+def _all_close(one: Tensor, other: Tensor, **options: Any) -> bool:
+    """``torch.allclose``, with which opcheck sees whether an argument was written, and which raises for 8-bit floats (PyTorch
+    2.11 to 2.13): of those it compares the bytes."""
+    if is_8bit_float(one.dtype) and one.dtype == other.dtype:
+        return one.shape == other.shape and torch.equal(bits(one), bits(other))
+    return _allclose(one, other, **options)
 
 
 def _more_rows(op: Op, given: Sample) -> None:
     names = [argument.name for argument in op.signature.arguments[: len(given.args)]]
     rows = op.declaration.rows
     places = [i for i, name in enumerate(names) if name in (*rows.arguments, *rows.per_token)]
-    calls = [[arg.flip(-1) if turned and i in places else arg for i, arg in enumerate(given.args)] for turned in (False, True)]
+    turned = [moved(arg, lambda tensor: tensor.flip(-1)) if i in places else arg for i, arg in enumerate(given.args)]
+    calls = [list(given.args), turned]
     stacked = [torch.stack([call[i] for call in calls]) if i in places else arg for i, arg in enumerate(given.args)]
     dims = tuple(0 if i in places else None for i in range(len(given.args)))
     actual = torch.func.vmap(lambda *args: op.default(*args, **given.kwargs), in_dims=dims)(*stacked)
@@ -208,7 +255,7 @@ def _in_float64(given: Sample) -> Sample:
 
 
 def _wanting_gradients(given: Sample) -> Sample:
-    return map_tensors(given, lambda tensor: tensor.detach().clone().requires_grad_(tensor.is_floating_point()))
+    return map_tensors(given, lambda tensor: tensor.detach().clone().requires_grad_(may_want_gradient(tensor)))
 
 
 def _derivative(op: Op, given: Sample) -> None:
@@ -219,8 +266,11 @@ def _derivative(op: Op, given: Sample) -> None:
     def run(*tensors: Tensor) -> tuple[Tensor, ...]:
         rest = iter(tensors)
         again = map_tensors(wide, lambda tensor: next(rest) if tensor.requires_grad else tensor)
-        return tuple(tensor for tensor in call(op, again).tensors if tensor.is_floating_point())
+        # What has another dtype by declaration, such as a quantised result or its scale, is too coarse for differences.
+        return tuple(tensor for tensor in call(op, again).tensors if tensor.dtype == torch.float64)
 
     with fallback.allowed():
+        if not run(*inputs):
+            return
         torch.autograd.gradcheck(run, inputs, fast_mode=True)
         torch.autograd.gradgradcheck(run, inputs, fast_mode=True)

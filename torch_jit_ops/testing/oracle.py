@@ -9,27 +9,33 @@ Where an op spreads one element over many results, as a norm does, results cance
 them, not their magnitude, and those of similar magnitude say nothing. There an element may also be wrong by half a unit, for
 rounding, and twice what fp32 arithmetic can do to it. That is measured by stochastic arithmetic: the reference runs in float64,
 but what each of its operations computes is off by one fp32 rounding error of random sign.
+
+Integers, booleans and 8-bit floats have steps instead of units: a result is the reference's, that of the float64 reference
+rounded as the reference rounds, or one that the float64 reference makes when its operations are off as above. So a quantised
+value is a step away, and an expert's id another one, only where a rounding error decides between the two; where fp32 holds all
+that the reference computes, as in a tie that is exact, nothing but its own result is right.
 """
 
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from torch_jit_ops.dtypes import Combination
 from torch_jit_ops.op import Op
 from torch_jit_ops.samples import Sample
+from torch_jit_ops.testing.arithmetic import OneRoundingEach, Unrounded
 from torch_jit_ops.testing.calls import (
     Outcome,
     bits,
     call,
     copy_with_storage,
+    is_8bit_float,
     map_tensors,
     require,
     samples_of,
@@ -42,7 +48,6 @@ _FLUSHED = torch.finfo(torch.float32).smallest_normal  # computing in fp32, hard
 # The truth is not exact either: float64 leaves nothing of 1 + erf(x) below x = -8.3. Errors below this part of the largest
 # result are not looked at, unless the values are extreme, where the largest says nothing about the rest.
 _UNKNOWN = 2.0**-48
-_ROUNDING = 2.0**-24  # the largest relative error of one fp32 operation
 _TRIALS = 16  # of stochastic arithmetic: the largest of sixteen normal deviations is 0.7 to 3.5 standard deviations
 
 
@@ -51,6 +56,7 @@ def _outcome_of_reference(op: Op, sample: Sample) -> Outcome:
 
 
 Reference = Callable[[Op, Sample], Outcome]
+DTypes = torch.dtype | Combination  # of the samples: one of the op's combinations, or one dtype for all tensors
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,7 @@ class Errors:
 def verify(
     op: Op,
     device: str,
-    dtype: torch.dtype,
+    dtypes: DTypes,
     sample: Sample,
     actual: Outcome,
     extreme: bool = False,
@@ -79,7 +85,7 @@ def verify(
     """Fail unless ``actual``, the op's outcome for ``sample``, is as right as the reference.
 
     Args:
-        op, device, dtype: where to find the samples that show how wrong the reference is.
+        op, device, dtypes: where to find the samples that show how wrong the reference is.
         sample: the arguments as they were before the call.
         actual: what came of it.
         extreme: the arguments hold extreme values, where the reference is worse.
@@ -88,14 +94,18 @@ def verify(
     expected = _expected(op, sample, reference)
     names = expected.plain.names
     require(actual.names == names, f"results and written arguments are {actual.names}, expected {names}")
-    bounds = _errors(op, device, dtype, extreme, reference)
-    deviations = None if extreme or not spreads(op, device, dtype) else expected.deviations
+    bounds = _errors(op, device, dtypes, extreme, reference)
+    deviations = None if extreme or not spreads(op, device, dtypes) else expected.deviations
     for place, (name, tensor) in enumerate(actual):
         plain = expected.plain.tensors[place]
         require(tensor.shape == plain.shape, f"{name}: shape {list(tensor.shape)}, expected {list(plain.shape)}")
         require(tensor.dtype == plain.dtype, f"{name}: {tensor.dtype}, expected {plain.dtype}")
         require(tensor.device == plain.device, f"{name}: on {tensor.device}, expected {plain.device}")
         truth = expected.true.tensors[place].detach()
+        if has_steps(plain):
+            _compare_steps(name, tensor.detach(), truth, plain.detach(), expected.trials, place)
+            continue
+        truth = truth.double()
         _compare(name, tensor.detach(), truth, plain.detach(), bounds[name], _noise(truth, extreme), deviations, place)
 
 
@@ -107,6 +117,7 @@ class _Expected:
     plain: Outcome
     true: Outcome
     deviations: _Deviations
+    trials: _Trials
 
     def is_of(self, op: Op, sample: Sample, reference: Reference) -> bool:
         if (self.op, self.reference, self.sample.kwargs.keys()) != (op, reference, sample.kwargs.keys()):
@@ -130,29 +141,43 @@ def _expected(op: Op, sample: Sample, reference: Reference) -> _Expected:
     """What to compare with; of the last sample at no cost, as many tests in a row have the same one in other layouts."""
     if not _last or not _last[0].is_of(op, sample, reference):
         plain = reference(op, copy_with_storage(sample))
-        true = reference(op, _widened(sample))
+        true = in_float64(op, sample, reference)
         kept = copy_with_storage(sample)
-        _last[:] = [_Expected(op, kept, reference, plain, true, _Deviations(op, kept, reference, true))]
+        trials = _Trials(op, kept, reference)
+        _last[:] = [_Expected(op, kept, reference, plain, true, _Deviations(op, kept, reference, true), trials)]
     return _last[0]
 
 
-def average_errors(op: Op, device: str, dtype: torch.dtype, actual: Callable[[Sample], Outcome]) -> list[tuple[float, float]]:
-    """Of each floating-point tensor of an outcome, over all samples: the errors of ``actual`` and of the reference.
+def in_float64(op: Op, sample: Sample, reference: Reference = _outcome_of_reference) -> Outcome:
+    """The outcome of the reference for the same values in float64, unrounded where the reference does not mean to round."""
+    with Unrounded():
+        return reference(op, _widened(sample))
+
+
+def has_steps(tensor: Tensor) -> bool:
+    """Whether its values are counted in steps: integers, booleans and 8-bit floats."""
+    return not tensor.is_floating_point() or is_8bit_float(tensor.dtype)
+
+
+def average_errors(op: Op, device: str, dtypes: DTypes, actual: Callable[[Sample], Outcome]) -> dict[str, tuple[float, float]]:
+    """By name, of each tensor that is counted in units, over all samples: the errors of ``actual`` and of the reference.
 
     Tells rounding from cutting off, which the largest errors cannot. Where the reference errs by units it has lost its digits
     to cancellation; such elements count as one unit.
     """
-    sums: dict[int, list[list[Tensor]]] = {}
-    for sample in samples_of(op, device, dtype):
-        true = call(op, _widened(sample), op.reference).tensors
-        plain = call(op, copy_with_storage(sample), op.reference).tensors
+    sums: dict[str, list[list[Tensor]]] = {}
+    for sample in samples_of(op, device, dtypes):
+        reference = call(op, copy_with_storage(sample), op.reference)
+        plain = reference.tensors
         mine = actual(copy_with_storage(sample)).tensors
-        for place, truth in enumerate(true):
-            if truth.is_floating_point():
+        for place, truth in enumerate(in_float64(op, sample).tensors):
+            if not has_steps(plain[place]):
+                truth = truth.double()
                 noise = _noise(truth, extreme=False)
                 pair = [_error(tensors[place].detach(), truth, noise).flatten().clamp(max=1) for tensors in (mine, plain)]
-                sums.setdefault(place, []).append(pair)
-    return [tuple(float(torch.cat(part).mean()) for part in zip(*pairs, strict=True)) for pairs in sums.values()]
+                sums.setdefault(reference.names[place], []).append(pair)
+    means = {name: [float(torch.cat(part).mean()) for part in zip(*pairs, strict=True)] for name, pairs in sums.items()}
+    return {name: (mine, plain) for name, (mine, plain) in means.items()}
 
 
 def _widened(sample: Sample) -> Sample:
@@ -160,67 +185,39 @@ def _widened(sample: Sample) -> Sample:
 
 
 @functools.cache
-def spreads(op: Op, device: str, dtype: torch.dtype) -> bool:
+def spreads(op: Op, device: str, dtypes: DTypes) -> bool:
     """Whether one element of an argument decides about more than one element of a result."""
-    for sample in samples_of(op, device, dtype):
+    for sample in samples_of(op, device, dtypes):
         for index, tensor in enumerate(tensors_of(sample)):
             if tensor.is_floating_point() and tensor.numel() > 0:
                 wide = _widened(sample)
                 tensors_of(wide)[index].view(-1)[0] = torch.nan
-                if any(int(result.isnan().sum()) > 1 for result in call(op, wide, op.reference).tensors):
+                if any(int(result.double().isnan().sum()) > 1 for result in call(op, wide, op.reference).tensors):
                     return True
     return False
 
 
-def largest_extreme(op: Op, device: str, dtype: torch.dtype) -> float | None:
+def largest_extreme(op: Op, device: str, dtypes: DTypes) -> float | None:
     """The largest finite value to try, if that is not the dtype's: where an op adds up, sums must stay finite.
 
     What comes of sums that overflow on the way depends on the order of addition, which nobody promises.
     """
-    if not dtype.is_floating_point or not spreads(op, device, dtype):
+    dtype = _first(dtypes)
+    if not dtype.is_floating_point or not spreads(op, device, dtypes):
         return None
     return min(torch.finfo(dtype).max, torch.finfo(torch.float32).max * 2.0**-20)
 
 
-class _OneRoundingEach(TorchDispatchMode):
-    """Float64 arithmetic, each result of which is off by one fp32 rounding error of random sign.
-
-    A sum of n terms is that of terms that are each off by log2(n) rounding errors: the bound of pairwise addition.
-    """
-
-    def __init__(self, seed: int) -> None:
-        super().__init__()
-        self._seed = seed
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket in (torch.ops.aten.sum, torch.ops.aten.mean) and args[0].dtype == torch.float64:
-            added = args[0].numel() / max(func(*args, **(kwargs or {})).numel(), 1)
-            args = (self._off(args[0], math.ceil(math.log2(max(added, 1)))), *args[1:])
-        result = func(*args, **(kwargs or {}))
-        returns = func._schema.returns
-        if len(returns) != 1 or not isinstance(result, Tensor) or result.dtype != torch.float64:
-            return result
-        alias = returns[0].alias_info
-        if alias is not None and not alias.is_write:
-            return result  # a view
-        off = self._off(result, 1)
-        return result.copy_(off) if alias is not None else off
-
-    def _off(self, exact: Tensor, roundings: int) -> Tensor:
-        # The sign is a hash of the value: as in rounding, equal values have equal errors, which add up instead of averaging.
-        self._seed += _TRIALS
-        mixed = (exact.contiguous().view(torch.int64) + self._seed) * 0x5851F42D4C957F2D
-        mixed = (mixed ^ (mixed >> 29)) * 0x14057B7EF767814F
-        sign = 1 - 2 * ((mixed >> 40) & 1)
-        return exact * (1 + roundings * _ROUNDING * sign.to(exact))
+def _first(dtypes: DTypes) -> torch.dtype:
+    return dtypes if isinstance(dtypes, torch.dtype) else dtypes.first
 
 
 class _Deviations:
     """The largest deviation from the truth of each element, in as many trials as were asked for."""
 
     def __init__(self, op: Op, sample: Sample, reference: Reference, true: Outcome) -> None:
-        self._run = lambda: reference(op, _widened(sample)).tensors
-        self._true = [truth.detach() for truth in true.tensors]
+        self._run = lambda: in_float64(op, sample, reference).tensors
+        self._true = [truth.detach().double() for truth in true.tensors]
         self._trials = 0
         self.largest = [torch.zeros_like(truth, dtype=torch.float64) for truth in self._true]
 
@@ -228,31 +225,49 @@ class _Deviations:
         """One more trial, unless there were enough: then False."""
         if self._trials == _TRIALS:
             return False
-        with _OneRoundingEach(self._trials):
+        with OneRoundingEach(self._trials):
             trial = self._run()
         self._trials += 1
         for place, truth in enumerate(self._true):
-            if truth.is_floating_point():
-                self.largest[place] = torch.maximum(self.largest[place], (trial[place].detach() - truth).abs())
+            self.largest[place] = torch.maximum(self.largest[place], (trial[place].detach().double() - truth).abs())
         return True
 
 
+class _Trials:
+    """What comes of a sample in float64 when operations are off by one fp32 rounding error, or by two: as much as a kernel may
+    be. What is exact in fp32 is exact here."""
+
+    def __init__(self, op: Op, sample: Sample, reference: Reference) -> None:
+        self._run = lambda: in_float64(op, sample, reference).tensors
+        self._made: list[tuple[Tensor, ...]] = []
+
+    def of(self, place: int) -> Iterator[Tensor]:
+        """That tensor of each trial's outcome."""
+        for trial in range(_TRIALS):
+            if trial == len(self._made):
+                with OneRoundingEach(trial, roundings=1 + trial % 2, only_inexact=True):
+                    self._made.append(tuple(tensor.detach() for tensor in self._run()))
+            yield self._made[trial][place]
+
+
 @functools.cache
-def _errors(op: Op, device: str, dtype: torch.dtype, extreme: bool, reference: Reference) -> dict[str, Errors]:
+def _errors(op: Op, device: str, dtypes: DTypes, extreme: bool, reference: Reference) -> dict[str, Errors]:
     """For each tensor of an outcome, by its name."""
     pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for seed in range(3):
-        for given in samples_of(op, device, dtype, seed):
-            sample = with_extremes(given, dtype, seed + 1, largest_extreme(op, device, dtype)) if extreme else given
-            true = reference(op, _widened(sample)).tensors
+        for given in samples_of(op, device, dtypes, seed):
+            largest = largest_extreme(op, device, dtypes)
+            sample = with_extremes(op, given, _first(dtypes), seed + 1, largest) if extreme else given
+            true = in_float64(op, sample, reference).tensors
             for (name, tensor), truth in zip(reference(op, copy_with_storage(sample)), true, strict=True):
                 pairs.setdefault(name, []).append(_measured(tensor, truth, extreme))
     return {name: _bounds(*map(torch.cat, zip(*measured, strict=True))) for name, measured in pairs.items()}
 
 
 def _measured(tensor: Tensor, truth: Tensor, extreme: bool) -> tuple[Tensor, Tensor]:
-    if not tensor.is_floating_point():
+    if has_steps(tensor):
         return torch.empty(0), torch.empty(0)
+    truth = truth.double()
     finite = torch.isfinite(tensor) & torch.isfinite(truth.to(tensor.dtype))
     return truth[finite].abs(), _error(tensor, truth, _noise(truth, extreme))[finite]
 
@@ -299,9 +314,6 @@ def _compare(
     deviations: _Deviations | None,
     place: int,
 ) -> None:
-    if not actual.is_floating_point():
-        _report(name, (actual != truth.to(actual.dtype)) & (actual != plain), actual, truth, plain)
-        return
     rounded = truth.to(actual.dtype)
     kind = _kind(actual)
     _report(name, (kind != _kind(rounded)) & (kind != _kind(plain)), actual, truth, plain)
@@ -321,6 +333,25 @@ def _compare(
     # Finite like the reference, where the truth rounds to infinity: there is no error to measure but the distance between them.
     as_plain = (kind == 0) & ~torch.isfinite(rounded)
     _report(name, as_plain & (_error(actual, plain.double(), noise) > 2), actual, truth, plain)
+
+
+def _compare_steps(name: str, actual: Tensor, truth: Tensor, plain: Tensor, trials: _Trials, place: int) -> None:
+    wrong = _differs(actual, plain) & _differs(actual, truth.to(plain.dtype))
+    for trial in trials.of(place) if wrong.any() else ():
+        wrong &= _differs(actual, trial.to(plain.dtype))
+        if not wrong.any():
+            return
+    _report(name, wrong, actual, truth, plain)
+
+
+def _differs(one: Tensor, other: Tensor) -> Tensor:
+    """Where they are not the same number. One NaN is another, and -0 is 0; but a bool is the byte 0 or 1."""
+    if one.dtype == torch.bool:
+        return one.view(torch.uint8) != other.view(torch.uint8)
+    if not one.is_floating_point():
+        return one != other
+    one, other = one.double(), other.double()  # which hold all 8-bit floats, and have the operations that those lack
+    return (one != other) & ~(one.isnan() & other.isnan())
 
 
 def _report(

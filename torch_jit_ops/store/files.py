@@ -1,6 +1,7 @@
-"""Keeps others out of the kernel cache: whoever can write a kernel can run code as the user who loads it.
+"""Files that nobody else can write, and that nobody finds half written.
 
-Folders are made for this user alone, whatever the umask; a folder or file that another user could have written is refused.
+Whoever can write a kernel can run code as the user who loads it. So folders are made for this user alone, whatever the umask,
+and a folder or file that another user could have written is refused. What is written replaces what was there by one rename.
 """
 
 from __future__ import annotations
@@ -10,18 +11,27 @@ import errno
 import grp
 import os
 import pwd
+import re
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 from torch_jit_ops import environment
 
+# cpp_extension quotes some paths for the shell, and none for ninja; compilers write them into depfiles as they please.
+_PLAIN = re.compile(r"[A-Za-z0-9/._+~-]+")
 _MOST_LINKS = 40  # as many as Linux follows
 
 
 class UntrustedCache(RuntimeError):
     """The cache could be written by others: a kernel from it could be anybody's code."""
+
+
+def is_plain(path: str | Path) -> bool:
+    """Whether every build tool takes the path as it is, without quotes."""
+    return _PLAIN.fullmatch(str(path)) is not None
 
 
 def make_private(folder: Path) -> None:
@@ -66,13 +76,32 @@ def replace_file(path: Path, data: bytes) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    new = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
-    try:
+    with replacing(path) as new:
         write_file(new, data)
-        os.rename(new, path)
-    except OSError:
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside ``path`` for the block to make a file or folder of, which then takes the place of ``path``.
+
+    If the block fails, what was there stays. A folder gives way a moment before the new one is there, as none can be replaced.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    new = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        yield new
+        if new.is_dir() and path.exists():
+            old = new.with_name(f"{new.name}.old")
+            os.rename(path, old)
+            os.rename(new, path)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(new, path)
+    except BaseException:
         with contextlib.suppress(OSError):
-            os.unlink(new)
+            shutil.rmtree(new) if new.is_dir() else os.unlink(new)
         raise
 
 
