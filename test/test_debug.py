@@ -14,7 +14,7 @@ from torch import Tensor
 
 import torch_jit_ops
 from torch_jit_ops import OpLibrary
-from torch_jit_ops.backends import toolchain
+from torch_jit_ops.backends import CPU, CUDA, MissingCompiler
 from torch_jit_ops.builder import loader
 
 _names = itertools.count()
@@ -168,12 +168,12 @@ def test_a_debug_build_is_a_variant_of_its_own(tmp_path: Path, monkeypatch: pyte
     op, x = touched(tmp_path), torch.zeros(2, 3)
     op(x, [], 0)
     assert x[0, 0] == 2
-    usual = op.declaration.unit("cpu", (torch.float32,), toolchain.host_isa())
+    usual = op.declaration.unit("cpu", (torch.float32,), CPU.arch_of())
     monkeypatch.setenv("JITK_DEBUG", "1")
-    debug = op.declaration.unit("cpu", (torch.float32,), toolchain.host_isa())
+    debug = op.declaration.unit("cpu", (torch.float32,), CPU.arch_of())
     assert usual.key() != debug.key()
     assert set(debug.compile_flags()) - set(usual.compile_flags()) == {"-O0", "-g", "-DJITK_DEBUG"}
-    assert {"-G", "-g", "-DJITK_DEBUG"} <= set(loader.Unit("u", "u", "cuda", "9.0a", "", debug=True).compile_flags())
+    assert {"-G", "-g", "-DJITK_DEBUG"} <= set(loader.Unit("u", "u", CUDA, "9.0a", "", debug=True).compile_flags())
 
 
 VECTOR = """
@@ -191,12 +191,12 @@ __global__ void kernel(float* x, int i) {
 def test_elements_of_vectors_are_checked(tmp_path: Path, debug: bool) -> None:
     """By what the compiled kernel says; test_cuda.py is where one runs."""
     try:
-        toolkit = toolchain.cuda_toolkit()
-    except toolchain.MissingCompiler as missing:
+        nvcc = CUDA.commands()[0][0]
+    except MissingCompiler as missing:
         pytest.skip(str(missing).splitlines()[0])
     (tmp_path / "vector.cu").write_text(VECTOR)
-    flags = loader.Unit("u", "u", "cuda", "9.0a", "", debug=debug).compile_flags()
-    command = [str(toolkit.nvcc), *flags, f"-I{loader.include_dir()}", "-Werror", "all-warnings", "-cubin", "vector.cu"]
+    flags = loader.Unit("u", "u", CUDA, "9.0a", "", debug=debug).compile_flags()
+    command = [nvcc, *flags, f"-I{loader.include_dir()}", "-Werror", "all-warnings", "-cubin", "vector.cu"]
     command += ["-o", "vector.cubin"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

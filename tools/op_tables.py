@@ -37,7 +37,7 @@ def readme_with(text: str, ops: Iterable[Op]) -> str:
 
 
 def _row(op: Op) -> str:
-    return f"| `{op.name}({_arguments(op)})` | {_result(op)} | {', '.join(_dtype(dtype) for dtype in op.declaration.dtypes)} |"
+    return f"| `{op.name}({_arguments(op)})` | {_result(op)} | {_dtypes(op)} |"
 
 
 def _arguments(op: Op) -> str:
@@ -58,8 +58,14 @@ def _result(op: Op) -> str:
     return named.replace("``", "`").replace("|", r"\|")
 
 
-def _dtype(dtype: torch.dtype) -> str:
-    return SHORT.get(dtype, str(dtype).removeprefix("torch."))
+def _dtypes(op: Op) -> str:
+    def listed(dtypes: Iterable[torch.dtype]) -> str:
+        return ", ".join(SHORT.get(dtype, str(dtype).removeprefix("torch.")) for dtype in dtypes)
+
+    declared = op.declaration.dtypes
+    if declared.shared is not None:
+        return listed(declared.shared)
+    return "; ".join(f"`{name}`: {listed(dtypes)}" for name, dtypes in declared.items())
 
 
 def reference_with(text: str, ops: Sequence[Op]) -> str:
