@@ -890,9 +890,7 @@ def test_an_op_that_is_declared_again_with_another_schema() -> None:
         keys.append(list(key[1:]))
         return dispatcher.REFERENCE
 
-    assert number == dispatcher.register(
-        "againlib::number", "againlib", "number", "CPU", "againlib::other", plan, answer, number=number
-    )
+    assert number == dispatcher.register("againlib::number", "againlib", "number", "CPU", "againlib::other", plan, answer)
     assert torch.ops.againlib.number(1, torch.ones(1)).item() == 3
     assert torch.ops.againlib.number(1, torch.ones(1), 5.0).item() == 6
     assert keys == [[variant._KEY_OF_DTYPE[torch.float32]]]
@@ -911,7 +909,7 @@ def test_keys_are_found_while_slots_forget_and_change() -> None:
     def change() -> None:
         while not done.is_set():
             dispatcher.forget(number)
-            dispatcher.register(*texts, answer, number=number)
+            dispatcher.register(*texts, answer)
 
     def call(first: int) -> None:
         with torch.inference_mode():

@@ -106,6 +106,7 @@ CUDA_FUNCTIONS = [
     ("docs/tutorial.md", "csrc/add_constant.cu", "add_constant<5>"),
     ("docs/tutorial.md", "add_constant_vectors.cuh", "add_constant<5>"),
     ("docs/headers.md", "row_sums.cu", "mylib::row_sums<bf16_t>"),
+    ("docs/debugging.md", "examples/debugging/differences.cu", "debugging::differences"),
     ("docs/tutorial.md", "examples/add_constant/add_constant.cuh", "add_constant<5>"),
 ]
 

@@ -11,11 +11,12 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch_jit_ops import backends, dispatcher, environment, fallback, forks, manifest, variant_storm
+from torch_jit_ops import backends, develop, dispatcher, environment, fallback, forks, manifest, variant, variant_storm
 from torch_jit_ops.backends import MissingCompiler
 from torch_jit_ops.builder.errors import BuildError
 from torch_jit_ops.builder.load import load
 from torch_jit_ops.builder.shared_object import Loaded
+from torch_jit_ops.builder.unit import Unit
 from torch_jit_ops.checks import matcher
 from torch_jit_ops.declaration import Declaration
 from torch_jit_ops.reference import Reference
@@ -38,6 +39,9 @@ class Boot:
         self._reference = reference
         self._overload_of = overload_of
         self._lock = forks.Lock()
+        self._source: develop.Source | None = None
+        self._checked: Any = None  # what stands between the op and the dispatcher in debug mode
+        self.promised: Callable[[Sequence[Any], Mapping[str, Any]], Any] | None = None
         self.is_done = False
 
     def call(self, overload: str, *args: Any, **kwargs: Any) -> Any:
@@ -60,6 +64,8 @@ class Boot:
         under_way.append(self)
         try:
             with dispatcher.raising_what_is_kept():
+                if self._checked is not None:
+                    return self._checked.call(overload, args, kwargs)
                 return self._overload_of(overload)(*args, **kwargs)
         finally:
             under_way.pop()
@@ -74,9 +80,56 @@ class Boot:
                     f"{self._declaration.qualified_name} is being called for the first time further down this thread's stack"
                 )
             dispatcher.library(meanwhile=functools.partial(self._prefetch, args, kwargs or {}))
+            if environment.debugging() and self.promised is not None:
+                from torch_jit_ops import debug
+
+                self._checked = debug.Checked(self._declaration, self.promised)
             with forks.held_off():  # all of it or nothing, as a second time would be another registration
                 self._register()
                 self.is_done = True
+
+    def follow(self, before: Boot) -> None:
+        """Serve the op where it has been handed over as it was declared before."""
+        if not before.is_done:
+            return
+        self.hand_over()
+        declaration = self._declaration
+        mine = {
+            (declaration.dotted(form), backends.named(name).dispatch_key)
+            for form in declaration.overloads
+            for name in declaration.kernels
+        }
+        for overload, key in dispatcher.served(declaration.namespace, map(self._served_name, declaration.overloads)):
+            if (overload, key) not in mine:  # there is a kernel in C++, and none is declared
+                self._register_reference(overload, key)
+
+    def _register_reference(self, overload: str, key: str) -> None:
+        declaration = self._declaration
+        form = overload.partition(".")[2]
+        plan = variant.parse_variant(declaration.qualified_name, declaration.name, declaration.signature)
+
+        def answer(_: Sequence[int]) -> int:
+            self._reference.define_ops()
+            return dispatcher.REFERENCE
+
+        dispatcher.register(
+            declaration.who(form),
+            declaration.namespace,
+            overload,
+            key,
+            f"{declaration.namespace}::{self._reference.op_name(form)}",
+            plan.plan(declaration.overloads[form]),
+            answer,
+        )
+
+    def withdraw_twin(self) -> None:
+        """Take away what debug mode has defined."""
+        if self._checked is not None:
+            develop.withdraw(self._checked.library)
+
+    def _served_name(self, overload: str) -> str:
+        """The overload that the C++ dispatcher serves."""
+        return str(self._checked.dotted(overload)) if self._checked is not None else self._declaration.dotted(overload)
 
     def _register(self) -> None:
         declaration = self._declaration
@@ -85,7 +138,7 @@ class Boot:
                 dispatcher.register(
                     declaration.who(overload),
                     declaration.namespace,
-                    declaration.dotted(overload),
+                    self._served_name(overload),
                     backends.named(backend).dispatch_key,
                     f"{declaration.namespace}::{self._reference.op_name(overload)}",
                     kernel.pattern.plan(signature),
@@ -114,7 +167,7 @@ class Boot:
         arch = backends.named(backend).arch_of(key[0])
         unit = declaration.unit(backend, values, arch)
         try:
-            loaded = load(unit)
+            loaded = self._develop(unit) if develop.is_on(declaration.namespace) else load(unit)
         except BuildError as error:
             # Errors there are about the function that is exported: of another name, place or type than the variant says.
             if re.search(rf"\bjitk/export\.h:|\b{re.escape(unit.name.replace('.', '_'))}\.(cu|cpp):", str(error)):
@@ -125,12 +178,18 @@ class Boot:
             manifest.record(manifest.entry_of(declaration.qualified_name, backend, pattern, values, arch))
         return loaded
 
+    def _develop(self, unit: Unit) -> Loaded:
+        if self._source is None:
+            self._source = develop.Source(self._declaration.qualified_name, self._declaration.function)
+        self._source.warn_if_edited()
+        return develop.load(unit)
+
     def _refuses(self, unserved: fallback.Unserved) -> bool:
         """Whether the function refuses the dtype, too, so that there is nothing to say of a slower way."""
         declaration = self._declaration
         return not unserved.kernels or matcher.refuses(declaration.tensors, unserved.argument, unserved.dtype)
 
-    def _answer(self, backend: str, key: Sequence[int]) -> int:
+    def _answer(self, backend: str, key: Sequence[int]) -> int | dispatcher.Once:
         """The address of the entry for a key that the dispatcher has for the first time."""
         declaration = self._declaration
         unserved = declaration.unserved(declaration.kernels[backend].pattern.dtypes_of_key(key[1:]))
@@ -146,6 +205,8 @@ class Boot:
             raise
         if loaded is None:
             self._reference.define_ops()
-            return dispatcher.REFERENCE
+            none = dispatcher.REFERENCE
+            return dispatcher.Once(none) if develop.is_on(declaration.namespace) else none
         variant_storm.note(declaration.qualified_name, backend, declaration.kernels[backend].pattern, key[1:])
-        return loaded.entry(declaration.checked_export(backend, loaded))
+        entry = loaded.entry(declaration.checked_export(backend, loaded))
+        return dispatcher.Once(entry) if develop.is_on(declaration.namespace) else entry

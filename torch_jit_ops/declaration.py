@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from torch_jit_ops import backends, per_target, variant
+from torch_jit_ops import backends, environment, per_target, variant
 from torch_jit_ops.backends.wheels import WheelLibrary
 from torch_jit_ops.builder.shared_object import Loaded
 from torch_jit_ops.builder.unit import Unit
@@ -153,6 +153,7 @@ class Declaration:
             flags=per_target.pick(self.flags, backend, arch),
             beside=kernel.sources.units_beside(),
             ldflags=per_target.pick(self.ldflags, backend, arch),
+            debug=environment.debugging(),
         )
 
     def checked_export(self, backend: str, loaded: Loaded) -> str:

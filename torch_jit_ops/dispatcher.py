@@ -11,7 +11,7 @@ import ctypes
 import itertools
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -39,6 +39,7 @@ MAX_SLOTS = 16384  # JITK_MAX_SLOTS of csrc/runtime/slot.h
 _answers: dict[int, Answer] = {}  # by what the dispatcher asks with: a slot's number, or what came in its place
 _numbers = itertools.count()
 _replacements = itertools.count(MAX_SLOTS)
+_slots: dict[tuple[str, str], int] = {}  # by overload and dispatch key: PyTorch keeps what C++ has registered
 _reserved = 0
 _kept = threading.local()  # .error: what failed below the dispatcher, which can hand on no more than a text
 _lock = forks.Lock()
@@ -142,6 +143,7 @@ def autograd_unit() -> Unit:
 
 
 _autograd: Future[ctypes.CDLL] | None = None
+_differentiated: set[str] = set()  # the overloads that C++ does it for
 # Whether a tensor can have a tangent; None until the library is there that knows.
 in_forward_mode: Callable[[], bool] | None = None
 
@@ -171,8 +173,10 @@ def differentiate(overloads: Sequence[str]) -> bool:
     loaded = _autograd.result()
     loaded.jitk_in_forward_mode.restype = ctypes.c_bool
     for overload in overloads:
-        name, _, form = overload.partition(".")
-        _checked(loaded.jitk_differentiate, name.encode(), form.encode())
+        if overload not in _differentiated:  # of an op that was declared again: it is so for good
+            name, _, form = overload.partition(".")
+            _checked(loaded.jitk_differentiate, name.encode(), form.encode())
+            _differentiated.add(overload)
     in_forward_mode = loaded.jitk_in_forward_mode
     return True
 
@@ -254,10 +258,9 @@ def register(
     reference: str,
     plan: str,
     answer: Answer,
-    *,
-    number: int | None = None,
 ) -> int:
-    """Have the dispatcher serve an overload from now on.
+    """Have the dispatcher serve an overload from now on, also one that it served as it was declared before: calls of that one
+    that are under way end as they began.
 
     Args:
         who: the overload as errors name it.
@@ -267,22 +270,34 @@ def register(
         reference: qualified name of the op to call where ``answer`` says ``REFERENCE``.
         plan: how to read the arguments (``VariantPattern.plan``).
         answer: from a key to the address of an entry, for good or ``Once``; its exceptions reach the caller of the op.
-        number: of the slot that has served the overload, and serves it as it is declared now: with another plan, reference and
-            answer. Calls under way end as they began.
 
     Returns:
         The number of the slot.
     """
-    if number is not None:
-        asks = next(_replacements)
-        _answers[asks] = answer
-        _checked(library().jitk_replace, number, asks, *(text.encode() for text in (who, reference, plan)))
-        return number
-    number = next(_numbers)
-    _answers[number] = answer
+    place = (f"{namespace}::{overload}", dispatch_key)
+    known = _slots.get(place)
+    asks = next(_numbers if known is None else _replacements)
+    _answers[asks] = answer
+    if known is not None:
+        _checked(library().jitk_replace, known, asks, *(text.encode() for text in (who, reference, plan)))
+        return known
     texts = (who, namespace, overload, dispatch_key, reference, plan)
-    _checked(library().jitk_register, number, *(text.encode() for text in texts))
-    return number
+    _checked(library().jitk_register, asks, *(text.encode() for text in texts))
+    _slots[place] = asks
+    return asks
+
+
+def served(namespace: str, overloads: Iterable[str]) -> list[tuple[str, str]]:
+    """Of these overloads of a namespace, those that the dispatcher has ever served, each with the dispatch key."""
+    wanted = {f"{namespace}::{overload}": overload for overload in overloads}
+    return [(wanted[name], key) for name, key in _slots if name in wanted]
+
+
+def forget_all_of(namespace: str) -> None:
+    """Have the ops of the namespace ask for their kernels again."""
+    for (name, _), number in list(_slots.items()):
+        if name.partition("::")[0] == namespace:
+            forget(number)
 
 
 def forget(number: int) -> None:

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from torch_jit_ops import dispatcher, forks, per_target, variant
+from torch_jit_ops import dispatcher, environment, forks, per_target, variant
 from torch_jit_ops.backends import CPU, CUDA, Backend
 from torch_jit_ops.backends.wheels import WheelLibrary
 from torch_jit_ops.builder.load import load
@@ -251,6 +251,7 @@ class _Part:
             include=(*folders, *self.include),
             flags=self.flags,
             ldflags=self.ldflags,
+            debug=environment.debugging(),
         )
 
     def define(

@@ -90,6 +90,7 @@ CUDA = Cuda(
     target_form=r"sm_\d{2,3}[af]?",
     # -O is for the host code alone, most of which runs once an error occurs; ptxas optimises fully by default.
     flags=("-O1", "-Xcompiler=-fvisibility=hidden", _NO_SPECIAL_FUNCTIONS),
+    debug_flags=("-g", "-G", "-Xcompiler=-O0", "-DJITK_DEBUG"),  # -G makes line numbers by itself
     exports_link_flags=("-Wl,--wrap=__cudaRegisterFunction",),  # export.h says what it does with it
     # CC is nvcc's host compiler, as in PyTorch.
     variables=("CC", "NVCC_CCBIN", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "PYTORCH_NVCC", "CUDA_INC_PATH", "CUDNN_HOME"),
