@@ -33,6 +33,7 @@ help:
 	@echo "make kernels   compile every CUDA kernel with nvcc for $(ARCHS), without a GPU"
 	@echo "make docs      write the tables of the built-in ops into README.md and docs/ops.md"
 	@echo "make lint      formatters and linters, as CI runs them; make format applies them"
+	@echo "make house     draw the picture of the package's rooms in CONTRIBUTING.md from the imports"
 	@echo "make wheel     build dist/*.whl"
 	@echo "make clean     remove what the targets made"
 
@@ -93,6 +94,9 @@ lint: $(VENV)/lint
 
 format: $(VENV)/lint
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format . && $(BIN)/clang-format -i $(CXX_FILES)
+
+house:
+	@$(PYTHON) tools/draw_house.py --write
 
 wheel: $(VENV)/ready
 	@rm -rf build dist && $(BIN)/python -m build --no-isolation --wheel --outdir dist . >/dev/null && ls dist/*.whl
