@@ -14,7 +14,7 @@ from child import ROOT
 from torch import Tensor
 
 from torch_jit_ops import MissingCompiler, Op
-from torch_jit_ops.backends import toolchain
+from torch_jit_ops.backends import CUDA
 from torch_jit_ops.builder import load
 from torch_jit_ops.testing import check
 
@@ -33,7 +33,7 @@ def compile_for_hopper(op: Op, dtype: torch.dtype) -> None:
     if torch.version.cuda is None:
         pytest.skip("a CPU build of PyTorch cannot load a CUDA kernel")
     try:
-        toolchain.cuda_toolkit()
+        CUDA.toolkit()
         unit = op.declaration.unit("cuda", (dtype,), "9.0a")
         unit.key()
     except MissingCompiler as missing:  # no nvcc, or no wheel with the headers
