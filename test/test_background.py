@@ -25,8 +25,7 @@ _PROGRAM = """
 import os, sys, threading
 from pathlib import Path
 import torch
-from torch_jit_ops import OpLibrary, process
-from torch_jit_ops.builder import loader
+from torch_jit_ops import OpLibrary, boot, process
 from torch_jit_ops.builder import load as load_module
 
 folder = Path({folder!r})
@@ -34,16 +33,11 @@ folder = Path({folder!r})
 #include <jitk/result.h>
 #include <jitk/tensor.h>
 template <typename T>
-jitk::Tensor twice(jitk::TensorView x) {{
+void twice(jitk::TensorView x, jitk::Output& out) {{
   {body}
-  jitk::Tensor out = jitk::host::empty_like(x);
-  for (int64_t i = 0; i < x.numel(); ++i) {{
-    static_cast<T*>(out.view().data_ptr())[i] = 2 * static_cast<const T*>(x.data_ptr())[i];
-  }}
-  return out;
+  T* to = static_cast<T*>(out.empty_like(x).data_ptr());
+  for (int64_t i = 0; i < x.numel(); ++i) to[i] = 2 * static_cast<const T*>(x.data_ptr())[i];
 }}
-template <typename T>
-void twice_out(jitk::TensorView, jitk::TensorView) {{}}
 ''')
 library = OpLibrary("ahead", csrc=folder)
 
@@ -53,7 +47,7 @@ def twice(x: torch.Tensor) -> torch.Tensor:
 
 events = []
 started, called = threading.Event(), threading.Event()
-load, build = loader.load, load_module._build
+load, build = boot.load, load_module._build
 
 def recorded_load(unit, *args):
     if unit.name == "ahead.twice":
@@ -69,7 +63,7 @@ def recorded_build(unit, *args):
         {meanwhile}
     return build(unit, *args)
 
-loader.load, load_module._build = recorded_load, recorded_build
+boot.load, load_module._build = recorded_load, recorded_build
 x = torch.arange(3.0)
 model = torch.compile(lambda x: twice.default(x), fullgraph=True, backend="aot_eager")
 """

@@ -10,7 +10,7 @@ import pytest
 from child import run_python
 
 from torch_jit_ops import dispatcher
-from torch_jit_ops.builder import loader
+from torch_jit_ops.builder.load import load
 
 # A process makes an op's first call in a thread, and forks meanwhile. The child makes the same call.
 _FORK = """
@@ -57,14 +57,9 @@ _THRICE = """
 #include <jitk/result.h>
 #include <jitk/tensor.h>
 template <typename T>
-void thrice_out(jitk::TensorView x, jitk::TensorView out) {
+void thrice(jitk::TensorView x, jitk::Output& output) {
+  const jitk::TensorView out = output.empty_like(x);
   for (int64_t i = 0; i < x.numel(); ++i) static_cast<T*>(out.data_ptr())[i] = 3 * static_cast<const T*>(x.data_ptr())[i];
-}
-template <typename T>
-jitk::Tensor thrice(jitk::TensorView x) {
-  jitk::Tensor out = jitk::host::empty_like(x);
-  thrice_out<T>(x, out.view());
-  return out;
 }
 """
 
@@ -77,7 +72,7 @@ def folder(tmp_path: Path) -> Path:
     csrc.mkdir()
     (csrc / "thrice.cpp").write_text(_THRICE)
     dispatcher.library()
-    loader.load(dispatcher.autograd_unit())
+    load(dispatcher.autograd_unit())
     return csrc
 
 
@@ -102,7 +97,7 @@ def test_a_signal_in_the_middle_of_a_first_call(folder: Path) -> None:
 import signal, time
 import torch
 from torch_jit_ops import OpLibrary, statistics
-from torch_jit_ops.builder import loader
+from torch_jit_ops.builder.load import load
 
 library = OpLibrary("forkedlib", csrc={folder!r})
 

@@ -125,19 +125,17 @@ _TWICE = """
 #include <jitk/result.h>
 #include <jitk/tensor.h>
 
-jitk::Tensor twice(jitk::TensorView x) {
-  jitk::Tensor out = jitk::host::empty_like(x);
-  for (int64_t i = 0; i < x.numel(); ++i)
-    static_cast<float*>(out.view().data_ptr())[i] = 2 * static_cast<const float*>(x.data_ptr())[i];
-  return out;
+void twice(jitk::TensorView x, jitk::Output& out) {
+  float* to = static_cast<float*>(out.empty_like(x).data_ptr());
+  for (int64_t i = 0; i < x.numel(); ++i) to[i] = 2 * static_cast<const float*>(x.data_ptr())[i];
 }
-void twice_out(jitk::TensorView, jitk::TensorView) {}
 """
 
 
 @probe(COMPILE, "kernels are built in the background meanwhile")
 def background_builds() -> None:
-    from torch_jit_ops.builder import loader
+    from torch_jit_ops import boot
+    from torch_jit_ops.builder.unit import Unit
 
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "twice.cpp").write_text(_TWICE)
@@ -148,9 +146,9 @@ def background_builds() -> None:
             return 2 * x
 
         loaded = threading.Event()
-        load = loader.load
+        load = boot.load
 
-        def noted(unit: loader.Unit, *args: Any) -> Any:
+        def noted(unit: Unit, *args: Any) -> Any:
             result = load(unit, *args)
             if unit.name == "ahead.twice" and threading.current_thread() is not threading.main_thread():
                 loaded.set()
@@ -160,7 +158,7 @@ def background_builds() -> None:
             require(loaded.wait(60), "nothing was built while the graph was compiled")
             return module.forward
 
-        loader.load = noted
+        boot.load = noted
         x = torch.arange(3.0)
         assert_close(torch.compile(lambda x: torch.ops.ahead.twice(x), fullgraph=True, backend=backend)(x), 2 * x)
 

@@ -22,14 +22,17 @@ import torch
 
 from torch_jit_ops import backends, dispatcher, registry
 from torch_jit_ops.ahead import build_ahead
-from torch_jit_ops.builder import loader
+from torch_jit_ops.builder.errors import BuildError
+from torch_jit_ops.builder.load import load
+from torch_jit_ops.builder.unit import Unit
 from torch_jit_ops.dtypes import shown
 from torch_jit_ops.op import Op
+from torch_jit_ops.signature import tensors_of
 from torch_jit_ops.store import files
 
 LIBRARY = "libjitk_ops.so"
 TABLE = "ops.txt"
-_VERSION = "jitk 1"  # read_table of standalone.cpp
+_VERSION = "jitk 1"  # Reader of csrc/runtime/table.h
 
 Program = torch.export.ExportedProgram | str | os.PathLike[str]
 
@@ -84,7 +87,7 @@ def deploy(
     units = [each.unit() for each in wanted]
     report = build_ahead.load_all([dispatcher.standalone_unit(), *units], jobs)
     if report.failures:
-        raise loader.BuildError(
+        raise BuildError(
             f"{len(report.failures)} of {report.kernels} kernels could not be built\n" + "\n".join(report.failures)
         )
     with files.replacing(target.resolve()) as unfinished:
@@ -93,12 +96,12 @@ def deploy(
     return Deployment(target, target / LIBRARY, len(wanted), report.compiled, time.monotonic() - start)
 
 
-def _write(folder: Path, wanted: Sequence[build_ahead.Wanted], units: Sequence[loader.Unit]) -> None:
-    shutil.copyfile(loader.load(dispatcher.standalone_unit()).path, folder / LIBRARY)
+def _write(folder: Path, wanted: Sequence[build_ahead.Wanted], units: Sequence[Unit]) -> None:
+    shutil.copyfile(load(dispatcher.standalone_unit()).path, folder / LIBRARY)
     names = {}
     for unit in units:
         names[unit] = f"{unit.name}-{unit.key()[:16]}.so"
-        shutil.copyfile(loader.load(unit).path, folder / names[unit])
+        shutil.copyfile(load(unit).path, folder / names[unit])
     lines = [_VERSION]
     for op in dict.fromkeys(each.op for each in wanted):
         forms = op.declaration.overloads
@@ -110,7 +113,7 @@ def _write(folder: Path, wanted: Sequence[build_ahead.Wanted], units: Sequence[l
                 lines += [f"asked {part.text}" for part in kernel.pattern.placeholders]
                 for each, unit in zip(wanted, units, strict=True):
                     if (each.op, each.backend) == (op, backend):
-                        export = op.declaration.checked_export(backend.name, form, loader.load(unit))
+                        export = op.declaration.checked_export(backend.name, load(unit))
                         words = ",".join(map(str, kernel.pattern.key(each.values))) or "-"
                         lines.append(f"kernel {names[unit]} {export} {each.arch} {words} {unit.label}")
     (folder / TABLE).write_text("\n".join(lines) + "\n")
@@ -160,7 +163,7 @@ def _of_call(op: Op, node: torch.fx.Node, arch: str | Sequence[str] | None) -> I
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda each: each.meta["val"])
     given = {name: value for name, value in kwargs.items() if name not in op.declaration.outputs}
     values = op.declaration.arguments(*args, **given)
-    device = next(value.device for value in values if isinstance(value, torch.Tensor))
+    device = next(tensors_of(values)).device
     backend = backends.of_device(device)
     who = f"the program's call of {op.qualified_name}"
     if backend is None or backend.name not in op.declaration.kernels:
