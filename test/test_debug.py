@@ -24,21 +24,10 @@ GROW = """
 #include <jitk/tensor.h>
 
 template <typename T>
-void fill(jitk::TensorView input, jitk::TensorView out) {
-  for (int64_t i = 0; i < out.numel(); ++i) static_cast<T*>(out.data_ptr())[i] = i < input.numel() ? 1 : 2;
-}
-
-template <typename T>
-void grow_out(jitk::TensorView input, jitk::TensorView out) {
-  fill<T>(input, out);
-}
-
-template <typename T>
-jitk::Tensor grow(jitk::TensorView input) {
+void grow(jitk::TensorView input, jitk::Output& out) {
   const int64_t size = input.size(0) + MORE;
-  jitk::Tensor out = jitk::host::empty({&size, 1}, jitk::dtype_of<RESULT>(), {jitk::kDLCPU, 0});
-  fill<RESULT>(input, out);
-  return out;
+  jitk::TensorView to = out.empty({&size, 1}, jitk::dtype_of<RESULT>(), input.device());
+  for (int64_t i = 0; i < to.numel(); ++i) static_cast<RESULT*>(to.data_ptr())[i] = i < input.numel() ? 1 : 2;
 }
 """
 

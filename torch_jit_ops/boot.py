@@ -11,14 +11,13 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
-
-from torch_jit_ops import develop, dispatcher, environment, fallback, forks, manifest, variant
+from torch_jit_ops import develop, dispatcher, environment, fallback, forks, manifest, variant, variant_storm
 from torch_jit_ops.backends import toolchain
 from torch_jit_ops.builder import loader
 from torch_jit_ops.checks import matcher
 from torch_jit_ops.declaration import Declaration
 from torch_jit_ops.reference import Reference
+from torch_jit_ops.signature import tensors_of
 
 _DISPATCH_KEYS = {"cuda": "CUDA", "cpu": "CPU"}
 
@@ -49,7 +48,7 @@ class Boot:
 
         On other devices every call: the reference. So are tensors that have the device alone, sparse ones, when they come back.
         """
-        devices = {value.device.type for value in (*args, *kwargs.values()) if isinstance(value, Tensor)}
+        devices = {tensor.device.type for tensor in tensors_of((*args, *kwargs.values()))}
         under_way = _under_way.__dict__.setdefault("boots", [])
         if not devices or not devices <= self._declaration.kernels.keys() or self in under_way:
             return self._reference.call(overload, args, kwargs)
@@ -93,11 +92,9 @@ class Boot:
             return
         self.hand_over()
         declaration = self._declaration
-        mine = {
-            (declaration.dotted(form), _DISPATCH_KEYS[name]) for form in declaration.overloads for name in declaration.kernels
-        }
+        keys = {_DISPATCH_KEYS[name] for name in declaration.kernels}
         for overload, key in dispatcher.served(declaration.namespace, map(self._served_name, declaration.overloads)):
-            if (overload, key) not in mine:  # there is a kernel in C++, and none is declared
+            if key not in keys:  # C++ serves it still, and no kernel is declared
                 self._register_reference(overload, key)
 
     def _register_reference(self, overload: str, key: str) -> None:
@@ -139,8 +136,7 @@ class Boot:
                     _DISPATCH_KEYS[backend],
                     f"{declaration.namespace}::{self._reference.op_name(overload)}",
                     kernel.pattern.plan(signature),
-                    functools.partial(self._answer, backend, overload),
-                    functools.partial(develop.is_on, declaration.namespace),
+                    functools.partial(self._answer, backend),
                 )
 
     def _prefetch(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -148,7 +144,7 @@ class Boot:
         try:
             given = {name: value for name, value in kwargs.items() if name not in declaration.outputs}
             values = declaration.arguments(*args, **given)
-            device = next(value.device for value in values if isinstance(value, Tensor))
+            device = next(tensors_of(values)).device
             index = device.index if device.type == "cuda" else -1
             self.load(device.type, [index, *declaration.kernels[device.type].pattern.words_of(values)])
         except Exception:  # the dispatcher will ask for the same and report it where the caller sees it
@@ -168,7 +164,7 @@ class Boot:
         except loader.BuildError as error:
             # Errors there are about the function that is exported: of another name, place or type than the variant says.
             if re.search(rf"\bjitk/export\.h:|\b{re.escape(unit.name.replace('.', '_'))}\.(cu|cpp):", str(error)):
-                raise loader.BuildError(f"{error}\n{declaration.wanted_functions(backend, values)}") from error
+                raise loader.BuildError(f"{error}\n{declaration.wanted_function(backend, values)}") from error
             raise
         if backend == "cuda":
             loaded.load_kernels(key[0])
@@ -187,8 +183,13 @@ class Boot:
         declaration = self._declaration
         return not unserved.kernels or matcher.refuses(declaration.tensors, unserved.argument, unserved.dtype)
 
-    def _answer(self, backend: str, overload: str, key: Sequence[int]) -> int:
-        """The address of the entry for a key that the dispatcher has for the first time."""
+    def _answer(self, backend: str, key: Sequence[int]) -> int | dispatcher.Once:
+        """The entry for a key that the dispatcher asks for; in develop mode for this call alone."""
+        entry = self._entry(backend, key)
+        return dispatcher.Once(entry) if develop.is_on(self._declaration.namespace) else entry
+
+    def _entry(self, backend: str, key: Sequence[int]) -> int:
+        """The address of the entry."""
         declaration = self._declaration
         unserved = declaration.unserved(declaration.kernels[backend].pattern.dtypes_of_key(key[1:]))
         if unserved is not None and not self._refuses(unserved):
@@ -204,4 +205,5 @@ class Boot:
         if loaded is None:
             self._reference.define_ops()
             return dispatcher.REFERENCE
-        return loaded.entry(declaration.checked_export(backend, overload, loaded))
+        variant_storm.note(declaration.qualified_name, backend, declaration.kernels[backend].pattern, key[1:])
+        return loaded.entry(declaration.checked_export(backend, loaded))

@@ -133,17 +133,15 @@ class Declaration:
     # --- the C++ of a variant ---------------------------------------------------------------------
 
     def unit(self, backend: str, values: Sequence[variant.Value], arch: str) -> loader.Unit:
-        """The translation unit for the placeholders' values: every overload in one library.
+        """The translation unit for the placeholders' values: one function, which serves every overload.
 
         Raises:
             MissingWheel: headers are to come from a wheel that is not installed.
         """
         kernel = self.kernels[backend]
-        lines = ["using namespace jitk;"]
-        for overload in self.overloads:
-            function = kernel.pattern.instantiate(values, overload and "_out")
-            lines.append(f"JITK_EXPORT({self.export(backend, overload)}, {function})")
-        label = kernel.pattern.instantiate(values).removeprefix(self.namespace + "::")
+        function = kernel.pattern.instantiate(values)
+        lines = ["using namespace jitk;", f"JITK_EXPORT({kernel.pattern.export_name()}, {function})"]
+        label = function.removeprefix(self.namespace + "::")
         return loader.Unit(
             name=f"{self.namespace}.{self.name}",
             label=f"{self.namespace}::{label}",
@@ -157,34 +155,26 @@ class Declaration:
             debug=environment.debugging(),
         )
 
-    def export(self, backend: str, overload: str) -> str:
-        """The name by which a variant's library exports the function of an overload."""
-        return self.kernels[backend].pattern.export_name() + (overload and "_out")
-
-    def checked_export(self, backend: str, overload: str, loaded: loader.Loaded) -> str:
-        """The same.
+    def checked_export(self, backend: str, loaded: loader.Loaded) -> str:
+        """The name by which a variant's library exports its function.
 
         Raises:
             RuntimeError: the function in the library does not fit the schema.
         """
         kernel = self.kernels[backend]
-        signature = self.overloads[overload]
-        export = self.export(backend, overload)
+        export = kernel.pattern.export_name()
         found = loaded.signature(export)
-        if found != kernel.pattern.cpp_signature(signature):
+        if found != kernel.pattern.cpp_signature(self.signature):
             raise RuntimeError(
                 f"{self.qualified_name}: the C++ function {export} does not fit the schema\n"
-                f"  expected  {kernel.pattern.cpp_declaration(signature, export)}\n"
+                f"  expected  {kernel.pattern.cpp_declaration(self.signature, export)}\n"
                 f"  got       {variant.cpp_declaration(found, export)}\n"
                 f"  in {kernel.source}"
             )
         return export
 
-    def wanted_functions(self, backend: str, values: Sequence[variant.Value]) -> str:
-        """The C++ functions that the source must have, as declarations, for errors."""
+    def wanted_function(self, backend: str, values: Sequence[variant.Value]) -> str:
+        """The C++ function that the source must have, as a declaration, for errors."""
         kernel = self.kernels[backend]
-        lines = [
-            kernel.pattern.cpp_declaration(signature, kernel.pattern.instantiate(values, overload and "_out"))
-            for overload, signature in self.overloads.items()
-        ]
-        return "\n    ".join([f"  the op needs in {kernel.source}, as templates where a name has <...>:", *lines])
+        declared = kernel.pattern.cpp_declaration(self.signature, kernel.pattern.instantiate(values))
+        return f"  the op needs in {kernel.source}, as a template where its name has <...>:\n    {declared}"

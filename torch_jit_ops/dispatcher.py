@@ -1,4 +1,4 @@
-"""Loads the C++ dispatcher (csrc/runtime/dispatch.cpp) and answers its misses.
+"""Loads the C++ dispatcher (csrc/runtime) and answers its misses.
 
 Python talks to it through C functions; it talks to Python through ops of the namespace ``jitk``, as both directions then
 work in any thread and without a binding to a version of Python.
@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 
 import torch
 
@@ -20,15 +21,22 @@ from torch_jit_ops import backends, environment, forks, variant
 from torch_jit_ops.backends import toolchain
 from torch_jit_ops.builder import loader
 
-Answer = Callable[[Sequence[int]], int]
+
+@dataclass(frozen=True)
+class Once:
+    """An entry that serves the call that asked, and no other: the next one with the same key asks again."""
+
+    entry: int
+
+
+Answer = Callable[[Sequence[int]], int | Once]
 
 REFERENCE = 0  # the entry that makes the runtime call the op's reference
-MAX_SLOTS = 16384  # JITK_MAX_SLOTS of dispatch.cpp
+MAX_SLOTS = 16384  # JITK_MAX_SLOTS of csrc/runtime/slot.h
 
-_answers: dict[int, Answer] = {}
-_once: dict[int, Callable[[], bool]] = {}  # whether an answer is for one call alone; those not here are for good
+_answers: dict[int, Answer] = {}  # by what the dispatcher asks with: a slot's number, or what came in its place
 _numbers = itertools.count()
-_renewals = itertools.count(MAX_SLOTS)  # what a slot asks by that serves an overload declared again
+_replacements = itertools.count(MAX_SLOTS)
 _slots: dict[tuple[str, str], int] = {}  # by overload and dispatch key: PyTorch keeps what C++ has registered
 _reserved = 0
 _kept = threading.local()  # .error: what failed below the dispatcher, which can hand on no more than a text
@@ -44,8 +52,8 @@ _library.define("_explain_allocation(int[] sizes, int dtype, int cuda_index) -> 
 
 def _build(slot: int, key: list[int]) -> str:
     try:
-        entry = _answers[slot](key)
-        return f"{'once' if slot in _once and _once[slot]() else 'entry'} {entry}"
+        found = _answers[slot](key)
+        return f"once {found.entry}" if isinstance(found, Once) else f"entry {found}"
     except forks.Reentered:
         return "reference"
     except BaseException as error:  # an exception would be lost on the way through C
@@ -255,9 +263,11 @@ def register(
     reference: str,
     plan: str,
     answer: Answer,
-    once: Callable[[], bool] | None = None,
 ) -> int:
-    """Have the dispatcher serve an overload from now on, also one that it served as it was declared before.
+    """Have the dispatcher serve an overload from now on.
+
+    One that it has served before it serves as it is declared now, with another plan, reference and answer. Calls under way end
+    as they began.
 
     Args:
         who: the overload as errors name it.
@@ -266,25 +276,24 @@ def register(
         dispatch_key: ``CPU`` or ``CUDA``.
         reference: qualified name of the op to call where ``answer`` says ``REFERENCE``.
         plan: how to read the arguments (``VariantPattern.plan``).
-        answer: from a key to the address of an entry; its exceptions reach the caller of the op.
-        once: whether the answer is for one call alone, so that the next call of the same key asks again.
+        answer: from a key to the address of an entry, for good or ``Once``; its exceptions reach the caller of the op.
 
     Returns:
         The number of the slot.
     """
     place = (f"{namespace}::{overload}", dispatch_key)
-    known = _slots.get(place)
-    asks = next(_numbers if known is None else _renewals)
-    _answers[asks] = answer
-    if once is not None:
-        _once[asks] = once
-    if known is not None:
-        _checked(library().jitk_replace, known, asks, *(text.encode() for text in (who, reference, plan)))
-        return known
+    number = _slots.get(place)
+    if number is not None:
+        asks = next(_replacements)
+        _answers[asks] = answer
+        _checked(library().jitk_replace, number, asks, *(text.encode() for text in (who, reference, plan)))
+        return number
+    number = next(_numbers)
+    _answers[number] = answer
     texts = (who, namespace, overload, dispatch_key, reference, plan)
-    _checked(library().jitk_register, asks, *(text.encode() for text in texts))
-    _slots[place] = asks
-    return asks
+    _checked(library().jitk_register, number, *(text.encode() for text in texts))
+    _slots[place] = number
+    return number
 
 
 def served(namespace: str, overloads: Iterable[str]) -> list[tuple[str, str]]:
@@ -293,11 +302,16 @@ def served(namespace: str, overloads: Iterable[str]) -> list[tuple[str, str]]:
     return [(wanted[name], key) for name, key in _slots if name in wanted]
 
 
-def forget(namespace: str) -> None:
-    """Have the ops of the namespace ask for their kernels again."""
+def forget_all(namespace: str) -> None:
+    """Have the ops of the namespace ask for every key again."""
     for (name, _), number in list(_slots.items()):
         if name.partition("::")[0] == namespace:
-            _checked(library().jitk_forget, number)
+            forget(number)
+
+
+def forget(number: int) -> None:
+    """Have the slot ask for every key again. Calls under way end with the entry that they found."""
+    _checked(library().jitk_forget, number)
 
 
 def _checked(function: Callable[..., int], *args: object) -> None:

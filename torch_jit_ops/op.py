@@ -161,7 +161,12 @@ class Op(Generic[Parameters, Results]):
                 # PyTorch's own kernels for these keys want an op that returns what it writes, and writes one tensor.
                 for key in ("Conjugate", "Negative"):
                     library.impl(dotted, functools.partial(self._write_lazy_views, overload), key)
-        if declaration.is_functional and not any(part.kind == "T" and part.keyword_only for part in self.signature.arguments):
+        plain = self.signature.has_plain_results and not self.signature.has_lists
+        if (
+            declaration.is_functional
+            and plain
+            and not any(part.kind == "T" and part.keyword_only for part in self.signature.arguments)
+        ):
             torch.library.register_vmap(
                 self.qualified_name, vmap.rule(self.default, self.signature, declaration.rows), lib=library
             )

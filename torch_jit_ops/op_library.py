@@ -104,8 +104,8 @@ class OpLibrary:
 
         Args:
             variant: the C++ instantiation to compile; ``variant.py`` lists its placeholders. A mapping from backend where they
-                differ; None for an op without kernels. The out form is the function of the same name with ``_out`` behind it;
-                both come from one compilation.
+                differ; None for an op without kernels. The function takes the op's arguments and then ``Output&`` for each
+                result, and serves the functional and the out form.
             cuda, cpu: the file with the backend's kernel, in the library's ``csrc``; or a list of files, of which the first has
                 the function, and the others are compiled at the same time and linked with it. A backend without one runs the
                 function itself.
@@ -165,6 +165,7 @@ class OpLibrary:
             signature = signature_of(function, mutates, own if reusable is None else reusable)
             kernels = options.kernels(who, signature, found, variant)
             names = options.output_names(who, signature, outputs)
+            signature = signature.named(names) if names else signature
             of_rows.check(who, signature, names)
             declaration = Declaration(
                 namespace=self.namespace,

@@ -25,11 +25,12 @@ from torch_jit_ops.ahead import build_ahead
 from torch_jit_ops.builder import loader
 from torch_jit_ops.dtypes import shown
 from torch_jit_ops.op import Op
+from torch_jit_ops.signature import tensors_of
 from torch_jit_ops.store import files
 
 LIBRARY = "libjitk_ops.so"
 TABLE = "ops.txt"
-_VERSION = "jitk 1"  # read_table of standalone.cpp
+_VERSION = "jitk 1"  # Reader of csrc/runtime/table.h
 
 Program = torch.export.ExportedProgram | str | os.PathLike[str]
 
@@ -110,7 +111,7 @@ def _write(folder: Path, wanted: Sequence[build_ahead.Wanted], units: Sequence[l
                 lines += [f"asked {part.text}" for part in kernel.pattern.placeholders]
                 for each, unit in zip(wanted, units, strict=True):
                     if (each.op, each.backend) == (op, backend):
-                        export = op.declaration.checked_export(backend.name, form, loader.load(unit))
+                        export = op.declaration.checked_export(backend.name, loader.load(unit))
                         words = ",".join(map(str, kernel.pattern.key(each.values))) or "-"
                         lines.append(f"kernel {names[unit]} {export} {each.arch} {words} {unit.label}")
     (folder / TABLE).write_text("\n".join(lines) + "\n")
@@ -160,7 +161,7 @@ def _of_call(op: Op, node: torch.fx.Node, arch: str | Sequence[str] | None) -> I
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda each: each.meta["val"])
     given = {name: value for name, value in kwargs.items() if name not in op.declaration.outputs}
     values = op.declaration.arguments(*args, **given)
-    device = next(value.device for value in values if isinstance(value, torch.Tensor))
+    device = next(tensors_of(values)).device
     backend = backends.of_device(device)
     who = f"the program's call of {op.qualified_name}"
     if backend is None or backend.name not in op.declaration.kernels:

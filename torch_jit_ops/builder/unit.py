@@ -15,7 +15,7 @@ from torch_jit_ops.backends import Backend, named
 from torch_jit_ops.backends.wheels import WheelLibrary
 from torch_jit_ops.store.digests import digest_of_record
 
-ABI_VERSION = 1  # kAbiVersion of include/jitk/abi.h
+ABI_VERSION = 2  # kAbiVersion of include/jitk/abi.h
 _STANDARD = "-std=c++17"
 
 

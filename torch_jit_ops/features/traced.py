@@ -17,7 +17,7 @@ from torch import Tensor
 from torch_jit_ops.checks import overlap
 from torch_jit_ops.declaration import Declaration
 from torch_jit_ops.features import build_while_tracing, dtensor, planned_out
-from torch_jit_ops.reference import Reference, as_tuple
+from torch_jit_ops.reference import Reference, each_tensor
 
 Load = Callable[[str, Sequence[int]], object]
 
@@ -46,7 +46,8 @@ class Fake:
         if declaration.outputs:
             planned_out.lower(self._overload_of(""), self._overload_of("out"), declaration.outputs)
         names = declaration.outputs or tuple(f"result {i}" for i in range(declaration.signature.results))
-        dtensor.register(self._overload_of(""), declaration.signature, names, declaration.rows)
+        if not declaration.signature.has_lists:  # of which DTensor's rules know nothing
+            dtensor.register(self._overload_of(""), declaration.signature, names, declaration.rows)
         return self.results(args, kwargs)
 
     def run_out(self, *args: Any, **kwargs: Any) -> Any:
@@ -84,5 +85,4 @@ class Fake:
         if declaration.signature.results == 0:
             return None
         results = declaration.function(*args, **kwargs)
-        fresh = tuple(result.new_empty(result.shape) for result in as_tuple(results))
-        return fresh if isinstance(results, tuple) else fresh[0]
+        return each_tensor(lambda result: result.new_empty(result.shape), results)
