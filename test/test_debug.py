@@ -15,7 +15,7 @@ from torch import Tensor
 import torch_jit_ops
 from torch_jit_ops import OpLibrary
 from torch_jit_ops.backends import CPU, CUDA, MissingCompiler
-from torch_jit_ops.builder import loader
+from torch_jit_ops.builder.unit import Unit, include_dir
 
 _names = itertools.count()
 
@@ -24,21 +24,10 @@ GROW = """
 #include <jitk/tensor.h>
 
 template <typename T>
-void fill(jitk::TensorView input, jitk::TensorView out) {
-  for (int64_t i = 0; i < out.numel(); ++i) static_cast<T*>(out.data_ptr())[i] = i < input.numel() ? 1 : 2;
-}
-
-template <typename T>
-void grow_out(jitk::TensorView input, jitk::TensorView out) {
-  fill<T>(input, out);
-}
-
-template <typename T>
-jitk::Tensor grow(jitk::TensorView input) {
+void grow(jitk::TensorView input, jitk::Output& out) {
   const int64_t size = input.size(0) + MORE;
-  jitk::Tensor out = jitk::host::empty({&size, 1}, jitk::dtype_of<RESULT>(), {jitk::kDLCPU, 0});
-  fill<RESULT>(input, out);
-  return out;
+  jitk::TensorView to = out.empty({&size, 1}, jitk::dtype_of<RESULT>(), input.device());
+  for (int64_t i = 0; i < to.numel(); ++i) static_cast<RESULT*>(to.data_ptr())[i] = i < input.numel() ? 1 : 2;
 }
 """
 
@@ -173,7 +162,7 @@ def test_a_debug_build_is_a_variant_of_its_own(tmp_path: Path, monkeypatch: pyte
     debug = op.declaration.unit("cpu", (torch.float32,), CPU.arch_of())
     assert usual.key() != debug.key()
     assert set(debug.compile_flags()) - set(usual.compile_flags()) == {"-O0", "-g", "-DJITK_DEBUG"}
-    assert {"-G", "-g", "-DJITK_DEBUG"} <= set(loader.Unit("u", "u", CUDA, "9.0a", "", debug=True).compile_flags())
+    assert {"-G", "-g", "-DJITK_DEBUG"} <= set(Unit("u", "u", CUDA, "9.0a", "", debug=True).compile_flags())
 
 
 VECTOR = """
@@ -195,8 +184,8 @@ def test_elements_of_vectors_are_checked(tmp_path: Path, debug: bool) -> None:
     except MissingCompiler as missing:
         pytest.skip(str(missing).splitlines()[0])
     (tmp_path / "vector.cu").write_text(VECTOR)
-    flags = loader.Unit("u", "u", CUDA, "9.0a", "", debug=debug).compile_flags()
-    command = [nvcc, *flags, f"-I{loader.include_dir()}", "-Werror", "all-warnings", "-cubin", "vector.cu"]
+    flags = Unit("u", "u", CUDA, "9.0a", "", debug=debug).compile_flags()
+    command = [nvcc, *flags, f"-I{include_dir()}", "-Werror", "all-warnings", "-cubin", "vector.cu"]
     command += ["-o", "vector.cubin"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

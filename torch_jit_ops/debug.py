@@ -53,6 +53,8 @@ class Checked:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
 
         def fake(value: Any) -> Any:
+            if isinstance(value, (list, tuple)):
+                return [fake(item) for item in value]
             return mode.from_tensor(value.detach()) if isinstance(value, Tensor) else value
 
         try:
