@@ -11,15 +11,17 @@ import ctypes
 import itertools
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
 
-from torch_jit_ops import environment, forks, variant
-from torch_jit_ops.backends import toolchain
-from torch_jit_ops.builder import loader
+from torch_jit_ops import environment, forks, process, variant
+from torch_jit_ops.backends import CPU, MissingCompiler
+from torch_jit_ops.builder import load as builder
+from torch_jit_ops.builder import workers
+from torch_jit_ops.builder.unit import Unit, csrc_dir
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,9 @@ MAX_SLOTS = 16384  # JITK_MAX_SLOTS of csrc/runtime/slot.h
 _answers: dict[int, Answer] = {}  # by what the dispatcher asks with: a slot's number, or what came in its place
 _numbers = itertools.count()
 _replacements = itertools.count(MAX_SLOTS)
+_slots: dict[tuple[str, str], int] = {}  # by overload and dispatch key: PyTorch keeps what C++ has registered
 _reserved = 0
 _kept = threading.local()  # .error: what failed below the dispatcher, which can hand on no more than a text
-_warned: set[str] = set()
 _lock = forks.Lock()
 
 _library = torch.library.Library("jitk", "FRAGMENT")
@@ -74,7 +76,7 @@ def _text(error: BaseException) -> str:
 
 
 def _explain_allocation(sizes: list[int], dtype: int, cuda_index: int) -> str:
-    device = "cpu" if cuda_index < 0 else f"cuda:{cuda_index}"
+    device = torch.device(cuda_index) if cuda_index >= 0 else torch.device(CPU.device_type)
     try:
         torch.empty(sizes, dtype=variant.dtype_of_key(dtype), device=device)
     except Exception as error:  # whatever it is, it is what the caller should read
@@ -88,24 +90,24 @@ _library.impl("_raise", _raise, "CompositeExplicitAutograd")
 _library.impl("_explain_allocation", _explain_allocation, "CompositeExplicitAutograd")
 
 
-def unit() -> loader.Unit:
+def unit() -> Unit:
     """The translation unit of the dispatcher. Its library depends on PyTorch's version; a variant's does not."""
     return _unit("runtime", "the dispatcher", "dispatch.cpp")
 
 
-def standalone_unit() -> loader.Unit:
+def standalone_unit() -> Unit:
     """The translation unit of the dispatcher for programs without Python."""
     return _unit("runtime.standalone", "the dispatcher without Python", "standalone.cpp")
 
 
-def _unit(name: str, label: str, source: str) -> loader.Unit:
-    return loader.Unit(
+def _unit(name: str, label: str, source: str) -> Unit:
+    return Unit(
         name=name,
         label=label,
-        backend="cpu",
-        arch="x86-64",
+        backend=CPU,
+        arch=CPU.baseline,
         text=f'#include "{source}"\n',
-        include=(loader.csrc_dir() / "runtime",),
+        include=(csrc_dir() / "runtime",),
         flags=("-O2", "-DTORCH_TARGET_VERSION=0x020b000000000000"),
         torch=True,
     )
@@ -122,25 +124,26 @@ def library(meanwhile: Callable[[], object] | None = None) -> ctypes.CDLL:
     """
     global _loaded
     if _loaded is None:
-        _loaded = _prototyped(loader.load(unit(), meanwhile).library)
+        _loaded = _prototyped(builder.load(unit(), meanwhile).library)
     return _loaded
 
 
-def autograd_unit() -> loader.Unit:
+def autograd_unit() -> Unit:
     """The translation unit that looks for wanted gradients. It takes four times as long as the dispatcher to compile."""
-    return loader.Unit(
+    return Unit(
         name="runtime_autograd",
         label="the dispatcher for autograd",
-        backend="cpu",
-        arch="x86-64",
+        backend=CPU,
+        arch=CPU.baseline,
         text='#include "autograd.cpp"\n',
-        include=(loader.csrc_dir() / "runtime",),
+        include=(csrc_dir() / "runtime",),
         flags=("-O2", "-std=c++20"),
         torch=True,
     )
 
 
 _autograd: Future[ctypes.CDLL] | None = None
+_differentiated: set[str] = set()  # the overloads that C++ does it for
 # Whether a tensor can have a tangent; None until the library is there that knows.
 in_forward_mode: Callable[[], bool] | None = None
 
@@ -170,8 +173,10 @@ def differentiate(overloads: Sequence[str]) -> bool:
     loaded = _autograd.result()
     loaded.jitk_in_forward_mode.restype = ctypes.c_bool
     for overload in overloads:
-        name, _, form = overload.partition(".")
-        _checked(loaded.jitk_differentiate, name.encode(), form.encode())
+        if overload not in _differentiated:  # of an op that was declared again: it is so for good
+            name, _, form = overload.partition(".")
+            _checked(loaded.jitk_differentiate, name.encode(), form.encode())
+            _differentiated.add(overload)
     in_forward_mode = loaded.jitk_in_forward_mode
     return True
 
@@ -179,29 +184,23 @@ def differentiate(overloads: Sequence[str]) -> bool:
 def _let_errors_through() -> None:
     """Have the dispatcher raise exceptions as they are, by the library that can; else their texts, as RuntimeErrors."""
     try:
-        loaded = loader.load(autograd_unit()).library
+        loaded = builder.load(autograd_unit()).library
     except Exception:  # whatever it is, the caller should read of the first failure
         return
     library().jitk_set_raise(loaded.jitk_raise)
 
 
-def _in_background(unit: loader.Unit) -> Future[ctypes.CDLL]:
+def _in_background(unit: Unit) -> Future[ctypes.CDLL]:
     """Load the unit at once if it is in the store; else compile it in a thread."""
     result: Future[ctypes.CDLL] = Future()
-    found = loader.find(unit)
+    found = builder.find(unit)
     if found is not None:
         result.set_result(found.library)
     if found is not None or not environment.building_in_background():
         return result
 
-    def build() -> None:
-        try:
-            result.set_result(loader.load(unit).library)
-        except BaseException as error:  # ops work without it: a call that wants no gradient takes 4 us more
-            result.set_exception(error)
-
-    threading.Thread(target=build, name="jitk autograd", daemon=True).start()
-    return result
+    # If it fails, ops work without it: a call that wants no gradient takes 4 us more.
+    return workers.background.submit(lambda: builder.load(unit).library, at_once=True)
 
 
 def _prototyped(loaded: ctypes.CDLL) -> ctypes.CDLL:
@@ -259,10 +258,11 @@ def register(
     reference: str,
     plan: str,
     answer: Answer,
-    *,
-    number: int | None = None,
 ) -> int:
     """Have the dispatcher serve an overload from now on.
+
+    One that it has served before it serves as it is declared now, with another plan, reference and answer. Calls under way end
+    as they began.
 
     Args:
         who: the overload as errors name it.
@@ -272,12 +272,12 @@ def register(
         reference: qualified name of the op to call where ``answer`` says ``REFERENCE``.
         plan: how to read the arguments (``VariantPattern.plan``).
         answer: from a key to the address of an entry, for good or ``Once``; its exceptions reach the caller of the op.
-        number: of the slot that has served the overload, and serves it as it is declared now: with another plan, reference and
-            answer. Calls under way end as they began.
 
     Returns:
         The number of the slot.
     """
+    place = (f"{namespace}::{overload}", dispatch_key)
+    number = _slots.get(place)
     if number is not None:
         asks = next(_replacements)
         _answers[asks] = answer
@@ -287,7 +287,21 @@ def register(
     _answers[number] = answer
     texts = (who, namespace, overload, dispatch_key, reference, plan)
     _checked(library().jitk_register, number, *(text.encode() for text in texts))
+    _slots[place] = number
     return number
+
+
+def served(namespace: str, overloads: Iterable[str]) -> list[tuple[str, str]]:
+    """Of these overloads of a namespace, those that the dispatcher has ever served, each with the dispatch key."""
+    wanted = {f"{namespace}::{overload}": overload for overload in overloads}
+    return [(wanted[name], key) for name, key in _slots if name in wanted]
+
+
+def forget_all(namespace: str) -> None:
+    """Have the ops of the namespace ask for every key again."""
+    for (name, _), number in list(_slots.items()):
+        if name.partition("::")[0] == namespace:
+            forget(number)
 
 
 def forget(number: int) -> None:
@@ -303,7 +317,7 @@ def _checked(function: Callable[..., int], *args: object) -> None:
         raise RuntimeError(error.value.decode())
 
 
-def fall_back(who: str, missing: toolchain.MissingCompiler) -> None:
+def fall_back(who: str, missing: MissingCompiler) -> None:
     """Warn, once for each cause, that ``who`` runs its reference.
 
     Raises:
@@ -311,10 +325,8 @@ def fall_back(who: str, missing: toolchain.MissingCompiler) -> None:
     """
     if environment.fallback_is_error():
         raise missing
-    with _lock:
-        if str(missing) in _warned:
-            return
-        _warned.add(str(missing))
-    warnings.warn(
-        f"{who} runs its PyTorch reference, which is slower: {missing}\n  JITK_FALLBACK=error makes this an error", stacklevel=2
-    )
+    if process.first_time("no compiler", str(missing)):
+        warnings.warn(
+            f"{who} runs its PyTorch reference, which is slower: {missing}\n  JITK_FALLBACK=error makes this an error",
+            stacklevel=2,
+        )

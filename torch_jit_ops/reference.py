@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_jit_ops import dispatcher, forks
+from torch_jit_ops import develop, dispatcher, forks
 from torch_jit_ops.checks import matcher, overlap
 from torch_jit_ops.declaration import Declaration
 from torch_jit_ops.signature import tensors_of
@@ -122,6 +122,13 @@ class Reference:
                 call = functools.partial(self._run_keeping_errors, implementation, signature.results)
                 library.impl(name, call, "CompositeExplicitAutograd")
             self._library = library
+
+    def withdraw_ops(self) -> None:
+        """Take them away again."""
+        with self._lock:
+            if self._library is not None:
+                develop.withdraw(self._library)
+                self._library = None
 
     def _run_keeping_errors(self, implementation: Callable[..., Any], made: int, *args: Any, **kwargs: Any) -> Any:
         dispatcher.keep_error(None)

@@ -111,7 +111,7 @@ class Signature:
     @property
     def has_lists(self) -> bool:
         """Whether an argument or a result is a list of tensors."""
-        return any(each.kind == "L" for each in (*self.arguments, *self.made))
+        return any(each.kind == "L" for each in self.arguments) or any(each.kind == "L" for each in self.made)
 
     def named(self, outputs: Sequence[str]) -> Signature:
         """The same with these names of the results."""

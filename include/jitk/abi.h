@@ -8,6 +8,8 @@
 // Left out: checking (check.h, tensor.h) and launching (launch.cuh).
 #pragma once
 
+#include <jitk/debug.h>  // JITK_CHECKED_INDEX
+
 #include <cstddef>  // size_t
 #include <cstdint>  // int64_t and friends
 
@@ -66,7 +68,7 @@ struct IntList {
   int64_t count;
 
   constexpr int64_t size() const { return count; }
-  constexpr int64_t operator[](int64_t i) const { return data[i]; }
+  constexpr int64_t operator[](int64_t i) const { return data[JITK_CHECKED_INDEX(i, count, "element", "a list")]; }
   constexpr const int64_t* begin() const { return data; }
   constexpr const int64_t* end() const { return data + count; }
 };
@@ -84,8 +86,8 @@ struct TensorView {
   void* data_ptr() const { return data_; }
   int32_t dim() const { return ndim_; }
   int32_t ndim() const { return ndim_; }
-  int64_t size(int64_t i) const { return sizes_[i < 0 ? i + ndim_ : i]; }
-  int64_t stride(int64_t i) const { return strides_[i < 0 ? i + ndim_ : i]; }
+  int64_t size(int64_t i) const { return sizes_[JITK_CHECKED_INDEX(i < 0 ? i + ndim_ : i, ndim_, "dimension", name())]; }
+  int64_t stride(int64_t i) const { return strides_[JITK_CHECKED_INDEX(i < 0 ? i + ndim_ : i, ndim_, "dimension", name())]; }
   IntList shape() const { return {sizes_, ndim_}; }
   IntList strides() const { return {strides_, ndim_}; }
   DLDataType dtype() const { return dtype_; }

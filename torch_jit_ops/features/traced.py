@@ -48,14 +48,14 @@ class Fake:
         names = declaration.outputs or tuple(f"result {i}" for i in range(declaration.signature.results))
         if not declaration.signature.has_lists:  # of which DTensor's rules know nothing
             dtensor.register(self._overload_of(""), declaration.signature, names, declaration.rows)
-        return self._results(args, kwargs)
+        return self.results(args, kwargs)
 
     def run_out(self, *args: Any, **kwargs: Any) -> Any:
         """Of the out form."""
         declaration = self._declaration
         given = {name: value for name, value in kwargs.items() if name not in declaration.outputs}
         self._check("out", args, kwargs)
-        self._reference.check_outputs([kwargs[name] for name in declaration.outputs], self._results(args, given))
+        self._reference.check_outputs([kwargs[name] for name in declaration.outputs], self.results(args, given))
         self._build(args, given)
         if planned_out.PLANNED:  # before, DTensor fails on an out form that returns nothing
             dtensor.register(self._overload_of("out"), declaration.overloads["out"], declaration.outputs, declaration.rows)
@@ -77,7 +77,8 @@ class Fake:
         arguments = functools.partial(declaration.arguments, *args, **kwargs)
         build_while_tracing.start(declaration.qualified_name, patterns, self._load, arguments)
 
-    def _results(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def results(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What the functional or in-place form returns, and nothing set off."""
         declaration = self._declaration
         if declaration.fake is not None:
             return declaration.fake(*args, **kwargs)
