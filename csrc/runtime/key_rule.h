@@ -33,7 +33,7 @@ struct KeyRule {
   }
 
   // From the plan, in which variant.py has checked it.
-  static KeyRule of(const std::string& text) {
+  [[gnu::cold]] static KeyRule of(const std::string& text) {
     if (text == "pow2") return {kPow2, 0};
     const std::string name = text.substr(0, 3);
     const What what = name == "div" ? kDiv : name == "min" ? kMin : kMax;

@@ -14,7 +14,7 @@
 
 namespace {
 
-std::vector<std::string> split(const std::string& text, char separator) {
+[[gnu::cold]] std::vector<std::string> split(const std::string& text, char separator) {
   std::vector<std::string> parts;
   size_t begin = 0;
   for (size_t end; (end = text.find(separator, begin)) != std::string::npos; begin = end + 1)
@@ -23,7 +23,7 @@ std::vector<std::string> split(const std::string& text, char separator) {
   return parts;
 }
 
-void read_argument(const std::vector<std::string>& words, Slot& slot) {
+[[gnu::cold]] void read_argument(const std::vector<std::string>& words, Slot& slot) {
   const auto has = [&](char flag) { return words[1].find(flag) != std::string::npos; };
   Argument argument{words[1][0], has('?'), has('!'), has('='), has('>'), !has('<'), 0, words[2], {}};
   if (words.size() > 3) argument.words = split(words[3], ',');
@@ -34,7 +34,7 @@ void read_argument(const std::vector<std::string>& words, Slot& slot) {
   slot.arguments.push_back(std::move(argument));
 }
 
-void read_key(const std::vector<std::string>& words, Slot& slot) {
+[[gnu::cold]] void read_key(const std::vector<std::string>& words, Slot& slot) {
   const auto what = words[2] == "dtype"  ? KeyPart::kDType
                     : words[2] == "size" ? KeyPart::kSize
                     : words[2] == "dim"  ? KeyPart::kDim
@@ -46,7 +46,7 @@ void read_key(const std::vector<std::string>& words, Slot& slot) {
   slot.key.push_back({what, std::stoi(words[1]), std::stoll(words[3]), first, static_cast<int32_t>(slot.rules.size()) - first});
 }
 
-void read_plan(const char* plan, Slot& slot) {
+[[gnu::cold]] void read_plan(const char* plan, Slot& slot) {
   for (const std::string& line : split(plan, '\n')) {
     const std::vector<std::string> words = split(line, ' ');
     if (words[0] == "arg") read_argument(words, slot);

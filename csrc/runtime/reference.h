@@ -17,7 +17,7 @@ namespace {
 using Raise = void (*)();
 std::atomic<Raise> raise_kept{nullptr};
 
-[[noreturn]] void fail(const std::string& text) {
+[[noreturn, gnu::cold]] void fail(const std::string& text) {
   if (const Raise raise = raise_kept.load(std::memory_order_acquire)) raise();
   throw std::runtime_error(text);
 }

@@ -24,7 +24,7 @@ std::string text_of(const jitk::TensorView& view) {
          text_of(view.strides_, view.ndim_);
 }
 
-std::string why_it_overlaps(const jitk::TensorView& view) {
+[[gnu::cold]] std::string why_it_overlaps(const jitk::TensorView& view) {
   for (int32_t i = 0; i < view.ndim_; ++i) {
     if (view.strides_[i] == 0 && view.sizes_[i] > 1)
       return "dimension " + std::to_string(i) + " has size " + std::to_string(view.sizes_[i]) + " and stride 0";
@@ -32,8 +32,8 @@ std::string why_it_overlaps(const jitk::TensorView& view) {
   return text_of(view);
 }
 
-[[noreturn]] void refuse_shared(const std::string& who, const jitk::TensorView& out, const jitk::TensorView& other,
-                                bool reusable) {
+[[noreturn, gnu::cold]] void refuse_shared(const std::string& who, const jitk::TensorView& out, const jitk::TensorView& other,
+                                           bool reusable) {
   const int64_t behind = static_cast<const char*>(out.data_) - static_cast<const char*>(other.data_);
   const std::string bytes = std::to_string(behind < 0 ? -behind : behind) + " bytes ";
   throw std::runtime_error(

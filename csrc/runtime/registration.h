@@ -17,7 +17,8 @@
 namespace {
 
 // A whole slot is stored at once: a call under way goes on with the one that it found.
-void store_slot(int32_t number, int64_t asks, bool on_cuda, const char* who, const char* reference, const char* plan) {
+[[gnu::cold]] void store_slot(int32_t number, int64_t asks, bool on_cuda, const char* who, const char* reference,
+                              const char* plan) {
   auto* slot = new Slot;
   slot->asks = asks;
   slot->name = who;
@@ -29,8 +30,8 @@ void store_slot(int32_t number, int64_t asks, bool on_cuda, const char* who, con
 
 // Serves `overload` ("silu_and_mul.out") of `ns` on the dispatch key "CPU" or "CUDA" from now on. Called once for each
 // `number`. `who` stands in the texts of errors.
-void register_slot(int32_t number, const char* who, const char* ns, const char* overload, const char* dispatch_key,
-                   const char* reference, const char* plan) {
+[[gnu::cold]] void register_slot(int32_t number, const char* who, const char* ns, const char* overload,
+                                 const char* dispatch_key, const char* reference, const char* plan) {
   if (number < 0 || number >= kMaxSlots)
     throw std::runtime_error("a process has at most " + std::to_string(kMaxSlots) + " op overloads");
   store_slot(number, number, strcmp(dispatch_key, "CUDA") == 0, who, reference, plan);

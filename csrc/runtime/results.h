@@ -10,7 +10,7 @@
 
 namespace {
 
-void free_results(const Slot& slot, const jitk::Value* results) {
+[[gnu::cold]] void free_results(const Slot& slot, const jitk::Value* results) {
   for (size_t i = 0; i < slot.results.size(); ++i) {
     if (results[i].kind == jitk::ValueKind::kOwnedTensor)
       aoti_torch_delete_tensor_object(static_cast<AtenTensorHandle>(results[i].handle));
@@ -19,7 +19,7 @@ void free_results(const Slot& slot, const jitk::Value* results) {
 }
 
 // Lists, None, and what is missing; apart, so that the usual way stays short.
-__attribute__((noinline)) void take_unusual(const Slot& slot, const jitk::Value* results, StableIValue* made) {
+[[gnu::noinline]] void take_unusual(const Slot& slot, const jitk::Value* results, StableIValue* made) {
   for (size_t i = 0; i < slot.results.size(); ++i) {
     const Result& wanted = slot.results[i];
     if (wanted.kind != 'T' || wanted.optional || results[i].kind == jitk::ValueKind::kOwnedTensor) continue;
