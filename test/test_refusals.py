@@ -170,8 +170,7 @@ def _called(op: Op, given: dict[str, Any], outs: dict[str, Tensor]) -> Any:
 
 
 def _by_function(op: Op, given: dict[str, Any], outs: dict[str, Tensor]) -> Any:
-    reference = op._run_out_reference if outs else op._run_reference
-    return op._call_reference("out" if outs else "", reference, (), {**given, **outs})
+    return op._reference.call("out" if outs else "", (), {**given, **outs})
 
 
 def _by_fake(op: Op, given: dict[str, Any], outs: dict[str, Tensor]) -> Any:

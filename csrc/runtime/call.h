@@ -179,9 +179,9 @@ class Call {
     value.kind = ValueKind::kString;
     value.text = text;
     value.length = static_cast<int32_t>(length);
-    if (argument.choices.empty()) return;
+    if (argument.words.empty()) return;
     std::string all;
-    for (const std::string& choice : argument.choices) {
+    for (const std::string& choice : argument.words) {
       if (choice.size() == length && memcmp(choice.data(), text, length) == 0) return;
       all += (all.empty() ? "'" : ", '") + choice + "'";
     }
@@ -240,7 +240,7 @@ class Call {
     const Value& value = values_[argument.place];
     if (value.kind == ValueKind::kNone) return INT64_MIN;
     int64_t word = fact(part, argument, value);
-    for (const KeyRule& rule : part.rules) word = rule(word);
+    for (int32_t i = 0; i < part.rules; ++i) word = slot_.rules[static_cast<size_t>(part.first_rule + i)](word);
     return word;
   }
 
@@ -264,8 +264,8 @@ class Call {
     }
     if (value.kind == ValueKind::kBool) return value.boolean ? 1 : 0;
     if (value.kind == ValueKind::kInt) return value.integer;
-    for (size_t i = 0; i < argument.choices.size(); ++i) {
-      const std::string& choice = argument.choices[i];
+    for (size_t i = 0; i < argument.words.size(); ++i) {
+      const std::string& choice = argument.words[i];
       if (choice.size() == static_cast<size_t>(value.length) && memcmp(choice.data(), value.text, choice.size()) == 0) {
         return static_cast<int64_t>(i);
       }
@@ -277,10 +277,15 @@ class Call {
     const Argument& argument = slot_.arguments[static_cast<size_t>(i)];
     if ((argument.optional && stack_[i] == 0) || (argument.returned && handed_over_)) return;
     const StableIValue cell = inner(i);
-    if (argument.is_tensor()) aoti_torch_delete_tensor_object(reinterpret_cast<AtenTensorHandle>(cell));
-    if (argument.kind == 's') torch_delete_string(reinterpret_cast<StringHandle>(cell));
-    if (argument.kind == 'l' || argument.kind == 'F') torch_delete_list(reinterpret_cast<StableListHandle>(cell));
-    if (argument.kind == 'L') free_tensors(reinterpret_cast<StableListHandle>(cell));
+    switch (argument.kind) {
+      case 'T':
+      case 'O': aoti_torch_delete_tensor_object(reinterpret_cast<AtenTensorHandle>(cell)); break;
+      case 's': torch_delete_string(reinterpret_cast<StringHandle>(cell)); break;
+      case 'l':
+      case 'F': torch_delete_list(reinterpret_cast<StableListHandle>(cell)); break;
+      case 'L': free_tensors(reinterpret_cast<StableListHandle>(cell)); break;
+      default: break;
+    }
     if (argument.optional) delete reinterpret_cast<StableIValue*>(stack_[i]);
   }
 

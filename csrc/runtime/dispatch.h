@@ -26,21 +26,21 @@ void dispatch(StableIValue* stack, int32_t number) {
     const jitk::Entry entry = __builtin_expect(variant != nullptr, 1) ? variant->entry : on_miss(slot, call.key());
     if (__builtin_expect(entry != nullptr, 1)) {
       Value results[kMaxResults];
-      for (size_t i = 0; i < slot.results.size(); ++i) results[i].kind = ValueKind::kNone;
+      for (int32_t i = 0; i < slot.made; ++i) results[i].kind = ValueKind::kNone;
       if (__builtin_expect(entry(&host, call.values(), slot.passed, results) != 0, 0)) {
         free_results(slot, results);
         throw std::runtime_error(slot.name + ": " + reported_error);
       }
       take_results(slot, results, made);
-      call.hand_over(made + slot.results.size());
+      call.hand_over(made + slot.made);
     } else {
-      Returned returned(slot, stack, made + slot.results.size());
+      Returned returned(slot, stack, made + slot.made);
       call.abandon();
       run_reference(slot, stack, made);
       returned.keep();
     }
   }
-  memcpy(stack, made, sizeof(StableIValue) * (slot.results.size() + static_cast<size_t>(slot.returned)));
+  memcpy(stack, made, sizeof(StableIValue) * static_cast<size_t>(slot.made + slot.returned));
 }
 
 }  // namespace

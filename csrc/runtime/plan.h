@@ -25,10 +25,10 @@ std::vector<std::string> split(const std::string& text, char separator) {
 
 void read_argument(const std::vector<std::string>& words, Slot& slot) {
   const auto has = [&](char flag) { return words[1].find(flag) != std::string::npos; };
-  Argument argument{words[1][0], has('?'), has('!'), has('='), has('>'), !has('<'), 0, words[2], {}, {}};
-  if (words.size() > 3) argument.choices = split(words[3], ',');
+  Argument argument{words[1][0], has('?'), has('!'), has('='), has('>'), !has('<'), 0, words[2], {}};
+  if (words.size() > 3) argument.words = split(words[3], ',');
   const int32_t named = argument.kind == 'L' ? 64 : 0;
-  for (int32_t i = 0; i < named; ++i) argument.item_names.push_back(argument.name + "[" + std::to_string(i) + "]");
+  for (int32_t i = 0; i < named; ++i) argument.words.push_back(argument.name + "[" + std::to_string(i) + "]");
   slot.returned += argument.returned ? 1 : 0;
   slot.writes = slot.writes || argument.written;
   slot.arguments.push_back(std::move(argument));
@@ -39,11 +39,11 @@ void read_key(const std::vector<std::string>& words, Slot& slot) {
                     : words[2] == "size" ? KeyPart::kSize
                     : words[2] == "dim"  ? KeyPart::kDim
                                          : KeyPart::kValue;
-  KeyPart part{what, std::stoi(words[1]), std::stoll(words[3]), {}};
+  const auto first = static_cast<int32_t>(slot.rules.size());
   if (words.size() > 4) {
-    for (const std::string& rule : split(words[4], ',')) part.rules.push_back(KeyRule::of(rule));
+    for (const std::string& rule : split(words[4], ',')) slot.rules.push_back(KeyRule::of(rule));
   }
-  slot.key.push_back(std::move(part));
+  slot.key.push_back({what, std::stoi(words[1]), std::stoll(words[3]), first, static_cast<int32_t>(slot.rules.size()) - first});
 }
 
 void read_plan(const char* plan, Slot& slot) {
@@ -53,10 +53,12 @@ void read_plan(const char* plan, Slot& slot) {
     if (words[0] == "key") read_key(words, slot);
     if (words[0] == "output") {
       slot.results.push_back({words[1][0], words[1].find('?') != std::string::npos, words[2]});
+      slot.plain = slot.plain && words[1] == "T";
       ++slot.outputs;
     }
     if (words[0] == "results") slot.results.resize(static_cast<size_t>(std::stoi(words[1])), {'T', false, "a result"});
   }
+  slot.made = static_cast<int32_t>(slot.results.size());
   for (Argument& argument : slot.arguments) {
     if (argument.passed) argument.place = slot.passed++;
   }
@@ -65,8 +67,7 @@ void read_plan(const char* plan, Slot& slot) {
   for (Argument& argument : slot.arguments) {
     if (!argument.passed) argument.place = place++;
   }
-  const size_t made = slot.results.size() + static_cast<size_t>(slot.returned);
-  if (slot.arguments.size() > kMaxArguments || slot.key.size() > kMaxKeyParts || made > kMaxResults) {
+  if (slot.arguments.size() > kMaxArguments || slot.key.size() > kMaxKeyParts || slot.made + slot.returned > kMaxResults) {
     throw std::runtime_error(slot.name + ": an op has at most " + std::to_string(kMaxArguments) + " arguments, " +
                              std::to_string(kMaxResults) + " results and " + std::to_string(kMaxKeyParts) + " placeholders");
   }

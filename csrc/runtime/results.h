@@ -37,9 +37,9 @@ __attribute__((noinline)) void take_unusual(const Slot& slot, const jitk::Value*
 }
 
 inline void take_results(const Slot& slot, const jitk::Value* results, StableIValue* made) {
-  bool usual = true;
-  for (size_t i = 0; i < slot.results.size(); ++i) {
-    usual = usual && slot.results[i].is_plain() && results[i].kind == jitk::ValueKind::kOwnedTensor;
+  bool usual = slot.plain;
+  for (int32_t i = 0; i < slot.made; ++i) {
+    usual = usual && results[i].kind == jitk::ValueKind::kOwnedTensor;
     made[i] = reinterpret_cast<StableIValue>(results[i].handle);
   }
   if (__builtin_expect(!usual, 0)) take_unusual(slot, results, made);

@@ -33,11 +33,9 @@ struct Argument {
   bool passed;    // to the C++ function; a value that is a template argument is not
   int32_t place;  // among the values: those that are passed come first
   std::string name;
-  std::vector<std::string> choices;     // of a str
-  std::vector<std::string> item_names;  // of a list of tensors: "xs[0]"
+  std::vector<std::string> words;  // the choices of a str; the first items of a list of tensors as errors name them: "xs[0]"
 
-  bool is_tensor() const { return kind == 'T' || kind == 'O'; }
-  const char* item_name(size_t at) const { return at < item_names.size() ? item_names[at].c_str() : name.c_str(); }
+  const char* item_name(size_t at) const { return at < words.size() ? words[at].c_str() : name.c_str(); }
 };
 
 // What the C++ function makes.
@@ -45,15 +43,13 @@ struct Result {
   char kind;      // T, or L for a list of tensors
   bool optional;  // may be None
   std::string name;
-
-  bool is_plain() const { return kind == 'T' && !optional; }
 };
 
 struct KeyPart {
   enum What { kDType, kSize, kDim, kValue } what;
   int32_t argument;
   int64_t dim;
-  std::vector<KeyRule> rules;
+  int32_t first_rule, rules;  // of the slot's
 };
 
 struct Variant {
@@ -89,7 +85,10 @@ struct Slot {
   bool writes = false;
   std::vector<Argument> arguments;
   std::vector<KeyPart> key;
+  std::vector<KeyRule> rules;
   std::vector<Result> results;  // of the C++ function
+  int32_t made = 0;             // how many these are
+  bool plain = true;            // all of them are tensors, and none may be None
   int32_t outputs = 0;          // those of them that it takes as Output&, behind its arguments
   int32_t returned = 0;         // arguments that the schema returns, behind the results
   int32_t passed = 0;           // values that the C++ function takes

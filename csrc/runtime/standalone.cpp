@@ -145,7 +145,7 @@ std::string value_of(const Slot& slot, const KeyPart& part, int64_t word) {
   }
   if (part.what != KeyPart::kValue) return std::to_string(word);
   if (argument.kind == 'b') return word != 0 ? "true" : "false";
-  if (argument.kind == 's') return argument.choices[static_cast<size_t>(word)];
+  if (argument.kind == 's') return argument.words[static_cast<size_t>(word)];
   return std::to_string(word);
 }
 
