@@ -57,12 +57,12 @@ class Operation:
     @property
     def outs(self) -> tuple[str, ...]:
         """Names of the out arguments."""
-        return self.op.outputs
+        return self.op.declaration.outputs
 
     def shapes(self, *sizes: int) -> list[Shape]:
         """Of the inputs."""
         of = dict(zip(self.axes, sizes, strict=True))
-        inputs = [pattern for pattern in self.op.tensors if pattern.name not in self.op.outputs]
+        inputs = [pattern for pattern in self.op.declaration.tensors if pattern.name not in self.op.declaration.outputs]
         return [tuple(size.number * of[size.name] if size.name else size.number for size in _sizes(each)) for each in inputs]
 
     def results(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -89,7 +89,7 @@ def _sizes(pattern: TensorPattern) -> tuple[Size, ...]:
 
 def _axes(op: Op) -> tuple[str, ...] | None:
     """Names of the sizes that decide a call; None where more than floating tensors of declared shapes decides it."""
-    patterns = {pattern.name: pattern for pattern in op.tensors}
+    patterns = {pattern.name: pattern for pattern in op.declaration.tensors}
     names: dict[str, None] = {}
     for argument in op.signature.arguments:
         pattern = patterns.get(argument.name)
@@ -103,7 +103,7 @@ def _axes(op: Op) -> tuple[str, ...] | None:
         names |= dict.fromkeys(size.name for size in sizes if size.name)
     if not names:
         return None
-    last = _sizes(op.tensors[0])[-1].name
+    last = _sizes(op.declaration.tensors[0])[-1].name
     return (*(name for name in names if name != last), str(last))
 
 

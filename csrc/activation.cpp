@@ -3,7 +3,7 @@
 // As in activation.cu, one function serves every op: out[r][c] = op(a[r][c], b[r][c]), with a stride between rows for each;
 // gate and up are the halves of a row. The arithmetic is fp32 and rounds to T once. Infinities and NaN come out as they do from
 // PyTorch in float64, silu(-inf) = NaN included.
-#include <jitk/result.h>  // Tensor, empty, parallel_for
+#include <jitk/result.h>  // Output, parallel_for
 #include <jitk/rows.h>    // Rows, TensorMatcher
 #include <jitk/simd.h>    // Floats, transform
 
@@ -77,125 +77,79 @@ void run(Span<const T> a, Span<const T> b, Span<T> out, int64_t rows, int64_t wi
 }
 
 template <typename T, typename Op>
-void gated(TensorView input, TensorView out) {
+void gated(TensorView input, Output& out) {
   using namespace host;
   SymbolicDims tokens{"tokens"};
   SymbolicSize d{"d"};
   Rows in, to;
   TensorMatcher({tokens, 2 * d}).with_rows(in).with_dtype<T>().verify(input);
-  TensorMatcher({tokens, d}).with_rows(to).with_dtype<T>().verify(out);
+  Shape shape(input.shape());
+  shape[-1] = d.unwrap();
+  const TensorView result = out.empty(shape, input.dtype(), input.device());
+  TensorMatcher({tokens, d}).with_rows(to).with_dtype<T>().verify(result);
   if (to.empty()) return;
 
   const T* gate = static_cast<const T*>(input.data_ptr());
-  run<T, Op>({gate, in.stride}, {gate + d.unwrap(), in.stride}, {static_cast<T*>(out.data_ptr()), to.stride}, to.count,
+  run<T, Op>({gate, in.stride}, {gate + d.unwrap(), in.stride}, {static_cast<T*>(result.data_ptr()), to.stride}, to.count,
              to.width);
 }
 
 template <typename T, typename Op>
-void pointwise(TensorView x, TensorView y, TensorView out) {
+void pointwise(TensorView x, TensorView y, Output& out) {
   using namespace host;
   SymbolicDims shape{"shape"};
   Rows xs, ys, to;
   TensorMatcher({shape}).with_rows(xs).with_dtype<T>().verify(x);
   TensorMatcher({shape}).with_rows(ys).with_dtype<T>().verify(y);
-  TensorMatcher({shape}).with_rows(to).with_dtype<T>().verify(out);
+  const TensorView result = out.empty_like(x);
+  TensorMatcher({shape}).with_rows(to).with_dtype<T>().verify(result);
   if (xs.dense() && ys.dense() && to.dense()) xs = xs.flat(), ys = ys.flat(), to = to.flat();
 
   run<T, Op>({static_cast<const T*>(x.data_ptr()), xs.stride}, {static_cast<const T*>(y.data_ptr()), ys.stride},
-             {static_cast<T*>(out.data_ptr()), to.stride}, to.count, to.width);
-}
-
-template <typename T, typename Op>
-Tensor gated(TensorView input) {
-  using namespace host;
-  RuntimeCheck(input.dim() > 0, "argument 'input' must have at least one dimension, got a scalar");
-  Shape shape(input.shape());
-  shape[-1] /= 2;
-  Tensor out = empty(shape, input.dtype(), input.device());
-  gated<T, Op>(input, out);
-  return out;
-}
-
-template <typename T, typename Op>
-Tensor pointwise(TensorView x, TensorView y) {
-  Tensor out = host::empty_like(x);
-  pointwise<T, Op>(x, y, out);
-  return out;
+             {static_cast<T*>(result.data_ptr()), to.stride}, to.count, to.width);
 }
 
 }  // namespace
 
-// The ops, each functional and out, as ops/activation.py names them.
+// The ops, as ops/activation.py names them.
 
 template <typename T>
-Tensor silu_and_mul(TensorView input) {
-  return gated<T, SiluAndMul>(input);
-}
-template <typename T>
-void silu_and_mul_out(TensorView input, TensorView out) {
+void silu_and_mul(TensorView input, Output& out) {
   gated<T, SiluAndMul>(input, out);
 }
 
 template <typename T>
-Tensor gelu_and_mul(TensorView input) {
-  return gated<T, GeluAndMul>(input);
-}
-template <typename T>
-void gelu_and_mul_out(TensorView input, TensorView out) {
+void gelu_and_mul(TensorView input, Output& out) {
   gated<T, GeluAndMul>(input, out);
 }
 
 template <typename T>
-Tensor gelu_tanh_and_mul(TensorView input) {
-  return gated<T, GeluTanhAndMul>(input);
-}
-template <typename T>
-void gelu_tanh_and_mul_out(TensorView input, TensorView out) {
+void gelu_tanh_and_mul(TensorView input, Output& out) {
   gated<T, GeluTanhAndMul>(input, out);
 }
 
 template <typename T>
-Tensor silu_mul(TensorView gate, TensorView up) {
-  return pointwise<T, SiluAndMul>(gate, up);
-}
-template <typename T>
-void silu_mul_out(TensorView gate, TensorView up, TensorView out) {
+void silu_mul(TensorView gate, TensorView up, Output& out) {
   pointwise<T, SiluAndMul>(gate, up, out);
 }
 
 template <typename T>
-Tensor gelu_mul(TensorView gate, TensorView up) {
-  return pointwise<T, GeluAndMul>(gate, up);
-}
-template <typename T>
-void gelu_mul_out(TensorView gate, TensorView up, TensorView out) {
+void gelu_mul(TensorView gate, TensorView up, Output& out) {
   pointwise<T, GeluAndMul>(gate, up, out);
 }
 
 template <typename T>
-Tensor gelu_tanh_mul(TensorView gate, TensorView up) {
-  return pointwise<T, GeluTanhAndMul>(gate, up);
-}
-template <typename T>
-void gelu_tanh_mul_out(TensorView gate, TensorView up, TensorView out) {
+void gelu_tanh_mul(TensorView gate, TensorView up, Output& out) {
   pointwise<T, GeluTanhAndMul>(gate, up, out);
 }
 
 template <typename T>
-Tensor relu2(TensorView input) {
-  return pointwise<T, Relu2>(input, input);
-}
-template <typename T>
-void relu2_out(TensorView input, TensorView out) {
+void relu2(TensorView input, Output& out) {
   pointwise<T, Relu2>(input, input, out);
 }
 
 template <typename T>
-Tensor fused_add_relu(TensorView x, TensorView y) {
-  return pointwise<T, AddRelu>(x, y);
-}
-template <typename T>
-void fused_add_relu_out(TensorView x, TensorView y, TensorView out) {
+void fused_add_relu(TensorView x, TensorView y, Output& out) {
   pointwise<T, AddRelu>(x, y, out);
 }
 

@@ -1,5 +1,5 @@
 // The tutorial op: adds a constant that is known when the kernel is compiled. docs/tutorial.md walks through it.
-#include <jitk/result.h>  // Tensor, empty_like
+#include <jitk/result.h>  // Output
 #include <jitk/tensor.h>  // TensorMatcher
 
 #include <jitk/launch.cuh>
@@ -15,26 +15,20 @@ __global__ void add_constant_kernel(int32_t* __restrict__ dst, const int32_t* __
 }
 
 template <int32_t kConstant>
-void add_constant_out(TensorView src, TensorView out) {
+void add_constant(TensorView src, Output& out) {
   using namespace host;
+  const TensorView result = out.empty_like(src);
   // 1. Match.
   SymbolicDims shape{"shape"};
   SymbolicDevice device;
-  TensorMatcher({shape}).with_dtype<int32_t>().with_device<kDLCUDA>(device).verify(src).verify(out);
+  TensorMatcher({shape}).with_dtype<int32_t>().with_device<kDLCUDA>(device).verify(src).verify(result);
   // 2. Plan.
   const int64_t count = src.numel();
   constexpr int32_t kThreads = 256;
   // 3. Launch.
   LaunchKernel(div_ceil(count, kThreads), kThreads, device.unwrap())
-      .enable_pdl()(add_constant_kernel<kConstant>, static_cast<int32_t*>(out.data_ptr()),
+      .enable_pdl()(add_constant_kernel<kConstant>, static_cast<int32_t*>(result.data_ptr()),
                     static_cast<const int32_t*>(src.data_ptr()), count);
-}
-
-template <int32_t kConstant>
-Tensor add_constant(TensorView src) {
-  Tensor out = host::empty_like(src);
-  add_constant_out<kConstant>(src, out);
-  return out;
 }
 
 }  // namespace jitk

@@ -3,13 +3,12 @@
 // Statistics and arithmetic are fp32, and a result is rounded once. A row is the work of one thread, also a single long one: to
 // share it, threads would have to wait for each other's sums. All sums are added in an order that the shapes alone decide, so
 // the number of threads changes no bit.
-#include <jitk/result.h>  // Tensor, empty, parallel_for
+#include <jitk/result.h>  // Output, empty, parallel_for
 #include <jitk/rows.h>    // Rows, TensorMatcher
 #include <jitk/simd.h>    // Floats, sum, transform
 
 #include <cstring>   // memset
 #include <optional>  // a bias
-#include <tuple>     // several gradients
 
 namespace jitk {
 namespace {
@@ -105,13 +104,6 @@ void forward(TensorView input, TensorView weight, std::optional<TensorView> bias
     for (int64_t i = begin; i < end; ++i)
       normalize<Statistics, Meaning>(row_of<T>(out, to, i), row_of<const T>(input, in, i), weights, biases, in.width, eps);
   });
-}
-
-template <typename Statistics, typename Meaning, typename T, typename W>
-Tensor forward(TensorView input, TensorView weight, std::optional<TensorView> bias, double eps) {
-  Tensor out = host::empty_like(input);
-  forward<Statistics, Meaning, T, W>(input, weight, bias, eps, out);
-  return out;
 }
 
 template <typename Meaning, typename T, typename W>
@@ -256,33 +248,21 @@ void backward(TensorView grad, TensorView input, TensorView weight, double eps, 
 
 }  // namespace
 
-// The ops, each functional and out, as ops/norm.py names them.
+// The ops, as ops/norm.py names them.
 
 template <typename T, typename W>
-Tensor rmsnorm(TensorView input, TensorView weight, double eps) {
-  return forward<RootMeanSquare, Itself, T, W>(input, weight, {}, eps);
-}
-template <typename T, typename W>
-void rmsnorm_out(TensorView input, TensorView weight, double eps, TensorView out) {
-  forward<RootMeanSquare, Itself, T, W>(input, weight, {}, eps, out);
+void rmsnorm(TensorView input, TensorView weight, double eps, Output& out) {
+  forward<RootMeanSquare, Itself, T, W>(input, weight, {}, eps, out.empty_like(input));
 }
 
 template <typename T, typename W>
-Tensor gemma_rmsnorm(TensorView input, TensorView weight, double eps) {
-  return forward<RootMeanSquare, PlusOne, T, W>(input, weight, {}, eps);
-}
-template <typename T, typename W>
-void gemma_rmsnorm_out(TensorView input, TensorView weight, double eps, TensorView out) {
-  forward<RootMeanSquare, PlusOne, T, W>(input, weight, {}, eps, out);
+void gemma_rmsnorm(TensorView input, TensorView weight, double eps, Output& out) {
+  forward<RootMeanSquare, PlusOne, T, W>(input, weight, {}, eps, out.empty_like(input));
 }
 
 template <typename T, typename W>
-Tensor layernorm(TensorView input, TensorView weight, std::optional<TensorView> bias, double eps) {
-  return forward<MeanAndVariance, Itself, T, W>(input, weight, bias, eps);
-}
-template <typename T, typename W>
-void layernorm_out(TensorView input, TensorView weight, std::optional<TensorView> bias, double eps, TensorView out) {
-  forward<MeanAndVariance, Itself, T, W>(input, weight, bias, eps, out);
+void layernorm(TensorView input, TensorView weight, std::optional<TensorView> bias, double eps, Output& out) {
+  forward<MeanAndVariance, Itself, T, W>(input, weight, bias, eps, out.empty_like(input));
 }
 
 template <typename T, typename W>
@@ -320,30 +300,16 @@ void fused_qknorm(TensorView q, TensorView k, TensorView q_weight, TensorView k_
 }
 
 template <typename T, typename W>
-void rmsnorm_backward_out(TensorView grad, TensorView input, TensorView weight, double eps, TensorView grad_input,
-                          TensorView grad_weight) {
-  backward<RootMeanSquare, T, W>(grad, input, weight, eps, grad_input, grad_weight);
-}
-template <typename T, typename W>
-std::tuple<Tensor, Tensor> rmsnorm_backward(TensorView grad, TensorView input, TensorView weight, double eps) {
-  using host::empty_like;
-  std::tuple<Tensor, Tensor> made(empty_like(input, "grad_input"), empty_like(weight, "grad_weight"));
-  rmsnorm_backward_out<T, W>(grad, input, weight, eps, std::get<0>(made), std::get<1>(made));
-  return made;
+void rmsnorm_backward(TensorView grad, TensorView input, TensorView weight, double eps, Output& grad_input,
+                      Output& grad_weight) {
+  backward<RootMeanSquare, T, W>(grad, input, weight, eps, grad_input.empty_like(input), grad_weight.empty_like(weight));
 }
 
 template <typename T, typename W>
-void layernorm_backward_out(TensorView grad, TensorView input, TensorView weight, double eps, TensorView grad_input,
-                            TensorView grad_weight, TensorView grad_bias) {
-  backward<MeanAndVariance, T, W>(grad, input, weight, eps, grad_input, grad_weight, grad_bias);
-}
-template <typename T, typename W>
-std::tuple<Tensor, Tensor, Tensor> layernorm_backward(TensorView grad, TensorView input, TensorView weight, double eps) {
-  using host::empty_like;
-  std::tuple<Tensor, Tensor, Tensor> made(empty_like(input, "grad_input"), empty_like(weight, "grad_weight"),
-                                          empty_like(weight, "grad_bias"));
-  layernorm_backward_out<T, W>(grad, input, weight, eps, std::get<0>(made), std::get<1>(made), std::get<2>(made));
-  return made;
+void layernorm_backward(TensorView grad, TensorView input, TensorView weight, double eps, Output& grad_input,
+                        Output& grad_weight, Output& grad_bias) {
+  backward<MeanAndVariance, T, W>(grad, input, weight, eps, grad_input.empty_like(input), grad_weight.empty_like(weight),
+                                  grad_bias.empty_like(weight));
 }
 
 }  // namespace jitk

@@ -4,7 +4,7 @@
 // block has many of them; else a block, or for long rows a cluster of blocks. Each thread holds kItems vectors of the row.
 // kItems = 0 stands for a row that no team holds, or that has no place for 16-byte vectors: it is read again for each use.
 // From top to bottom: the norms, where rows are, what a thread does with its part of a row, the kernel, the choice of a team.
-#include <jitk/result.h>  // Tensor, empty_like
+#include <jitk/result.h>  // Output
 #include <jitk/rows.h>    // Rows, TensorMatcher
 
 #include <jitk/launch.cuh>
@@ -406,36 +406,18 @@ void norm(TensorView input, const TensorView* residual, TensorView weight, const
 }  // namespace
 
 template <typename T, typename W>
-void rmsnorm_out(TensorView input, TensorView weight, double eps, TensorView out) {
-  norm<T, W, Rms>(input, nullptr, weight, nullptr, eps, out);
-}
-template <typename T, typename W>
-Tensor rmsnorm(TensorView input, TensorView weight, double eps) {
-  Tensor out = host::empty_like(input);
-  rmsnorm_out<T, W>(input, weight, eps, out);
-  return out;
+void rmsnorm(TensorView input, TensorView weight, double eps, Output& out) {
+  norm<T, W, Rms>(input, nullptr, weight, nullptr, eps, out.empty_like(input));
 }
 
 template <typename T, typename W>
-void gemma_rmsnorm_out(TensorView input, TensorView weight, double eps, TensorView out) {
-  norm<T, W, GemmaRms>(input, nullptr, weight, nullptr, eps, out);
-}
-template <typename T, typename W>
-Tensor gemma_rmsnorm(TensorView input, TensorView weight, double eps) {
-  Tensor out = host::empty_like(input);
-  gemma_rmsnorm_out<T, W>(input, weight, eps, out);
-  return out;
+void gemma_rmsnorm(TensorView input, TensorView weight, double eps, Output& out) {
+  norm<T, W, GemmaRms>(input, nullptr, weight, nullptr, eps, out.empty_like(input));
 }
 
 template <typename T, typename W>
-void layernorm_out(TensorView input, TensorView weight, std::optional<TensorView> bias, double eps, TensorView out) {
-  norm<T, W, Layer>(input, nullptr, weight, bias ? &*bias : nullptr, eps, out);
-}
-template <typename T, typename W>
-Tensor layernorm(TensorView input, TensorView weight, std::optional<TensorView> bias, double eps) {
-  Tensor out = host::empty_like(input);
-  layernorm_out<T, W>(input, weight, bias, eps, out);
-  return out;
+void layernorm(TensorView input, TensorView weight, std::optional<TensorView> bias, double eps, Output& out) {
+  norm<T, W, Layer>(input, nullptr, weight, bias ? &*bias : nullptr, eps, out.empty_like(input));
 }
 
 template <typename T, typename W>

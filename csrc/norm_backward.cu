@@ -7,15 +7,13 @@
 // turn. A team computes the statistics of its rows again, and keeps the sums over them in registers, a few columns to a thread; a
 // second kernel adds the sums of all blocks in a fixed order. Rows that have no place for 16-byte vectors, or are too long for
 // the sums to stay in registers, take three kernels, and are read again for the sums over rows.
-#include <jitk/result.h>  // Tensor, empty
+#include <jitk/result.h>  // Output, Tensor, empty
 #include <jitk/rows.h>    // Rows, TensorMatcher
 
 #include <jitk/dtype.cuh>  // cast
 #include <jitk/launch.cuh>
 #include <jitk/team.cuh>  // who reduces a row
 #include <jitk/vec.cuh>   // AlignedVector, AlignedVectors, widest_vector
-
-#include <tuple>  // two and three gradients
 
 namespace jitk {
 namespace {
@@ -419,30 +417,16 @@ void backward(TensorView grad, TensorView input, TensorView weight, double eps, 
 }  // namespace
 
 template <typename T, typename W>
-void rmsnorm_backward_out(TensorView grad, TensorView input, TensorView weight, double eps, TensorView grad_input,
-                          TensorView grad_weight) {
-  backward<T, W, false>(grad, input, weight, eps, grad_input, grad_weight, nullptr);
-}
-template <typename T, typename W>
-std::tuple<Tensor, Tensor> rmsnorm_backward(TensorView grad, TensorView input, TensorView weight, double eps) {
-  Tensor grad_input = host::empty_like(input, "grad_input");
-  Tensor grad_weight = host::empty_like(weight, "grad_weight");
-  rmsnorm_backward_out<T, W>(grad, input, weight, eps, grad_input, grad_weight);
-  return {std::move(grad_input), std::move(grad_weight)};
+void rmsnorm_backward(TensorView grad, TensorView input, TensorView weight, double eps, Output& grad_input,
+                      Output& grad_weight) {
+  backward<T, W, false>(grad, input, weight, eps, grad_input.empty_like(input), grad_weight.empty_like(weight), nullptr);
 }
 
 template <typename T, typename W>
-void layernorm_backward_out(TensorView grad, TensorView input, TensorView weight, double eps, TensorView grad_input,
-                            TensorView grad_weight, TensorView grad_bias) {
-  backward<T, W, true>(grad, input, weight, eps, grad_input, grad_weight, &grad_bias);
-}
-template <typename T, typename W>
-std::tuple<Tensor, Tensor, Tensor> layernorm_backward(TensorView grad, TensorView input, TensorView weight, double eps) {
-  Tensor grad_input = host::empty_like(input, "grad_input");
-  Tensor grad_weight = host::empty_like(weight, "grad_weight");
-  Tensor grad_bias = host::empty_like(weight, "grad_bias");
-  layernorm_backward_out<T, W>(grad, input, weight, eps, grad_input, grad_weight, grad_bias);
-  return {std::move(grad_input), std::move(grad_weight), std::move(grad_bias)};
+void layernorm_backward(TensorView grad, TensorView input, TensorView weight, double eps, Output& grad_input,
+                        Output& grad_weight, Output& grad_bias) {
+  const TensorView bias = grad_bias.empty_like(weight);
+  backward<T, W, true>(grad, input, weight, eps, grad_input.empty_like(input), grad_weight.empty_like(weight), &bias);
 }
 
 }  // namespace jitk

@@ -26,7 +26,11 @@ FORM = (
     "it must be a shape, a dtype if it matters, and a layout if it is not contiguous, such as "
     "'[tokens..., 2*d] rows', '[hidden] weight.dtype' or '[3, *] float16|bfloat16 strides [*, 1]'"
 )
-_SUPPORTED = "Tensor, int, float, bool, str, Literal of strings, list[int], and each of them | None"
+_SUPPORTED = (
+    "Tensor, int, float, bool, str, Literal of strings, torch.dtype, torch.device, list[int], list[float], list[Tensor], "
+    "and each of them | None"
+)
+_RESULTS = "Tensor, Tensor | None, list[Tensor], a tuple of them, or None"
 
 
 @pytest.fixture
@@ -50,7 +54,7 @@ def declare(library: OpLibrary, function: Callable[..., Any], **options: Any) ->
 def words(caught: pytest.ExceptionInfo[BaseException], csrc: Path) -> str:
     text = str(caught.value).replace(str(csrc), "CSRC").replace(__file__, "FILE")
     text = re.sub(r"declared\d+", "lib", text).replace(f"{__name__}.", "")
-    return re.sub(r"test_\w+\.<locals>\.", "", text).replace(_SUPPORTED, "SUPPORTED")
+    return re.sub(r"test_\w+\.<locals>\.", "", text).replace(_SUPPORTED, "SUPPORTED").replace(_RESULTS, "RESULTS")
 
 
 # --- schemas ---------------------------------------------------------------------------------------
@@ -211,7 +215,12 @@ def test_a_name_that_is_taken(library: OpLibrary, csrc: Path) -> None:
     declare(library, op)
     with pytest.raises(ValueError) as caught:
         declare(library, op)
-    assert_expected_inline(words(caught, csrc), """lib::op is declared twice; the first is in FILE""")
+    assert_expected_inline(
+        words(caught, csrc),
+        """\
+lib::op is declared twice; the first is in FILE
+  remedy: another name; or, to replace the first, JITK_DEVELOP=1 or library.develop()""",
+    )
 
 
 def test_a_name_that_another_library_has_taken(library: OpLibrary, csrc: Path) -> None:
@@ -221,7 +230,12 @@ def test_a_name_that_another_library_has_taken(library: OpLibrary, csrc: Path) -
     declare(library, op)
     with pytest.raises(ValueError) as caught:
         declare(OpLibrary(library.namespace, csrc=csrc), op)
-    assert_expected_inline(words(caught, csrc), """lib::op is declared twice; the first is in FILE""")
+    assert_expected_inline(
+        words(caught, csrc),
+        """\
+lib::op is declared twice; the first is in FILE
+  remedy: another name; or, to replace the first, JITK_DEVELOP=1 or library.develop()""",
+    )
 
 
 @pytest.mark.parametrize(("backend", "suffix"), [("cpu", "cpp"), ("cuda", "cu")])
@@ -354,8 +368,8 @@ def test_functions_that_are_not_in_the_source(library: OpLibrary, csrc: Path) ->
     texts = set()
     for source in (
         "",
-        "namespace mylib { jitk::Tensor op(jitk::TensorView x) { return jitk::host::empty_like(x); } }",
-        "namespace other { template <typename T> jitk::Tensor op(jitk::TensorView x) { return jitk::host::empty_like(x); } }",
+        "namespace mylib { void op(jitk::TensorView x, jitk::Output& out) { out.empty_like(x); } }",
+        "namespace other { template <typename T> void op(jitk::TensorView x, jitk::Output& out) { out.empty_like(x); } }",
         "namespace mylib { template <typename T> int op(jitk::TensorView x) { return 1; } }",
     ):
         (csrc / "kernels.cpp").write_text(f"#include <jitk/result.h>\n{source}")
@@ -367,9 +381,8 @@ def test_functions_that_are_not_in_the_source(library: OpLibrary, csrc: Path) ->
     assert_expected_inline(
         "\n".join(texts),
         """\
-  the op needs in kernels.cpp, as templates where a name has <...>:
-    std::tuple<Tensor, Tensor> mylib::op<fp32_t>(TensorView x, int64_t n, std::optional<TensorView> y)
-    void mylib::op_out<fp32_t>(TensorView x, int64_t n, std::optional<TensorView> y, TensorView out, TensorView scale)""",
+  the op needs in kernels.cpp, as a template where its name has <...>:
+    void mylib::op<fp32_t>(TensorView x, int64_t n, std::optional<TensorView> y, Output& out, Output& scale)""",
     )
 
 
@@ -404,9 +417,9 @@ lib::op: of a tensor a variant can use {x.dtype}, {x.shape[i]} and {x.dim}, not 
 lib::op: of a tensor a variant can use {x.dtype}, {x.shape[i]} and {x.dim}, not {x.device}
 lib::op: of a tensor a variant can use {x.dtype}, {x.shape[i]} and {x.dim}, not {x.shape}
 lib::op: of a tensor a variant can use {x.dtype}, {x.shape[i]} and {x.dim}, not {x.shape[last]}
-lib::op: the variant's placeholder {factor} must be a tensor's property, an int, a bool, or a str with Literal choices
-lib::op: the variant's placeholder {text} must be a tensor's property, an int, a bool, or a str with Literal choices
-lib::op: the variant's placeholder {n.dtype} must be a tensor's property, an int, a bool, or a str with Literal choices
+lib::op: the variant's placeholder {factor} must be a tensor's property, an int, a bool, a dtype, or a str with Literal choices
+lib::op: the variant's placeholder {text} must be a tensor's property, an int, a bool, a dtype, or a str with Literal choices
+lib::op: the variant's placeholder {n.dtype} must be a tensor's property, an int, a bool, a dtype, or a str with Literal choices
 lib::op: the variant's placeholder {} names no argument; they are x, n, factor, text
 lib::op: the variant 'op<{x.dtype}' must be a C++ function, such as 'norm<{input.dtype}>'
 lib::op: the variant 'op({x.dtype})' must be a C++ function, such as 'norm<{input.dtype}>'
@@ -440,11 +453,11 @@ def test_signatures_that_cannot_be_schemas(library: OpLibrary, csrc: Path) -> No
     def keywords(x: Tensor, **rest: Tensor) -> Tensor:
         return x
 
-    def device(x: Tensor, where: torch.device) -> Tensor:
+    def mapping(x: Tensor, where: dict[str, int]) -> Tensor:
         return x
 
-    def tensors(x: list[Tensor]) -> Tensor:
-        return x[0]
+    def lists(x: list[list[Tensor]]) -> Tensor:
+        return x[0][0]
 
     def union(x: Tensor, n: int | float) -> Tensor:
         return x
@@ -458,8 +471,14 @@ def test_signatures_that_cannot_be_schemas(library: OpLibrary, csrc: Path) -> No
     def number(x: Tensor) -> int:
         return 1
 
-    def list_of_tensors(x: Tensor) -> list[Tensor]:
+    def numbers(x: Tensor) -> list[int]:
+        return [1]
+
+    def optional_list(x: Tensor) -> list[Tensor] | None:
         return [x]
+
+    def some(x: Tensor) -> tuple[Tensor, ...]:
+        return (x,)
 
     def undefined(x: Nowhere) -> Tensor:  # type: ignore[name-defined]  # noqa: F821
         return x
@@ -467,8 +486,8 @@ def test_signatures_that_cannot_be_schemas(library: OpLibrary, csrc: Path) -> No
     def mode(x: Tensor, mode: str) -> Tensor:
         return x
 
-    functions = [no_annotation, no_result, positional, keywords, device, tensors, union, choices, words_with_spaces]
-    functions += [number, list_of_tensors, undefined, mode]
+    functions = [no_annotation, no_result, positional, keywords, mapping, lists, union, choices, words_with_spaces]
+    functions += [number, numbers, optional_list, some, undefined, mode]
     texts = []
     for function in functions:
         with pytest.raises((TypeError, ValueError)) as caught:
@@ -481,24 +500,28 @@ def test_signatures_that_cannot_be_schemas(library: OpLibrary, csrc: Path) -> No
         "\n".join(texts),
         """\
 TypeError no_annotation: argument 'n' needs a type annotation: SUPPORTED
-TypeError no_result: the return type needs an annotation: Tensor, a tuple of Tensors, or None
+TypeError no_result: the return type needs an annotation: RESULTS
 TypeError positional: '*rest' cannot be part of a schema;
   list the arguments
 TypeError keywords: '*rest' cannot be part of a schema;
   list the arguments
-TypeError device: argument 'where' is annotated <class 'torch.device'>;
+TypeError mapping: argument 'where' is annotated dict[str, int];
   a schema can hold SUPPORTED
-TypeError tensors: argument 'x' is annotated list[torch.Tensor];
+TypeError lists: argument 'x' is annotated list[list[torch.Tensor]];
   a schema can hold SUPPORTED
-TypeError union: argument 'n' is annotated int | float;
-  a schema can hold SUPPORTED
+TypeError union: argument 'n' is annotated int | float, which would be a Scalar;
+  the stable ABI of PyTorch carries none: annotate it float, or int
 TypeError choices: argument 'n' is annotated typing.Literal[1, 2];
   a schema can hold SUPPORTED
 TypeError words_with_spaces: argument 'how': the choice 'as is' must be an identifier
 TypeError number: returns <class 'int'>;
-  an op returns Tensor, a tuple of Tensors, or None
-TypeError list_of_tensors: returns list[torch.Tensor];
-  an op returns Tensor, a tuple of Tensors, or None
+  an op returns RESULTS
+TypeError numbers: returns list[int];
+  an op returns RESULTS
+TypeError optional_list: returns list[torch.Tensor] | None;
+  a list is empty where there is nothing, and not None
+TypeError some: returns tuple[torch.Tensor, ...];
+  an op returns RESULTS
 TypeError undefined: an annotation names 'Nowhere', which its module does not define at run time
 ValueError mode: an argument cannot be called 'mode': torch.compile passes arguments of an op
   that writes by name, next to one of its own of that name""",

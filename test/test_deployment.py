@@ -283,7 +283,7 @@ def test_folders_that_define_nothing(folder: Path) -> None:
 # Lines of a table; the fields that are changed, what to, and what is said.
 _TABLE = """jitk 1
 op lies pick(Tensor x, Tensor? y, *, str how="larger", SymInt n=3, SymInt[] sizes=[1, 2]) -> Tensor
-op lies pick.out(Tensor x, Tensor(a1!) out) -> Tensor(a1!)
+op lies pick.out(Tensor x, *, Tensor(a1!) out) -> Tensor(a1!)
 slot lies pick CPU
 arg T= x
 arg T? y
@@ -293,6 +293,7 @@ arg l sizes
 key 0 dtype 0
 key 1 size -1
 key 2 value 0
+output T out
 results 1
 asked x.dtype
 asked y.shape[-1]
@@ -300,33 +301,37 @@ asked how
 kernel lies.pick-0.so pick x86-64-v3 544,7,1 lies::pick<fp32_t, 7, smaller>
 slot lies pick.out CUDA
 arg T x
-arg T!> out
+arg O!> out
 results 0
-kernel lies.pick-0.so pick_out 9.0a - lies::pick
+kernel lies.pick-0.so pick 9.0a - lies::pick
 """
 _LIES: list[tuple[str, str, str]] = [
     # the kinds of lines and their order
     (
         "asked how\n",
         "asked how\nmalloc 7\n",
-        "17: the kind of line is 'malloc', expected op, slot, arg, key, results, asked or kernel",
+        "18: the kind of line is 'malloc', expected op, slot, arg, key, output, results, asked or kernel",
     ),
-    ("asked how\n", "asked how\n\n", "17: the kind of line is '', expected op, slot, arg, key, results, asked or kernel"),
-    ("slot lies pick CPU\n", "", "4: 'arg' stands before any slot"),
-    ("results 1\n", "", "13: 'asked' stands before the line 'results'"),
-    ("results 1\n", "results 1\nresults 1\n", "14: 'results' is there twice"),
-    ("results 1\n", "results 1\nkey 0 dim 0\n", "14: 'key' stands behind a line 'results'"),
-    ("asked how\n", "", "17: the slot of lies::pick has 2 lines 'asked' for 3 lines 'key'"),
     (
-        "results 0\nkernel lies.pick-0.so pick_out 9.0a - lies::pick\n",
+        "asked how\n",
+        "asked how\n\n",
+        "18: the kind of line is '', expected op, slot, arg, key, output, results, asked or kernel",
+    ),
+    ("slot lies pick CPU\n", "", "4: 'arg' stands before any slot"),
+    ("results 1\n", "", "14: 'asked' stands before the line 'results'"),
+    ("results 1\n", "results 1\nresults 1\n", "15: 'results' is there twice"),
+    ("results 1\n", "results 1\nkey 0 dim 0\n", "15: 'key' stands behind a line 'results'"),
+    ("asked how\n", "", "18: the slot of lies::pick has 2 lines 'asked' for 3 lines 'key'"),
+    (
+        "results 0\nkernel lies.pick-0.so pick 9.0a - lies::pick\n",
         "",
-        "21: the slot of lies::pick.out is cut short: it has no line 'results'",
+        "22: the slot of lies::pick.out is cut short: it has no line 'results'",
     ),
     # op and slot
     ("op lies pick(", "op li/es pick(", "2: NAMESPACE is 'li/es', expected a name"),
     (
         "-> Tensor\n",
-        "-> Tensor?\n",
+        "-> Tensors\n",
         "2: SCHEMA is 'pick(Tensor x, Tensor? y, *, str how=\"larger\", SymInt n=3, S...', expected one as deploy writes it",
     ),
     ("op lies pick.out(", "op lies pick(", "3: lies::pick is there twice"),
@@ -334,18 +339,18 @@ _LIES: list[tuple[str, str, str]] = [
     ("slot lies pick CPU", "slot lies pick cpu", "4: DEVICE is 'cpu', expected CPU or CUDA"),
     ("slot lies pick CPU", "slot lies pick..out CPU", "4: OVERLOAD is 'pick..out', expected a name, or two with a dot between"),
     ("slot lies pick CPU", "slot lies peck CPU", "4: no line 'op' defines lies::peck"),
-    ("slot lies pick.out CUDA", "slot lies pick CPU", "18: the slot of lies::pick on CPU is there twice"),
+    ("slot lies pick.out CUDA", "slot lies pick CPU", "19: the slot of lies::pick on CPU is there twice"),
     # the plan, which the schema knows
     ("arg T= x", "arg i= x", "5: KIND is 'i=', expected that of the schema's 'x'"),
     ("arg T= x", "arg T! x", "5: KIND is 'T!', expected that of the schema's 'x'"),
     ("arg T= x", "arg T=? x", "5: KIND is 'T=?', expected that of the schema's 'x'"),
-    ("arg T!> out", "arg T! out", "20: KIND is 'T!', expected that of the schema's 'out'"),
+    ("arg O!> out", "arg O! out", "21: KIND is 'O!', expected that of the schema's 'out'"),
     ("arg T? y", "arg T y", "6: KIND is 'T', expected that of the schema's 'y'"),
     ("arg T? y", "arg T? z", "6: NAME is 'z', expected 'y' as in the schema"),
     ("arg T? y\n", "", "6: KIND is 's<', expected that of the schema's 'y'"),
     ("arg i n", "arg i n 1,2", "8: CHOICES is '1,2', expected words of a str with commas between"),
     ("larger,smaller", "larger,,smaller", "7: CHOICES is 'larger,,smaller', expected words of a str with commas between"),
-    ("arg l sizes\n", "", "12: the slot has 4 arguments, and the schema 5"),
+    ("arg l sizes\n", "", "13: the slot has 4 arguments, and the schema 5"),
     ("arg l sizes\n", "arg l sizes\narg l sizes\n", "10: the schema has only 5 arguments"),
     ("key 0 dtype 0", "key 5 dtype 0", "10: ARGUMENT is '5', expected 0 to 4"),
     ("key 0 dtype 0", "key -1 dtype 0", "10: ARGUMENT is '-1', expected 0 to 4"),
@@ -358,39 +363,60 @@ _LIES: list[tuple[str, str, str]] = [
     ("key 1 size -1", "key 1 size -1000000", "11: DIM is '-1000000', expected -64 to 64"),
     ("key 1 size -1", "key 1 size 1e0", "11: DIM is '1e0', expected -64 to 64"),
     ("key 2 value 0", "key 2 value", "12: DIM is missing"),
-    ("arg s< how", "arg s how", "13: 'how' must be passed or have its value in the key, and not both"),
-    ("results 1", "results 2", "13: COUNT is '2', expected 1 as in the schema"),
+    ("arg s< how", "arg s how", "14: 'how' must be passed or have its value in the key, and not both"),
+    ("results 1", "results 2", "14: COUNT is '2', expected 1 as in the schema"),
+    ("arg O!> out", "arg L!> out", "21: KIND is 'L!>', expected that of the schema's 'out'"),
+    (
+        "key 1 size -1",
+        "key 1 size -1 pow2,pow3",
+        "11: RULES is 'pow2,pow3', expected pow2, div16, min4 or max256 of a size or an int, with commas between",
+    ),
+    (
+        "key 1 size -1",
+        "key 1 size -1 div0",
+        "11: RULES is 'div0', expected pow2, div16, min4 or max256 of a size or an int, with commas between",
+    ),
+    (
+        "key 2 value 0",
+        "key 2 value 0 pow2",
+        "12: RULES is 'pow2', expected pow2, div16, min4 or max256 of a size or an int, with commas between",
+    ),
+    ("output T out\n", "", "13: the slot has 0 lines 'output', and the schema 1 results"),
+    ("output T out\n", "output T out\noutput T out\n", "14: the schema has only 1 results"),
+    ("output T out", "output T? out", "13: KIND is 'T?', expected T as in the schema"),
+    ("output T out", "output L out", "13: KIND is 'L', expected T as in the schema"),
+    ("output T out", "output T o/t", "13: NAME is 'o/t', expected a name"),
     # what is asked, and the kernels
-    ("asked how", "asked \x1b[2J", "16: PLACEHOLDER is '\\x1b[2J', expected text"),
+    ("asked how", "asked \x1b[2J", "17: PLACEHOLDER is '\\x1b[2J', expected text"),
     (
         "lies.pick-0.so pick x",
         "../lies.pick-0.so pick x",
-        "17: FILE is '../lies.pick-0.so', expected the name of a .so file in this folder",
+        "18: FILE is '../lies.pick-0.so', expected the name of a .so file in this folder",
     ),
     (
         "lies.pick-0.so pick x",
         "/tmp/pick.so pick x",
-        "17: FILE is '/tmp/pick.so', expected the name of a .so file in this folder",
+        "18: FILE is '/tmp/pick.so', expected the name of a .so file in this folder",
     ),
-    ("lies.pick-0.so pick x", "...so pick x", "17: FILE is '...so', expected the name of a .so file in this folder"),
-    ("lies.pick-0.so pick x", "pick.so;sh pick x", "17: FILE is 'pick.so;sh', expected the name of a .so file in this folder"),
-    ("so pick x86", "so pick\x00 x86", "17: ENTRY is 'pick\\x00', expected a name"),
-    ("x86-64-v3 ", "9.0a ", "17: ARCH is '9.0a', expected x86-64 or the like of x86-64-v3"),
-    ("x86-64-v3 ", "x86-64-v ", "17: ARCH is 'x86-64-v', expected x86-64 or the like of x86-64-v3"),
-    ("9.0a", "9.0a ", "22: WORDS is '', expected -"),
-    ("9.0a", "sm_90", "22: ARCH is 'sm_90', expected the like of 8.0 or 9.0a"),
-    ("544,7,1", "544,7", "17: WORDS is '544,7', expected what the key's 3 parts can be"),
-    ("544,7,1", "544,7,2", "17: WORDS is '544,7,2', expected what the key's 3 parts can be"),
-    ("544,7,1", "65536,7,1", "17: WORDS is '65536,7,1', expected what the key's 3 parts can be"),
+    ("lies.pick-0.so pick x", "...so pick x", "18: FILE is '...so', expected the name of a .so file in this folder"),
+    ("lies.pick-0.so pick x", "pick.so;sh pick x", "18: FILE is 'pick.so;sh', expected the name of a .so file in this folder"),
+    ("so pick x86", "so pick\x00 x86", "18: ENTRY is 'pick\\x00', expected a name"),
+    ("x86-64-v3 ", "9.0a ", "18: ARCH is '9.0a', expected x86-64 or the like of x86-64-v3"),
+    ("x86-64-v3 ", "x86-64-v ", "18: ARCH is 'x86-64-v', expected x86-64 or the like of x86-64-v3"),
+    ("9.0a", "9.0a ", "23: WORDS is '', expected -"),
+    ("9.0a", "sm_90", "23: ARCH is 'sm_90', expected the like of 8.0 or 9.0a"),
+    ("544,7,1", "544,7", "18: WORDS is '544,7', expected what the key's 3 parts can be"),
+    ("544,7,1", "544,7,2", "18: WORDS is '544,7,2', expected what the key's 3 parts can be"),
+    ("544,7,1", "65536,7,1", "18: WORDS is '65536,7,1', expected what the key's 3 parts can be"),
     (
         "544,7,1",
         "544,9223372036854775808,1",
-        "17: WORDS is '544,9223372036854775808,1', expected what the key's 3 parts can be",
+        "18: WORDS is '544,9223372036854775808,1', expected what the key's 3 parts can be",
     ),
-    ("544,7,1", "-9223372036854775808,7,1", "17: WORDS is '-9223372036854775808,7,1', expected what the key's 3 parts can be"),
-    ("544,7,1", "544, 7,1", "17: WORDS is '544,', expected what the key's 3 parts can be"),
-    (" lies::pick<fp32_t, 7, smaller>", "", "17: LABEL is missing"),
-    ("lies::pick<fp32_t, 7, smaller>", "a" * 70000, "17: the line has 70045 bytes"),
+    ("544,7,1", "-9223372036854775808,7,1", "18: WORDS is '-9223372036854775808,7,1', expected what the key's 3 parts can be"),
+    ("544,7,1", "544, 7,1", "18: WORDS is '544,', expected what the key's 3 parts can be"),
+    (" lies::pick<fp32_t, 7, smaller>", "", "18: LABEL is missing"),
+    ("lies::pick<fp32_t, 7, smaller>", "a" * 70000, "18: the line has 70045 bytes"),
 ]
 
 
@@ -414,7 +440,7 @@ def test_a_kernel_that_lies(folder: Path) -> None:
     """Another function than the slot's would read its arguments as something else."""
     (kernel,) = folder.glob("jitk.relu2*.so")
     table = folder / "ops.txt"
-    table.write_text(table.read_text().replace(f"{kernel.name} relu2 ", f"{kernel.name} relu2_out "))
+    table.write_text(table.read_text().replace(f"{kernel.name} relu2 ", f"{kernel.name} relu3 "))
     code = f"""
 print(failure(torch.ops.jitk.relu2, torch.zeros(3)))
 import os
@@ -423,7 +449,7 @@ os.mkfifo({str(kernel)!r})
 print(failure(torch.ops.jitk.relu2, torch.zeros(3)))
 """
     assert shown(without_package(folder / "libjitk_ops.so", code), folder) == [
-        f"jitk::relu2: <folder>/{kernel.name} has relu2_out as TT>0, expected T>1",
+        f"jitk::relu2: <folder>/{kernel.name}: undefined symbol: jitk_entry_relu3",
         f"jitk::relu2: <folder>/{kernel.name} is no regular file",
     ]
 
@@ -452,7 +478,7 @@ def test_the_folder(folder: Path) -> None:
     ]
     assert [line for line in lines if line.startswith("kernel")] == [
         f"kernel {kernel.name} relu2 {isa} {FLOAT32} jitk::relu2<fp32_t>",
-        f"kernel {kernel.name} relu2_out {isa} {FLOAT32} jitk::relu2<fp32_t>",
+        f"kernel {kernel.name} relu2 {isa} {FLOAT32} jitk::relu2<fp32_t>",
     ]
 
 

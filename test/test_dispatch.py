@@ -68,41 +68,23 @@ struct Numbers {
     if (maybe) add(*maybe);
     else add(-1);
   }
-  void copy_to(TensorView out) const {
-    TensorMatcher({256}).with_dtype<double>().verify(out);
-    double* data = static_cast<double*>(out.data_ptr());
-    for (int64_t i : irange(256)) data[i] = i < count ? values[i] : 0;
-  }
-  Tensor tensor() const {
+  void write(Output& out) const {
     const int64_t size = 256;
-    Tensor out = empty({&size, 1}, dtype_of<double>(), {kDLCPU, 0});
-    copy_to(out);
-    return out;
+    const TensorView result = out.empty({&size, 1}, dtype_of<double>(), {kDLCPU, 0});
+    TensorMatcher({256}).with_dtype<double>().verify(result);
+    double* data = static_cast<double*>(result.data_ptr());
+    for (int64_t i : irange(256)) data[i] = i < count ? values[i] : 0;
   }
 };
 
 template <typename T>
-Numbers numbers(TensorView x, std::optional<TensorView> other, int64_t n, double factor, bool flag, Text order, IntList sizes,
-                Text text, int32_t small, std::optional<int64_t> limit, std::optional<double> scale, std::optional<bool> on,
-                std::optional<Text> word, std::optional<IntList> more) {
+void describe(TensorView x, std::optional<TensorView> other, int64_t n, double factor, bool flag, Text order, IntList sizes,
+              Text text, int32_t small, std::optional<int64_t> limit, std::optional<double> scale, std::optional<bool> on,
+              std::optional<Text> word, std::optional<IntList> more, Output& out) {
   Numbers made;
   made.add(x), made.add(other), made.add(n), made.add(factor), made.add(flag), made.add(order), made.add(sizes);
   made.add(text), made.add(small), made.add(limit), made.add(scale), made.add(on), made.add(word), made.add(more);
-  return made;
-}
-
-template <typename T>
-Tensor describe(TensorView x, std::optional<TensorView> other, int64_t n, double factor, bool flag, Text order, IntList sizes,
-                Text text, int32_t small, std::optional<int64_t> limit, std::optional<double> scale, std::optional<bool> on,
-                std::optional<Text> word, std::optional<IntList> more) {
-  return numbers<T>(x, other, n, factor, flag, order, sizes, text, small, limit, scale, on, word, more).tensor();
-}
-
-template <typename T>
-void describe_out(TensorView x, std::optional<TensorView> other, int64_t n, double factor, bool flag, Text order, IntList sizes,
-                  Text text, int32_t small, std::optional<int64_t> limit, std::optional<double> scale, std::optional<bool> on,
-                  std::optional<Text> word, std::optional<IntList> more, TensorView out) {
-  numbers<T>(x, other, n, factor, flag, order, sizes, text, small, limit, scale, on, word, more).copy_to(out);
+  made.write(out);
 }
 
 template <typename T>
@@ -115,29 +97,17 @@ constexpr int64_t bits<void>() {
 }
 
 template <typename T, typename Other, int64_t kWidth, int64_t kRows, int kDims, int64_t kN, bool kFlag, Order kOrder>
-void pick_out(TensorView, std::optional<TensorView>, TensorView out) {
+void pick(TensorView, std::optional<TensorView>, Output& out) {
   Numbers made;
   made.add(bits<T>()), made.add(bits<Other>()), made.add(kWidth), made.add(kRows), made.add(kDims), made.add(kN);
   made.add(kFlag), made.add(kOrder);
-  made.copy_to(out);
-}
-
-template <typename T, typename Other, int64_t kWidth, int64_t kRows, int kDims, int64_t kN, bool kFlag, Order kOrder>
-Tensor pick(TensorView x, std::optional<TensorView> other) {
-  Tensor out = Numbers().tensor();
-  pick_out<T, Other, kWidth, kRows, kDims, kN, kFlag, kOrder>(x, other, out);
-  return out;
+  made.write(out);
 }
 
 template <typename T>
-void fill_out(TensorView x, int64_t, TensorView out) {
-  for (int64_t i : irange(out.numel())) static_cast<T*>(out.data_ptr())[i] = static_cast<const T*>(x.data_ptr())[0];
-}
-template <typename T>
-Tensor fill(TensorView x, int64_t n) {
-  Tensor out = empty({&n, 1}, x.dtype(), x.device());
-  fill_out<T>(x, n, out);
-  return out;
+void fill(TensorView x, int64_t n, Output& out) {
+  const TensorView result = out.empty({&n, 1}, x.dtype(), x.device());
+  for (int64_t i : irange(result.numel())) static_cast<T*>(result.data_ptr())[i] = static_cast<const T*>(x.data_ptr())[0];
 }
 
 }  // namespace dispatchlib
@@ -158,22 +128,20 @@ struct Exception : std::exception {
 };
 
 template <typename T>
-Tensor fail(TensorView x, Text how) {
+void fail(TensorView x, Text how, Output& out) {
   SymbolicSize tokens{"tokens"};
   const int64_t huge[] = {int64_t{1} << 58, 3};
-  Tensor made = empty_like(x);  // is freed whatever happens
+  Tensor scratch = empty_like(x);  // is freed whatever happens, as is the output
+  if (how.data[0] != 'a') out.empty_like(x);
   switch (how.data[0]) {
     case 'c': RuntimeCheck(x.numel() == 0, "the number of elements must be 0, got ", x.numel());
     case 'm': TensorMatcher({tokens, 2 * tokens}).with_dtype<bf16_t, T>().verify(x);
     case 's': throw Exception();
     case 'u': throw 5;
-    case 'a': return empty({huge, 2}, x.dtype(), x.device());
+    case 'a': out.empty({huge, 2}, x.dtype(), x.device());
     case 'p': parallel_for(1 << 20, 1, [](int64_t begin, int64_t) { RuntimeCheck(begin < 0, "in a thread of the pool"); });
   }
-  return made;
 }
-template <typename T>
-void fail_out(TensorView, Text, TensorView) {}
 
 template <typename T>
 void misfit(TensorView x, double n) {}
@@ -405,7 +373,7 @@ def test_text_of_a_check(ops: SimpleNamespace) -> None:
         error_of(ops.fail, _X, "check"),
         """\
 dispatchlib::fail: the number of elements must be 0, got 6
-  at fail.cpp:21""",
+  at fail.cpp:22""",
     )
 
 
@@ -417,7 +385,7 @@ dispatchlib::fail: argument 'x' does not match
   expected  [tokens=2, 2*tokens=4]  bfloat16|float32  cpu  contiguous
   got       [2, 3]                  float32           cpu
   dimension 1: tokens was bound to 2 by 'x'
-  at fail.cpp:22""",
+  at fail.cpp:23""",
     )
 
 
@@ -451,7 +419,7 @@ def test_text_of_a_check_in_a_thread_of_the_pool(ops: SimpleNamespace, threads: 
             error_of(ops.fail, _X, "parallel"),
             """\
 dispatchlib::fail: in a thread of the pool
-  at fail.cpp:26""",
+  at fail.cpp:27""",
         )
     finally:
         torch.set_num_threads(before)
@@ -471,7 +439,7 @@ def test_text_of_a_failed_op_within_a_reference(ops: SimpleNamespace) -> None:
         error_of(ops.outer, _X, "check"),
         """\
 dispatchlib::outer: dispatchlib::fail: the number of elements must be 0, got 6
-  at fail.cpp:21""",
+  at fail.cpp:22""",
     )
 
 
@@ -525,7 +493,7 @@ def test_text_of_a_kernel_that_does_not_compile(ops: SimpleNamespace, compiled: 
         text.replace(log.parent.name, "ID"),
         """\
 dispatchlib::broken<fp32_t> did not compile (cpu, x86-64)
-  csrc/fail.cpp:38: static assertion failed: hidden must be a multiple of 8
+  csrc/fail.cpp:36: static assertion failed: hidden must be a multiple of 8
   full log: CACHE/staging/ID/build.log""",
     )
     assert error_of(ops.broken, _X) == text
@@ -791,7 +759,7 @@ def _number(x: Tensor, n: int) -> Tensor:
 
 def test_more_kernels_than_there_is_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Is told when the op is declared, not when it is called."""
-    assert f"JITK_MAX_SLOTS {dispatcher.MAX_SLOTS} " in (csrc_dir() / "runtime" / "dispatch.cpp").read_text()
+    assert f"JITK_MAX_SLOTS {dispatcher.MAX_SLOTS} " in (csrc_dir() / "runtime" / "slot.h").read_text()
     monkeypatch.setattr(dispatcher, "_reserved", dispatcher.MAX_SLOTS - 3)
     (tmp_path / "many.cpp").write_text("")
     library = OpLibrary("manylib", csrc=tmp_path)
@@ -828,6 +796,132 @@ def test_the_last_slot_works() -> None:
     assert torch.ops.lastlib.number(torch.zeros(1), 7).item() == 7
     with pytest.raises(RuntimeError, match="a process has at most 16384 op overloads"):
         dispatcher._checked(dispatcher.library().jitk_register, last + 1, *(text.encode() for text in texts))
+
+
+# --- slots that change --------------------------------------------------------------------------------
+
+
+def _reference_of(library: torch.library.Library, name: str, result: Any) -> str:
+    library.define(f"{name}(Tensor x, SymInt n) -> Tensor?")
+    library.impl(name, result, "CompositeExplicitAutograd")
+    return f"{library.ns}::{name}"
+
+
+def _changing(namespace: str) -> tuple[torch.library.Library, str, Any]:
+    """A library with an op ``number`` and a reference, the op's plan, and its overload."""
+    signature = signature_of(_number)
+    library = torch.library.Library(namespace, "FRAGMENT")
+    library.define(signature.schema("number"))
+    _reference_of(library, "plus", lambda x, n: x + n)
+    plan = variant.parse_variant(f"{namespace}::number", "number<{n}>", signature).plan(signature)
+    return library, plan, getattr(torch.ops, namespace).number.default
+
+
+@torch.inference_mode()
+def test_a_key_is_asked_for_again_once_it_is_forgotten() -> None:
+    _library, plan, op = _changing("forgetlib")
+    asked: list[int] = []
+
+    def answer(key: Any) -> int:
+        asked.append(key[1])
+        return dispatcher.REFERENCE
+
+    number = dispatcher.register("forgetlib::number", "forgetlib", "number", "CPU", "forgetlib::plus", plan, answer)
+    for _ in range(2):
+        assert [op(torch.zeros(1), n).item() for n in (1, 2, 1, 2)] == [1, 2, 1, 2]
+        dispatcher.forget(number)
+    assert asked == [1, 2, 1, 2]
+    with pytest.raises(RuntimeError, match="there is no slot 16000"):
+        dispatcher.forget(16000)
+
+
+@torch.inference_mode()
+def test_an_entry_for_one_call(ops: SimpleNamespace) -> None:
+    _library, plan, op = _changing("oncelib")
+    asked: list[int] = []
+
+    def answer(key: Any) -> dispatcher.Once:
+        asked.append(key[1])
+        return dispatcher.Once(dispatcher.REFERENCE)
+
+    dispatcher.register("oncelib::number", "oncelib", "number", "CPU", "oncelib::plus", plan, answer)
+    assert [op(torch.zeros(1), 3).item() for _ in range(3)] == [3, 3, 3]
+    assert asked == [3, 3, 3]
+
+
+@torch.inference_mode()
+def test_a_build_that_is_forgotten_while_it_runs_serves_its_call_alone() -> None:
+    _library, plan, op = _changing("stalelib")
+    asked: list[int] = []
+
+    def answer(key: Any) -> int:
+        asked.append(key[1])
+        if len(asked) == 1:
+            dispatcher.forget(number)  # as an edit of its source would
+        return dispatcher.REFERENCE
+
+    number = dispatcher.register("stalelib::number", "stalelib", "number", "CPU", "stalelib::plus", plan, answer)
+    assert [op(torch.zeros(1), 3).item() for _ in range(3)] == [3, 3, 3]
+    assert asked == [3, 3]
+
+
+@torch.inference_mode()
+def test_an_op_that_is_declared_again_with_another_schema() -> None:
+    library, plan, op = _changing("againlib")
+    number = dispatcher.register(
+        "againlib::number", "againlib", "number", "CPU", "againlib::plus", plan, lambda key: dispatcher.REFERENCE
+    )
+    assert op(torch.zeros(1), 7).item() == 7
+    del op
+    library._destroy()
+
+    def swapped(n: int, x: Tensor, factor: float = 2.0) -> Tensor:
+        return factor * x + n
+
+    signature = signature_of(swapped)
+    again = torch.library.Library("againlib", "FRAGMENT")
+    again.define(signature.schema("number"))
+    again.define(signature.schema("other").replace("-> Tensor", "-> Tensor?"))
+    again.impl("other", swapped, "CompositeExplicitAutograd")
+    plan = variant.parse_variant("againlib::number", "number<{x.dtype}>", signature).plan(signature)
+    keys = []
+
+    def answer(key: Any) -> int:
+        keys.append(list(key[1:]))
+        return dispatcher.REFERENCE
+
+    assert number == dispatcher.register("againlib::number", "againlib", "number", "CPU", "againlib::other", plan, answer)
+    assert torch.ops.againlib.number(1, torch.ones(1)).item() == 3
+    assert torch.ops.againlib.number(1, torch.ones(1), 5.0).item() == 6
+    assert keys == [[variant._KEY_OF_DTYPE[torch.float32]]]
+
+
+def test_keys_are_found_while_slots_forget_and_change() -> None:
+    _library, plan, _op = _changing("busylib")
+
+    def answer(key: Any) -> int:
+        return dispatcher.REFERENCE
+
+    texts = ("busylib::number", "busylib", "number", "CPU", "busylib::plus", plan)
+    number = dispatcher.register(*texts, answer)
+    done = threading.Event()
+
+    def change() -> None:
+        while not done.is_set():
+            dispatcher.forget(number)
+            dispatcher.register(*texts, answer)
+
+    def call(first: int) -> None:
+        with torch.inference_mode():
+            for n in range(500):
+                assert torch.ops.busylib.number(torch.zeros(1), first + n % 50).item() == first + n % 50
+
+    with ThreadPoolExecutor(4) as threads:
+        changing = threads.submit(change)
+        for calling in [threads.submit(call, first) for first in (0, 25, 50)]:
+            calling.result()
+        done.set()
+        changing.result()
 
 
 # --- errors as they were raised -----------------------------------------------------------------------

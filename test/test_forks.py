@@ -57,14 +57,9 @@ _THRICE = """
 #include <jitk/result.h>
 #include <jitk/tensor.h>
 template <typename T>
-void thrice_out(jitk::TensorView x, jitk::TensorView out) {
+void thrice(jitk::TensorView x, jitk::Output& output) {
+  const jitk::TensorView out = output.empty_like(x);
   for (int64_t i = 0; i < x.numel(); ++i) static_cast<T*>(out.data_ptr())[i] = 3 * static_cast<const T*>(x.data_ptr())[i];
-}
-template <typename T>
-jitk::Tensor thrice(jitk::TensorView x) {
-  jitk::Tensor out = jitk::host::empty_like(x);
-  thrice_out<T>(x, out.view());
-  return out;
 }
 """
 

@@ -20,9 +20,7 @@ _TOUCH = """
 template <typename T>
 void touch(jitk::TensorView, jitk::TensorView) {}
 template <typename T>
-void reverse_out(jitk::TensorView, jitk::TensorView) {}
-template <typename T>
-jitk::Tensor reverse(jitk::TensorView x) { return jitk::host::empty_like(x); }
+void reverse(jitk::TensorView x, jitk::Output& out) { out.empty_like(x); }
 """
 
 jitk = torch.ops.jitk

@@ -31,12 +31,10 @@ namespace warmlib {
 enum Way { forth, back };
 
 template <typename T, int32_t kCount, Way kWay>
-jitk::Tensor move(jitk::TensorView x) {
+void move(jitk::TensorView x, jitk::Output& out) {
   static_assert(kCount != 13, "thirteen is not served");
-  return jitk::host::empty_like(x);
+  out.empty_like(x);
 }
-template <typename T, int32_t kCount, Way kWay>
-void move_out(jitk::TensorView, jitk::TensorView) {}
 
 }  // namespace warmlib
 """

@@ -37,7 +37,7 @@ def readme_with(text: str, ops: Iterable[Op]) -> str:
 
 
 def _row(op: Op) -> str:
-    return f"| `{op.name}({_arguments(op)})` | {_result(op)} | {', '.join(_dtype(dtype) for dtype in op.dtypes)} |"
+    return f"| `{op.name}({_arguments(op)})` | {_result(op)} | {_dtypes(op)} |"
 
 
 def _arguments(op: Op) -> str:
@@ -58,8 +58,14 @@ def _result(op: Op) -> str:
     return named.replace("``", "`").replace("|", r"\|")
 
 
-def _dtype(dtype: torch.dtype) -> str:
-    return SHORT.get(dtype, str(dtype).removeprefix("torch."))
+def _dtypes(op: Op) -> str:
+    def listed(dtypes: Iterable[torch.dtype]) -> str:
+        return ", ".join(SHORT.get(dtype, str(dtype).removeprefix("torch.")) for dtype in dtypes)
+
+    declared = op.declaration.dtypes
+    if declared.shared is not None:
+        return listed(declared.shared)
+    return "; ".join(f"`{name}`: {listed(dtypes)}" for name, dtypes in declared.items())
 
 
 def reference_with(text: str, ops: Sequence[Op]) -> str:
@@ -77,7 +83,7 @@ def reference_with(text: str, ops: Sequence[Op]) -> str:
 
 
 def _section(op: Op, written: str | None) -> str:
-    schemas = [f"    {getattr(op.packet, overload or 'default')._schema}\n" for overload in op.overloads()]
+    schemas = [f"    {getattr(op.packet, overload or 'default')._schema}\n" for overload in op.declaration.overloads]
     if written is None:
         body = inspect.cleandoc(op.reference.__doc__ or "").replace("``", "`")
         body = re.sub(r"^(Args|Returns|Raises):\n", r"**\1**\n\n", body, flags=re.MULTILINE)

@@ -11,16 +11,16 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
-
-from torch_jit_ops import backends, dispatcher, environment, fallback, forks, manifest
+from torch_jit_ops import backends, develop, dispatcher, environment, fallback, forks, manifest, variant, variant_storm
 from torch_jit_ops.backends import MissingCompiler
 from torch_jit_ops.builder.errors import BuildError
 from torch_jit_ops.builder.load import load
 from torch_jit_ops.builder.shared_object import Loaded
+from torch_jit_ops.builder.unit import Unit
 from torch_jit_ops.checks import matcher
 from torch_jit_ops.declaration import Declaration
 from torch_jit_ops.reference import Reference
+from torch_jit_ops.signature import tensors_of
 
 _under_way = threading.local()  # .boots: those whose first call this thread is making
 
@@ -39,6 +39,9 @@ class Boot:
         self._reference = reference
         self._overload_of = overload_of
         self._lock = forks.Lock()
+        self._source: develop.Source | None = None
+        self._checked: Any = None  # what stands between the op and the dispatcher in debug mode
+        self.promised: Callable[[Sequence[Any], Mapping[str, Any]], Any] | None = None
         self.is_done = False
 
     def call(self, overload: str, *args: Any, **kwargs: Any) -> Any:
@@ -46,7 +49,7 @@ class Boot:
 
         On other devices every call: the reference. So are tensors that have the device alone, sparse ones, when they come back.
         """
-        devices = {value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor)}
+        devices = {tensor.device for tensor in tensors_of((*args, *kwargs.values()))}
         served = {backend and backend.name for backend in map(backends.of_device, devices)}
         under_way = _under_way.__dict__.setdefault("boots", [])
         if not served or not served <= self._declaration.kernels.keys() or self in under_way:
@@ -61,6 +64,8 @@ class Boot:
         under_way.append(self)
         try:
             with dispatcher.raising_what_is_kept():
+                if self._checked is not None:
+                    return self._checked.call(overload, args, kwargs)
                 return self._overload_of(overload)(*args, **kwargs)
         finally:
             under_way.pop()
@@ -75,9 +80,52 @@ class Boot:
                     f"{self._declaration.qualified_name} is being called for the first time further down this thread's stack"
                 )
             dispatcher.library(meanwhile=functools.partial(self._prefetch, args, kwargs or {}))
+            if environment.debugging() and self.promised is not None:
+                from torch_jit_ops import debug
+
+                self._checked = debug.Checked(self._declaration, self.promised)
             with forks.held_off():  # all of it or nothing, as a second time would be another registration
                 self._register()
                 self.is_done = True
+
+    def follow(self, before: Boot) -> None:
+        """Serve the op where it has been handed over as it was declared before."""
+        if not before.is_done:
+            return
+        self.hand_over()
+        declaration = self._declaration
+        keys = {backends.named(name).dispatch_key for name in declaration.kernels}
+        for overload, key in dispatcher.served(declaration.namespace, map(self._served_name, declaration.overloads)):
+            if key not in keys:  # C++ serves it still, and no kernel is declared
+                self._register_reference(overload, key)
+
+    def _register_reference(self, overload: str, key: str) -> None:
+        declaration = self._declaration
+        form = overload.partition(".")[2]
+        plan = variant.parse_variant(declaration.qualified_name, declaration.name, declaration.signature)
+
+        def answer(_: Sequence[int]) -> int:
+            self._reference.define_ops()
+            return dispatcher.REFERENCE
+
+        dispatcher.register(
+            declaration.who(form),
+            declaration.namespace,
+            overload,
+            key,
+            f"{declaration.namespace}::{self._reference.op_name(form)}",
+            plan.plan(declaration.overloads[form]),
+            answer,
+        )
+
+    def withdraw_twin(self) -> None:
+        """Take away what debug mode has defined."""
+        if self._checked is not None:
+            develop.withdraw(self._checked.library)
+
+    def _served_name(self, overload: str) -> str:
+        """The overload that the C++ dispatcher serves."""
+        return str(self._checked.dotted(overload)) if self._checked is not None else self._declaration.dotted(overload)
 
     def _register(self) -> None:
         declaration = self._declaration
@@ -86,11 +134,11 @@ class Boot:
                 dispatcher.register(
                     declaration.who(overload),
                     declaration.namespace,
-                    declaration.dotted(overload),
+                    self._served_name(overload),
                     backends.named(backend).dispatch_key,
                     f"{declaration.namespace}::{self._reference.op_name(overload)}",
                     kernel.pattern.plan(signature),
-                    functools.partial(self._answer, backend, overload),
+                    functools.partial(self._answer, backend),
                 )
 
     def _prefetch(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -98,7 +146,7 @@ class Boot:
         try:
             given = {name: value for name, value in kwargs.items() if name not in declaration.outputs}
             values = declaration.arguments(*args, **given)
-            device = next(value.device for value in values if isinstance(value, Tensor))
+            device = next(tensors_of(values)).device
             backend = next(each for each in backends.ALL if each.serves(device))
             words = declaration.kernels[backend.name].pattern.words_of(values)
             self.load(backend.name, [backend.index_of(device), *words])
@@ -115,24 +163,35 @@ class Boot:
         arch = backends.named(backend).arch_of(key[0])
         unit = declaration.unit(backend, values, arch)
         try:
-            loaded = load(unit)
+            loaded = self._develop(unit) if develop.is_on(declaration.namespace) else load(unit)
         except BuildError as error:
             # Errors there are about the function that is exported: of another name, place or type than the variant says.
             if re.search(rf"\bjitk/export\.h:|\b{re.escape(unit.name.replace('.', '_'))}\.(cu|cpp):", str(error)):
-                raise BuildError(f"{error}\n{declaration.wanted_functions(backend, values)}") from error
+                raise BuildError(f"{error}\n{declaration.wanted_function(backend, values)}") from error
             raise
         loaded.load_kernels(key[0])
         if environment.record_file() is not None:
             manifest.record(manifest.entry_of(declaration.qualified_name, backend, pattern, values, arch))
         return loaded
 
+    def _develop(self, unit: Unit) -> Loaded:
+        if self._source is None:
+            self._source = develop.Source(self._declaration.qualified_name, self._declaration.function)
+        self._source.warn_if_edited()
+        return develop.load(unit)
+
     def _refuses(self, unserved: fallback.Unserved) -> bool:
         """Whether the function refuses the dtype, too, so that there is nothing to say of a slower way."""
         declaration = self._declaration
         return not unserved.kernels or matcher.refuses(declaration.tensors, unserved.argument, unserved.dtype)
 
-    def _answer(self, backend: str, overload: str, key: Sequence[int]) -> int:
-        """The address of the entry for a key that the dispatcher has for the first time."""
+    def _answer(self, backend: str, key: Sequence[int]) -> int | dispatcher.Once:
+        """The entry for a key that the dispatcher asks for; in develop mode for this call alone."""
+        entry = self._entry(backend, key)
+        return dispatcher.Once(entry) if develop.is_on(self._declaration.namespace) else entry
+
+    def _entry(self, backend: str, key: Sequence[int]) -> int:
+        """The address of the entry."""
         declaration = self._declaration
         unserved = declaration.unserved(declaration.kernels[backend].pattern.dtypes_of_key(key[1:]))
         if unserved is not None and not self._refuses(unserved):
@@ -148,4 +207,5 @@ class Boot:
         if loaded is None:
             self._reference.define_ops()
             return dispatcher.REFERENCE
-        return loaded.entry(declaration.checked_export(backend, overload, loaded))
+        variant_storm.note(declaration.qualified_name, backend, declaration.kernels[backend].pattern, key[1:])
+        return loaded.entry(declaration.checked_export(backend, loaded))

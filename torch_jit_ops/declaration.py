@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from torch_jit_ops import backends, per_target, variant
+from torch_jit_ops import backends, environment, per_target, variant
 from torch_jit_ops.backends.wheels import WheelLibrary
 from torch_jit_ops.builder.shared_object import Loaded
 from torch_jit_ops.builder.unit import Unit
@@ -134,17 +134,15 @@ class Declaration:
     # --- the C++ of a variant ---------------------------------------------------------------------
 
     def unit(self, backend: str, values: Sequence[variant.Value], arch: str) -> Unit:
-        """The translation unit for the placeholders' values: every overload in one library.
+        """The translation unit for the placeholders' values: one function, which serves every overload.
 
         Raises:
             MissingWheel: headers are to come from a wheel that is not installed.
         """
         kernel = self.kernels[backend]
-        lines = ["using namespace jitk;"]
-        for overload in self.overloads:
-            function = kernel.pattern.instantiate(values, overload and "_out")
-            lines.append(f"JITK_EXPORT({self.export(backend, overload)}, {function})")
-        label = kernel.pattern.instantiate(values).removeprefix(self.namespace + "::")
+        function = kernel.pattern.instantiate(values)
+        lines = ["using namespace jitk;", f"JITK_EXPORT({kernel.pattern.export_name()}, {function})"]
+        label = function.removeprefix(self.namespace + "::")
         return Unit(
             name=f"{self.namespace}.{self.name}",
             label=f"{self.namespace}::{label}",
@@ -155,36 +153,29 @@ class Declaration:
             flags=per_target.pick(self.flags, backend, arch),
             beside=kernel.sources.units_beside(),
             ldflags=per_target.pick(self.ldflags, backend, arch),
+            debug=environment.debugging(),
         )
 
-    def export(self, backend: str, overload: str) -> str:
-        """The name by which a variant's library exports the function of an overload."""
-        return self.kernels[backend].pattern.export_name() + (overload and "_out")
-
-    def checked_export(self, backend: str, overload: str, loaded: Loaded) -> str:
-        """The same.
+    def checked_export(self, backend: str, loaded: Loaded) -> str:
+        """The name by which a variant's library exports its function.
 
         Raises:
             RuntimeError: the function in the library does not fit the schema.
         """
         kernel = self.kernels[backend]
-        signature = self.overloads[overload]
-        export = self.export(backend, overload)
+        export = kernel.pattern.export_name()
         found = loaded.signature(export)
-        if found != kernel.pattern.cpp_signature(signature):
+        if found != kernel.pattern.cpp_signature(self.signature):
             raise RuntimeError(
                 f"{self.qualified_name}: the C++ function {export} does not fit the schema\n"
-                f"  expected  {kernel.pattern.cpp_declaration(signature, export)}\n"
+                f"  expected  {kernel.pattern.cpp_declaration(self.signature, export)}\n"
                 f"  got       {variant.cpp_declaration(found, export)}\n"
                 f"  in {kernel.source}"
             )
         return export
 
-    def wanted_functions(self, backend: str, values: Sequence[variant.Value]) -> str:
-        """The C++ functions that the source must have, as declarations, for errors."""
+    def wanted_function(self, backend: str, values: Sequence[variant.Value]) -> str:
+        """The C++ function that the source must have, as a declaration, for errors."""
         kernel = self.kernels[backend]
-        lines = [
-            kernel.pattern.cpp_declaration(signature, kernel.pattern.instantiate(values, overload and "_out"))
-            for overload, signature in self.overloads.items()
-        ]
-        return "\n    ".join([f"  the op needs in {kernel.source}, as templates where a name has <...>:", *lines])
+        declared = kernel.pattern.cpp_declaration(self.signature, kernel.pattern.instantiate(values))
+        return f"  the op needs in {kernel.source}, as a template where its name has <...>:\n    {declared}"

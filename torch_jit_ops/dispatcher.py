@@ -1,4 +1,4 @@
-"""Loads the C++ dispatcher (csrc/runtime/dispatch.cpp) and answers its misses.
+"""Loads the C++ dispatcher (csrc/runtime) and answers its misses.
 
 Python talks to it through C functions; it talks to Python through ops of the namespace ``jitk``, as both directions then
 work in any thread and without a binding to a version of Python.
@@ -11,8 +11,9 @@ import ctypes
 import itertools
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 
 import torch
 
@@ -22,13 +23,23 @@ from torch_jit_ops.builder import load as builder
 from torch_jit_ops.builder import workers
 from torch_jit_ops.builder.unit import Unit, csrc_dir
 
-Answer = Callable[[Sequence[int]], int]
+
+@dataclass(frozen=True)
+class Once:
+    """An entry that serves the call that asked, and no other: the next one with the same key asks again."""
+
+    entry: int
+
+
+Answer = Callable[[Sequence[int]], int | Once]
 
 REFERENCE = 0  # the entry that makes the runtime call the op's reference
-MAX_SLOTS = 16384  # JITK_MAX_SLOTS of dispatch.cpp
+MAX_SLOTS = 16384  # JITK_MAX_SLOTS of csrc/runtime/slot.h
 
-_answers: dict[int, Answer] = {}
+_answers: dict[int, Answer] = {}  # by what the dispatcher asks with: a slot's number, or what came in its place
 _numbers = itertools.count()
+_replacements = itertools.count(MAX_SLOTS)
+_slots: dict[tuple[str, str], int] = {}  # by overload and dispatch key: PyTorch keeps what C++ has registered
 _reserved = 0
 _kept = threading.local()  # .error: what failed below the dispatcher, which can hand on no more than a text
 _lock = forks.Lock()
@@ -42,7 +53,8 @@ _library.define("_explain_allocation(int[] sizes, int dtype, int cuda_index) -> 
 
 def _build(slot: int, key: list[int]) -> str:
     try:
-        return f"entry {_answers[slot](key)}"
+        found = _answers[slot](key)
+        return f"once {found.entry}" if isinstance(found, Once) else f"entry {found}"
     except forks.Reentered:
         return "reference"
     except BaseException as error:  # an exception would be lost on the way through C
@@ -131,6 +143,7 @@ def autograd_unit() -> Unit:
 
 
 _autograd: Future[ctypes.CDLL] | None = None
+_differentiated: set[str] = set()  # the overloads that C++ does it for
 # Whether a tensor can have a tangent; None until the library is there that knows.
 in_forward_mode: Callable[[], bool] | None = None
 
@@ -160,8 +173,10 @@ def differentiate(overloads: Sequence[str]) -> bool:
     loaded = _autograd.result()
     loaded.jitk_in_forward_mode.restype = ctypes.c_bool
     for overload in overloads:
-        name, _, form = overload.partition(".")
-        _checked(loaded.jitk_differentiate, name.encode(), form.encode())
+        if overload not in _differentiated:  # of an op that was declared again: it is so for good
+            name, _, form = overload.partition(".")
+            _checked(loaded.jitk_differentiate, name.encode(), form.encode())
+            _differentiated.add(overload)
     in_forward_mode = loaded.jitk_in_forward_mode
     return True
 
@@ -190,6 +205,8 @@ def _in_background(unit: Unit) -> Future[ctypes.CDLL]:
 
 def _prototyped(loaded: ctypes.CDLL) -> ctypes.CDLL:
     loaded.jitk_register.argtypes = [ctypes.c_int32, *[ctypes.c_char_p] * 7, ctypes.c_size_t]
+    loaded.jitk_replace.argtypes = [ctypes.c_int32, ctypes.c_int64, *[ctypes.c_char_p] * 4, ctypes.c_size_t]
+    loaded.jitk_forget.argtypes = [ctypes.c_int32, ctypes.c_char_p, ctypes.c_size_t]
     with forks.held_off():  # the driver has locks of its own
         loaded.jitk_set_several_devices(torch.cuda.device_count() > 1)
     return loaded
@@ -233,8 +250,19 @@ def reserve(who: str, slots: int) -> None:
         _reserved += slots
 
 
-def register(who: str, namespace: str, overload: str, dispatch_key: str, reference: str, plan: str, answer: Answer) -> int:
+def register(
+    who: str,
+    namespace: str,
+    overload: str,
+    dispatch_key: str,
+    reference: str,
+    plan: str,
+    answer: Answer,
+) -> int:
     """Have the dispatcher serve an overload from now on.
+
+    One that it has served before it serves as it is declared now, with another plan, reference and answer. Calls under way end
+    as they began.
 
     Args:
         who: the overload as errors name it.
@@ -243,16 +271,42 @@ def register(who: str, namespace: str, overload: str, dispatch_key: str, referen
         dispatch_key: ``CPU`` or ``CUDA``.
         reference: qualified name of the op to call where ``answer`` says ``REFERENCE``.
         plan: how to read the arguments (``VariantPattern.plan``).
-        answer: from a key to the address of an entry; its exceptions reach the caller of the op.
+        answer: from a key to the address of an entry, for good or ``Once``; its exceptions reach the caller of the op.
 
     Returns:
         The number of the slot.
     """
+    place = (f"{namespace}::{overload}", dispatch_key)
+    number = _slots.get(place)
+    if number is not None:
+        asks = next(_replacements)
+        _answers[asks] = answer
+        _checked(library().jitk_replace, number, asks, *(text.encode() for text in (who, reference, plan)))
+        return number
     number = next(_numbers)
     _answers[number] = answer
     texts = (who, namespace, overload, dispatch_key, reference, plan)
     _checked(library().jitk_register, number, *(text.encode() for text in texts))
+    _slots[place] = number
     return number
+
+
+def served(namespace: str, overloads: Iterable[str]) -> list[tuple[str, str]]:
+    """Of these overloads of a namespace, those that the dispatcher has ever served, each with the dispatch key."""
+    wanted = {f"{namespace}::{overload}": overload for overload in overloads}
+    return [(wanted[name], key) for name, key in _slots if name in wanted]
+
+
+def forget_all(namespace: str) -> None:
+    """Have the ops of the namespace ask for every key again."""
+    for (name, _), number in list(_slots.items()):
+        if name.partition("::")[0] == namespace:
+            forget(number)
+
+
+def forget(number: int) -> None:
+    """Have the slot ask for every key again. Calls under way end with the entry that they found."""
+    _checked(library().jitk_forget, number)
 
 
 def _checked(function: Callable[..., int], *args: object) -> None:

@@ -77,6 +77,16 @@ def compiling_is_forbidden() -> bool:
     return os.environ.get("JITK_NO_COMPILE", "0") == "1"
 
 
+def developing() -> bool:
+    """``JITK_DEVELOP=1``: an edited source is built again at the next call, and an op declared again replaces the first."""
+    return os.environ.get("JITK_DEVELOP", "0") == "1"
+
+
+def debugging() -> bool:
+    """``JITK_DEBUG=1``: build kernels for debuggers, with checks of indices, and check what they return against the fake."""
+    return os.environ.get("JITK_DEBUG", "0") == "1"
+
+
 def building_in_background() -> bool:
     """``JITK_BACKGROUND=0``: build no kernel while a graph that will call it is being compiled, only on its first call."""
     return os.environ.get("JITK_BACKGROUND", "1") != "0" and not compiling_is_forbidden()

@@ -23,12 +23,12 @@ from typing import Any, TypeVar
 
 import torch
 
-from torch_jit_ops import dispatcher, forks, per_target, variant
+from torch_jit_ops import dispatcher, environment, forks, per_target, variant
 from torch_jit_ops.backends import CPU, CUDA, Backend
 from torch_jit_ops.backends.wheels import WheelLibrary
 from torch_jit_ops.builder.load import load
 from torch_jit_ops.builder.unit import Unit, csrc_dir, inlined, line_directive
-from torch_jit_ops.signature import Argument, Signature
+from torch_jit_ops.signature import Argument, Result, Signature
 from torch_jit_ops.store.digests import digest_of_record
 
 NAMESPACE = "jitk_modules"
@@ -136,8 +136,8 @@ def load_jit(
         cuda_files, cpp_files: for nvcc and for the C++ compiler. Relative paths start at the file that calls, or its folder
             ``csrc``.
         cuda_wrappers, cpp_wrappers: pairs of the name in Python and the C++ function, such as ``("scale", "scale<bf16_t>")``.
-            Arguments may be TensorView, numbers, bool, strings, lists of ints, and std::optional of them; results Tensor, a
-            tuple of it, or none.
+            Arguments may be all that ``docs/declaring.md`` lists; results are ``Output&`` behind them, or a Tensor or a tuple
+            of it that is returned, or none.
         cuda_sources, cpp_sources: sources that are no files, behind those that are.
         extra_cuda_cflags, extra_cflags: further flags of the two compilers.
         extra_ldflags: what to link: ``["-lz"]``, or ``library_of(...)`` for a library of a wheel.
@@ -251,6 +251,7 @@ class _Part:
             include=(*folders, *self.include),
             flags=self.flags,
             ldflags=self.ldflags,
+            debug=environment.debugging(),
         )
 
     def define(
@@ -288,14 +289,17 @@ class _Part:
 
 def _signature(label: str, export: str, text: str, written: Sequence[int] | None) -> Signature:
     """The schema from the text that export.h writes: letters, ``?`` behind an optional one, ``>`` and the number of results."""
-    letters, _, results = text.partition(">")
-    kinds: list[tuple[str, bool]] = []
-    for letter in letters:
-        kinds[-1:] = [(kinds[-1][0], True)] if letter == "?" else [*kinds[-1:], (letter, False)]
+    letters = variant.letters_of(text)
+    kinds = [(kind, optional) for kind, optional in letters if kind not in "OP"]
+    outputs = ["T" if kind == "O" else "L" for kind, _ in letters if kind in "OP"]
+    returned = ["T"] * int(text.partition(">")[2])
+    if letters[: len(kinds)] != kinds:
+        raise ValueError(f"{label}: {export} has arguments behind its Output& parameters, which come last")
+    made = [Result(f"out{i}" if len(outputs) > 1 else "out", kind) for i, kind in enumerate(outputs or returned)]
     tensors = [index for index, (kind, _) in enumerate(kinds) if kind == "T"]
     said = written is not None  # else a caller may know that two of them are only read
     if written is None:
-        written = tensors if results == "0" else []
+        written = [] if made else tensors
     for index in written:
         if index not in tensors:
             raise ValueError(f"{label}: mutates says that {export} writes argument {index}; its tensors are {tensors}")
@@ -306,7 +310,7 @@ def _signature(label: str, export: str, text: str, written: Sequence[int] | None
         arguments.append(
             Argument(f"arg{i}", kind, optional=optional, written=is_written, reusable=kind == "T" and not (said and is_written))
         )
-    return Signature(tuple(arguments), int(results))
+    return Signature(tuple(arguments), tuple(made), as_outputs=bool(outputs))
 
 
 def _nothing(*args: Any) -> None:

@@ -96,6 +96,8 @@ def value_of(who: str, part: Placeholder, signature: Signature, given: object) -
     number = int(given)  # type: ignore[call-overload]
     if not lowest <= number < 2**63:
         raise ValueError(f"{who}: {{{part.text}}} must be from {lowest} to {2**63 - 1}; got {number}")
+    if part.rules and not part.rules[-1].can_be(number):
+        raise ValueError(f"{who}: {{{part.text}}} must be a value that its rule makes; got {number}")
     return int(number)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import ParamSpec, TypeVar  # which PyTorch needs, too: plain ``Op`` is any op
 
-from torch_jit_ops import dispatcher, registry
+from torch_jit_ops import develop, dispatcher, registry
 from torch_jit_ops.boot import Boot
 from torch_jit_ops.checks import overlap
 from torch_jit_ops.declaration import Declaration
@@ -37,12 +37,45 @@ class Op(Generic[Parameters, Results]):
     """
 
     def __init__(self, declaration: Declaration) -> None:
+        dispatcher.reserve(declaration.qualified_name, _slots(declaration))
+        self._be(declaration)
+
+    def declare_again(self, declaration: Declaration) -> None:
+        """Be this op from now on, for everybody who has imported it. No other thread may call it meanwhile.
+
+        The kernels that the C++ dispatcher has registered stay, since nothing takes them away, and get the new op's plan.
+        """
+        dispatcher.reserve(declaration.qualified_name, max(0, _slots(declaration) - _slots(self.declaration)))
+        before = dict(self.__dict__)
+        try:
+            self._withdraw()
+            self.__dict__.clear()
+            self._be(declaration)
+            self._boot.follow(before["_boot"])
+        except BaseException:
+            self._withdraw()
+            self.__dict__.clear()
+            self._be(before["declaration"])
+            self._boot.follow(before["_boot"])
+            raise
+        finally:
+            develop.reset_compiled_models()
+
+    def _withdraw(self) -> None:
+        """Take from PyTorch what ``_be`` has given it."""
+        if "_library" in self.__dict__:
+            develop.withdraw(self._library)
+            self._reference.withdraw_ops()
+            self._boot.withdraw_twin()
+
+    def _be(self, declaration: Declaration) -> None:
         self.declaration = declaration
         self.name = declaration.name
         self.qualified_name = declaration.qualified_name
         self._reference = Reference(declaration)
         self._boot = Boot(declaration, self._reference, self.overload)
         self._fake = Fake(declaration, self._reference, self.overload, self._boot.load)
+        self._boot.promised = self._fake.results
         dotted = [f"{declaration.namespace}::{declaration.dotted(form)}" for form in declaration.overloads]
         self._handover = autograd.Handover(dotted, lambda: self._boot.is_done)
         functools.update_wrapper(self, declaration.function)
@@ -118,7 +151,6 @@ class Op(Generic[Parameters, Results]):
             dotted = declaration.dotted(overload)
             library.define(signature.schema(dotted), tags=tags[overload])
             torch.library.register_fake(f"{declaration.namespace}::{dotted}", fakes[overload], lib=library)
-        dispatcher.reserve(self.qualified_name, len(declaration.overloads) * len(declaration.kernels))
         for overload, signature in declaration.overloads.items():
             dotted = declaration.dotted(overload)
             # On the key of all devices, so that the dispatcher's kernels come beside it and it can stay: to take a Python
@@ -129,7 +161,12 @@ class Op(Generic[Parameters, Results]):
                 # PyTorch's own kernels for these keys want an op that returns what it writes, and writes one tensor.
                 for key in ("Conjugate", "Negative"):
                     library.impl(dotted, functools.partial(self._write_lazy_views, overload), key)
-        if declaration.is_functional and not any(part.kind == "T" and part.keyword_only for part in self.signature.arguments):
+        plain = self.signature.has_plain_results and not self.signature.has_lists
+        if (
+            declaration.is_functional
+            and plain
+            and not any(part.kind == "T" and part.keyword_only for part in self.signature.arguments)
+        ):
             torch.library.register_vmap(
                 self.qualified_name, vmap.rule(self.default, self.signature, declaration.rows), lib=library
             )
@@ -185,6 +222,11 @@ class Op(Generic[Parameters, Results]):
 
 def _names(signature: Signature) -> Sequence[str]:
     return [argument.name for argument in signature.arguments]
+
+
+def _slots(declaration: Declaration) -> int:
+    """How many of the dispatcher's an op needs."""
+    return len(declaration.overloads) * len(declaration.kernels)
 
 
 def _documented(declaration: Declaration) -> str:

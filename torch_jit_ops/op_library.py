@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from torch_jit_ops import options, per_target, registry, sources
+from torch_jit_ops import develop, options, per_target, registry, sources
 from torch_jit_ops.backends.wheels import WheelLibrary
 from torch_jit_ops.checks import matcher
 from torch_jit_ops.declaration import Declaration, Samples
@@ -104,8 +104,8 @@ class OpLibrary:
 
         Args:
             variant: the C++ instantiation to compile; ``variant.py`` lists its placeholders. A mapping from backend where they
-                differ; None for an op without kernels. The out form is the function of the same name with ``_out`` behind it;
-                both come from one compilation.
+                differ; None for an op without kernels. The function takes the op's arguments and then ``Output&`` for each
+                result, and serves the functional and the out form.
             cuda, cpu: the file with the backend's kernel, in the library's ``csrc``; or a list of files, of which the first has
                 the function, and the others are compiled at the same time and linked with it. A backend without one runs the
                 function itself.
@@ -145,9 +145,12 @@ class OpLibrary:
             name = function.__name__
             who = f"{self.namespace}::{name}"
             known = registry.declared(self.namespace, name)
-            if known is not None:
+            if known is not None and not develop.is_on(self.namespace):
                 first = inspect.getfile(known.declaration.function)
-                raise ValueError(f"{who} is declared twice; the first is in {first}")
+                raise ValueError(
+                    f"{who} is declared twice; the first is in {first}\n"
+                    "  remedy: another name; or, to replace the first, JITK_DEVELOP=1 or library.develop()"
+                )
             options.check_lists(who, patterns=patterns, mutates=mutates, reusable=reusable, outputs=outputs)
             if not isinstance(rows, Rows):
                 options.check_lists(who, rows=rows)
@@ -162,29 +165,45 @@ class OpLibrary:
             signature = signature_of(function, mutates, own if reusable is None else reusable)
             kernels = options.kernels(who, signature, found, variant)
             names = options.output_names(who, signature, outputs)
+            signature = signature.named(names) if names else signature
             of_rows.check(who, signature, names)
-            op: Op = Op(
-                Declaration(
-                    namespace=self.namespace,
-                    function=function,
-                    signature=signature,
-                    folders=self._folders,
-                    kernels=kernels,
-                    dtypes=options.dtypes_of(who, dtypes, signature, kernels),
-                    outputs=names,
-                    tensors=matcher.parse(who, tensors or {}, signature, names),
-                    rows=of_rows,
-                    samples=samples,
-                    fake=fake,
-                    backward=backward,
-                    flags=flags_of,
-                    include=include_of,
-                    ldflags=ldflags_of,
-                    patterns=None if patterns is None else tuple(patterns),
-                )
+            declaration = Declaration(
+                namespace=self.namespace,
+                function=function,
+                signature=signature,
+                folders=self._folders,
+                kernels=kernels,
+                dtypes=options.dtypes_of(who, dtypes, signature, kernels),
+                outputs=names,
+                tensors=matcher.parse(who, tensors or {}, signature, names),
+                rows=of_rows,
+                samples=samples,
+                fake=fake,
+                backward=backward,
+                flags=flags_of,
+                include=include_of,
+                ldflags=ldflags_of,
+                patterns=None if patterns is None else tuple(patterns),
             )
-            self.ops[name] = op
-            return op
+            return self._added(declaration, known)
 
         # To mypy the variables of a result that is itself generic are others than these.
         return declare  # type: ignore[return-value]
+
+    def develop(self) -> None:
+        """Switch on the editing loop for the ops of this namespace, as ``JITK_DEVELOP=1`` does for all.
+
+        An edited source is built again at the next call, and an op that is declared again, by a reload or in a notebook,
+        replaces the first one.
+        """
+        develop.start(self.namespace)
+
+    def _added(self, declaration: Declaration, known: Op | None) -> Op:
+        if known is None:
+            op: Op = Op(declaration)
+        else:
+            op = known
+            op.declare_again(declaration)
+            registry.move(op, self)
+        self.ops[declaration.name] = op
+        return op

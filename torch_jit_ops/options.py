@@ -61,7 +61,7 @@ def check_variant(who: str, variants: str | Mapping[str, str] | None, sources: M
 
 def output_names(who: str, signature: Signature, names: Sequence[str] | None) -> tuple[str, ...]:
     """The out form's arguments; none if there is no out form."""
-    if any(argument.written for argument in signature.arguments) or signature.results == 0:
+    if any(argument.written for argument in signature.arguments) or not signature.made or not signature.has_plain_results:
         return ()
     if names is None:
         if signature.results > 1:

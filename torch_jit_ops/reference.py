@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_jit_ops import dispatcher, forks
+from torch_jit_ops import develop, dispatcher, forks
 from torch_jit_ops.checks import matcher, overlap
 from torch_jit_ops.declaration import Declaration
+from torch_jit_ops.signature import tensors_of
 
 
 class Reference:
@@ -56,12 +57,12 @@ class Reference:
         results = self.plain(*args, **kwargs)
         if self._declaration.signature.results == 0:
             return None
-        storages = {_storage(arg) for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)}
-        fresh = tuple(
-            result.clone(memory_format=torch.contiguous_format) if _storage(result) in storages else result.contiguous()
-            for result in as_tuple(results)
-        )
-        return fresh if isinstance(results, tuple) else fresh[0]
+        storages = {_storage(tensor) for tensor in tensors_of((*args, *kwargs.values()))}
+
+        def fresh(result: Tensor) -> Tensor:
+            return result.clone(memory_format=torch.contiguous_format) if _storage(result) in storages else result.contiguous()
+
+        return each_tensor(fresh, results)
 
     def run_out(self, *args: Any, **kwargs: Any) -> Any:
         """The out form."""
@@ -112,10 +113,22 @@ class Reference:
             for overload, signature in self._declaration.overloads.items():
                 name = self.op_name(overload)
                 arguments = signature.schema(name).rpartition(" -> ")[0]
-                library.define(f"{arguments} -> ({', '.join(['Tensor?'] * signature.results)})")
-                call = functools.partial(self._run_keeping_errors, self.implementation(overload), signature.results)
+                # The dispatcher mixes up results of different types: where one is a list, all are.
+                has_lists = any(result.kind == "L" for result in signature.made)
+                library.define(f"{arguments} -> ({', '.join(['Tensor[]?' if has_lists else 'Tensor?'] * signature.results)})")
+                implementation = self.implementation(overload)
+                if has_lists:
+                    implementation = functools.partial(_in_lists, implementation)
+                call = functools.partial(self._run_keeping_errors, implementation, signature.results)
                 library.impl(name, call, "CompositeExplicitAutograd")
             self._library = library
+
+    def withdraw_ops(self) -> None:
+        """Take them away again."""
+        with self._lock:
+            if self._library is not None:
+                develop.withdraw(self._library)
+                self._library = None
 
     def _run_keeping_errors(self, implementation: Callable[..., Any], made: int, *args: Any, **kwargs: Any) -> Any:
         dispatcher.keep_error(None)
@@ -153,6 +166,22 @@ class Reference:
 def as_tuple(results: Any) -> tuple[Any, ...]:
     """What a function returned as a tuple of its results."""
     return results if isinstance(results, tuple) else (results,)
+
+
+def _in_lists(implementation: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The results, a tensor as a list of one."""
+    results = implementation(*args, **kwargs)
+    listed = tuple([result] if isinstance(result, Tensor) else result for result in as_tuple(results))
+    return listed if isinstance(results, tuple) else listed[0]
+
+
+def each_tensor(change: Callable[[Tensor], Tensor], results: Any) -> Any:
+    """The results with each tensor changed, in lists too; None stays."""
+    if isinstance(results, tuple):
+        return tuple(each_tensor(change, result) for result in results)
+    if isinstance(results, list):
+        return [change(result) for result in results]
+    return None if results is None else change(results)
 
 
 def _storage(tensor: Tensor) -> int:

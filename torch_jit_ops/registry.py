@@ -23,6 +23,14 @@ def remove(library: OpLibrary) -> None:
     _libraries.remove(library)
 
 
+def move(op: Op, to: OpLibrary) -> None:
+    """Take the op from other libraries. One that had no other goes: a module that is reloaded makes a new one."""
+    for library in [library for library in _libraries if library is not to and library.ops.get(op.name) is op]:
+        del library.ops[op.name]
+        if not library.ops:
+            remove(library)
+
+
 def libraries() -> tuple[OpLibrary, ...]:
     """Every OpLibrary of this process."""
     return tuple(_libraries)

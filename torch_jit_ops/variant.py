@@ -2,14 +2,15 @@
 
 ``"silu_and_mul<{input.dtype}>"`` names a C++ function. Its placeholders are the key of a compiled variant, and nothing else is:
 
-=================  ==============================================  ======================
-placeholder        value                                           in C++
-=================  ==============================================  ======================
-``{x.dtype}``      dtype of the tensor ``x``                       ``bf16_t``
-``{x.shape[-1]}``  size of a dimension, counted from either end    ``4096``
-``{x.dim}``        number of dimensions                            ``2``
-``{n}``            an int, a bool, or a str with fixed choices     ``5``, ``true``, ``neox``
-=================  ==============================================  ======================
+=====================  ====================================================  ==================================
+placeholder            value                                                 in C++
+=====================  ====================================================  ==================================
+``{x.dtype}``          dtype of the tensor ``x``                             ``bf16_t``
+``{x.shape[-1]}``      size of a dimension, counted from either end          ``4096``
+``{x.dim}``            number of dimensions                                  ``2``
+``{n}``                an int, a bool, a dtype, or a str with fixed choices  ``5``, ``true``, ``bf16_t``, ``neox``
+``{x.shape[0]:pow2}``  of a size or an int, by rules of ``key_rule.py``      ``128``
+=====================  ====================================================  ==================================
 
 An argument that is a placeholder by itself, ``{n}``, is a template argument, and is not passed to the function again.
 """
@@ -22,7 +23,8 @@ from dataclasses import dataclass
 
 import torch
 
-from torch_jit_ops.signature import Signature
+from torch_jit_ops.key_rule import Rule, parse_rules
+from torch_jit_ops.signature import Argument, Signature
 
 # DLPack's (code, bits) of a dtype, packed as the runtime packs them, beside its names.
 _DTYPES: dict[int, tuple[torch.dtype, str]] = {
@@ -60,7 +62,7 @@ _NONE = -(2**63)  # the runtime's key of an optional argument that was not given
 
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 _SHAPE = re.compile(r"(\w+)\.shape\[(-?\d+)\]")
-_TEMPLATE_OPEN = re.compile(r"[<]|$")
+_TEMPLATE = re.compile(r"<.*")
 
 Value = torch.dtype | int | bool | str | None
 
@@ -76,25 +78,42 @@ def cpp_name(dtype: torch.dtype) -> str:
     return _CPP_NAME[dtype]
 
 
-_CPP_ARGUMENT = {"T": "TensorView", "i": "int64_t", "f": "double", "b": "bool", "s": "Text", "l": "IntList"}
+_CPP_ARGUMENT = {
+    "T": "TensorView",
+    "i": "int64_t",
+    "f": "double",
+    "b": "bool",
+    "s": "Text",
+    "l": "IntList",
+    "L": "TensorList",
+    "F": "FloatList",
+    "d": "DLDataType",
+    "D": "DLDevice",
+    "O": "Output&",
+    "P": "OutputList&",
+}
+
+
+def letters_of(signature: str) -> list[tuple[str, bool]]:
+    """The parameters in a text of export.h: a letter for each, and whether ``?`` says that it is optional."""
+    return [(letter, bool(mark)) for letter, mark in re.findall(r"(\w)(\??)", signature.partition(">")[0])]
 
 
 def cpp_declaration(signature: str, function: str, names: Sequence[str] = ()) -> str:
-    """A C++ declaration from the letters of export.h: ``Tensor scale(TensorView, double)`` from ``Tf>1``.
+    """A C++ declaration from the letters of export.h: ``void scale(TensorView, double, Output&)`` from ``TfO>0``.
 
     Args:
         signature: a letter for each argument, ``?`` behind an optional one, ``>`` and the number of results.
         function: its name.
         names: of the arguments, all or none.
     """
-    letters, _, count = signature.partition(">")
     types = [
         f"std::optional<{_CPP_ARGUMENT[letter]}>" if optional else _CPP_ARGUMENT[letter]
-        for letter, optional in re.findall(r"(\w)(\??)", letters)
+        for letter, optional in letters_of(signature)
     ]
     if names:
         types = [f"{kind} {name}" for kind, name in zip(types, names, strict=True)]
-    made = ["Tensor"] * int(count)
+    made = ["Tensor"] * int(signature.partition(">")[2])
     returned = made[0] if len(made) == 1 else f"std::tuple<{', '.join(made)}>" if made else "void"
     return f"{returned} {function}({', '.join(types)})"
 
@@ -116,6 +135,7 @@ class Placeholder:
     argument: int
     what: str  # dtype, size, dim or value: the words of the runtime's plan
     dim: int = 0
+    rules: tuple[Rule, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -127,15 +147,18 @@ class VariantPattern:
     placeholders: tuple[Placeholder, ...]
 
     def plan(self, signature: Signature) -> str:
-        """How the runtime reads the arguments of one overload and makes its key (``read_plan`` in dispatch.cpp)."""
+        """How the runtime reads the arguments of one overload and makes its key (``csrc/runtime/plan.h``)."""
         lines = []
         for argument in signature.arguments:
             flags = ("?" if argument.optional else "") + ("!" if argument.written else "")
             flags += "=" if argument.reusable else ""
             flags += "<" if argument.name in self.template_arguments() else ""
             flags += ">" if argument.name in signature.returned else ""
-            lines.append(f"arg {argument.kind}{flags} {argument.name} {','.join(argument.choices)}".rstrip())
-        lines += [f"key {part.argument} {part.what} {part.dim}" for part in self.placeholders]
+            lines.append(f"arg {_letter(argument)}{flags} {argument.name} {','.join(argument.choices)}".rstrip())
+        for part in self.placeholders:
+            lines.append(f"key {part.argument} {part.what} {part.dim} {','.join(map(str, part.rules))}".rstrip())
+        if signature.as_outputs:
+            lines += [f"output {made.kind}{'?' if made.optional else ''} {made.name}" for made in signature.made]
         lines.append(f"results {signature.results}")
         return "\n".join(lines)
 
@@ -145,17 +168,24 @@ class VariantPattern:
 
     def template_arguments(self) -> set[str]:
         """Names of the arguments that the C++ function takes as template arguments alone."""
-        return set(self.arguments_of("value"))
+        arguments = self.signature.arguments
+        return {arguments[part.argument].name for part in self.placeholders if part.text == arguments[part.argument].name}
 
     def cpp_signature(self, signature: Signature) -> str:
         """The signature that the C++ function of an overload must have, in the letters of export.h."""
-        passed = [argument for argument in signature.arguments if argument.name not in self.template_arguments()]
-        return "".join(argument.kind + ("?" if argument.optional else "") for argument in passed) + f">{signature.results}"
+        text = "".join(_letter(argument) + ("?" if argument.optional else "") for argument in self._passed(signature))
+        if not signature.as_outputs:
+            return f"{text}>{signature.results}"
+        return text + "".join("O" if made.kind == "T" else "P" for made in signature.made) + ">0"
 
     def cpp_declaration(self, signature: Signature, function: str) -> str:
-        """The declaration of the C++ function of an overload, such as ``Tensor scale(TensorView x, double factor)``."""
-        passed = [argument for argument in signature.arguments if argument.name not in self.template_arguments()]
-        return cpp_declaration(self.cpp_signature(signature), function, [argument.name for argument in passed])
+        """The declaration of the C++ function, such as ``void scale(TensorView x, double factor, Output& out)``."""
+        names = [argument.name for argument in self._passed(signature)]
+        names += [made.name for made in signature.made if signature.as_outputs]
+        return cpp_declaration(self.cpp_signature(signature), function, names)
+
+    def _passed(self, signature: Signature) -> list[Argument]:
+        return [argument for argument in signature.arguments if argument.name not in self.template_arguments()]
 
     def values(self, key: Sequence[int]) -> tuple[Value, ...]:
         """The placeholders' values from the runtime's key, without its leading device.
@@ -176,7 +206,12 @@ class VariantPattern:
 
     def dtypes_of(self, given: Mapping[str, object]) -> dict[str, torch.dtype | None]:
         """The same of the arguments of a call, by name."""
-        return {name: given[name].dtype for name in self.arguments_of("dtype") if isinstance(given.get(name), torch.Tensor)}  # type: ignore[attr-defined]
+        values = {name: given.get(name) for name in self.arguments_of("dtype")}
+        return {
+            name: value.dtype if isinstance(value, torch.Tensor) else value
+            for name, value in values.items()
+            if isinstance(value, (torch.Tensor, torch.dtype))
+        }
 
     def key(self, values: Sequence[Value]) -> tuple[int, ...]:
         """The inverse of ``values``."""
@@ -184,26 +219,21 @@ class VariantPattern:
 
     def words_of(self, arguments: Sequence[object]) -> tuple[int, ...]:
         """The runtime's key, without its leading device, for all arguments of a call in order."""
-        return self.key([_value_of(part, arguments[part.argument]) for part in self.placeholders])
+        return self.key([_derived(part, _value_of(part, arguments[part.argument])) for part in self.placeholders])
 
     def static_words_of(self, arguments: Sequence[object]) -> tuple[int, ...] | None:
         """``words_of``; None where one is a symbol of a traced graph, which ``int`` would turn into a constant of it."""
         values = [_value_of(part, arguments[part.argument]) for part in self.placeholders]
-        return None if any(isinstance(value, (torch.SymInt, torch.SymBool)) for value in values) else self.key(values)
+        return None if any(isinstance(value, (torch.SymInt, torch.SymBool)) for value in values) else self.words_of(arguments)
 
-    def instantiate(self, values: Sequence[Value], suffix: str = "") -> str:
-        """The C++ expression for these values; ``suffix`` goes behind the function's name (``_out``)."""
-        named, template = self._split()
+    def instantiate(self, values: Sequence[Value]) -> str:
+        """The C++ expression for these values."""
         replacements = iter([_cpp(value) for value in values])
-        return named + suffix + _PLACEHOLDER.sub(lambda _: next(replacements), template)
+        return _PLACEHOLDER.sub(lambda _: next(replacements), self.text)
 
     def export_name(self) -> str:
         """The function's own name, without namespaces and template arguments."""
-        return self._split()[0].split("::")[-1]
-
-    def _split(self) -> tuple[str, str]:
-        at = _TEMPLATE_OPEN.search(self.text).start()  # type: ignore[union-attr]
-        return self.text[:at], self.text[at:]
+        return _TEMPLATE.sub("", self.text).split("::")[-1]
 
     def _value(self, part: Placeholder, word: int) -> Value:
         if word == _NONE:
@@ -227,11 +257,24 @@ class VariantPattern:
         return int(value)
 
 
+def _letter(argument: Argument) -> str:
+    return "O" if argument.output else argument.kind
+
+
 def _value_of(part: Placeholder, argument: object) -> Value:
-    if argument is None or part.what == "value":
+    """The fact itself, before rules."""
+    if argument is None or part.what == "value" or isinstance(argument, torch.dtype):
         return argument  # type: ignore[return-value]
     tensor: torch.Tensor = argument  # type: ignore[assignment]
     return {"dtype": lambda: tensor.dtype, "size": lambda: tensor.shape[part.dim], "dim": tensor.dim}[part.what]()
+
+
+def _derived(part: Placeholder, value: Value) -> Value:
+    if value is None:
+        return None
+    for rule in part.rules:
+        value = rule(int(value))  # type: ignore[arg-type]
+    return value
 
 
 def parse_variant(who: str, text: str, signature: Signature) -> VariantPattern:
@@ -246,6 +289,20 @@ def parse_variant(who: str, text: str, signature: Signature) -> VariantPattern:
 
 
 def _placeholder(who: str, text: str, signature: Signature) -> Placeholder:
+    fact, colon, rules = text.partition(":")
+    part = _fact(who, fact, signature)
+    if not colon:
+        return part
+    countable = part.what == "size" or (part.what == "value" and signature.arguments[part.argument].kind == "i")
+    if not countable:
+        raise ValueError(f"{who}: the variant's placeholder {{{text}}} has rules, which are for sizes and ints alone")
+    try:
+        return Placeholder(text, part.argument, part.what, part.dim, parse_rules(rules))
+    except ValueError as error:
+        raise ValueError(f"{who}: the variant's placeholder {{{text}}}: {error}") from None
+
+
+def _fact(who: str, text: str, signature: Signature) -> Placeholder:
     arguments = {argument.name: argument for argument in signature.arguments}
     shape = _SHAPE.fullmatch(text)
     name = shape[1] if shape else text.split(".")[0]
@@ -262,10 +319,12 @@ def _placeholder(who: str, text: str, signature: Signature) -> Placeholder:
         raise ValueError(
             f"{who}: of a tensor a variant can use {{{name}.dtype}}, {{{name}.shape[i]}} and {{{name}.dim}}, not {{{text}}}"
         )
+    if text == name and argument.kind == "d":
+        return Placeholder(text, index, "dtype")
     if text == name and (argument.kind in "ib" or argument.choices):
         return Placeholder(text, index, "value")
     raise ValueError(
-        f"{who}: the variant's placeholder {{{text}}} must be a tensor's property, an int, a bool, "
+        f"{who}: the variant's placeholder {{{text}}} must be a tensor's property, an int, a bool, a dtype, "
         "or a str with Literal choices"
     )
 

@@ -17,11 +17,18 @@
 
 namespace {
 
-bool wants_gradient(const c10::IValue& value, bool grad_mode) {
-  if (!value.isTensor()) return false;
-  const at::Tensor& tensor = value.toTensor();
+bool wants_gradient(const at::Tensor& tensor, bool grad_mode) {
   // The tangent of forward mode; PyTorch has the one level 0.
   return tensor.defined() && ((grad_mode && tensor.requires_grad()) || tensor._fw_grad(0).defined());
+}
+
+bool wants_gradient(const c10::IValue& value, bool grad_mode) {
+  if (value.isTensor()) return wants_gradient(value.toTensor(), grad_mode);
+  if (!value.isTensorList()) return false;
+  for (const at::Tensor& tensor : value.toTensorVector()) {
+    if (wants_gradient(tensor, grad_mode)) return true;
+  }
+  return false;
 }
 
 void differentiate(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {

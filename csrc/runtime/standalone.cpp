@@ -8,7 +8,7 @@
 // A key that is not in the table is an error that names what is there: nothing is compiled here.
 #include <jitk/message.h>  // how a dtype is called
 
-#include "dispatch.cpp"
+#include "registration.h"
 #include "table.h"
 
 #include <fcntl.h>     // O_NONBLOCK
@@ -152,17 +152,17 @@ std::string value_of(const Slot& slot, const KeyPart& part, int64_t word) {
 [[noreturn]] void refuse(const Slot& slot, const int64_t* key) {
   const Deployment& all = deployment();
   std::string text = slot.name + ": there is no kernel for ";
-  const table::Slot& known = all.slots.at(static_cast<size_t>(slot.number));
+  const table::Slot& known = all.slots.at(static_cast<size_t>(slot.asks));
   for (size_t i = 0; i < slot.key.size(); ++i) text += known.asked[i] + "=" + value_of(slot, slot.key[i], key[i + 1]) + " ";
   text += "on " + described(key[0]) + " in " + all.folder + "/ops.txt";
   for (const Kernel& kernel : known.kernels) text += "\n  there is  " + kernel.label + " for " + kernel.arch;
   throw std::runtime_error(text + "\n  remedy: python -m torch_jit_ops deploy, with this kernel too");
 }
 
-const Variant* find_deployed(Slot& slot, const int64_t* key) {
+jitk::Entry on_miss(Slot& slot, const int64_t* key) {
   const std::vector<int64_t> words(key + 1, key + slot.key_size());
   const Kernel* best = nullptr;
-  const table::Slot& known = deployment().slots.at(static_cast<size_t>(slot.number));
+  const table::Slot& known = deployment().slots.at(static_cast<size_t>(slot.asks));
   for (const Kernel& kernel : known.kernels) {
     const int32_t fits = kernel.words == words ? fitness(kernel.arch, key[0]) : 0;
     if (fits > (best == nullptr ? 0 : fitness(best->arch, key[0]))) best = &kernel;
@@ -184,7 +184,7 @@ const Variant* find_deployed(Slot& slot, const int64_t* key) {
   }
   const auto load_kernels = reinterpret_cast<int32_t (*)(int32_t)>(dlsym(library, "jitk_load_kernels"));
   if (load_kernels != nullptr && key[0] >= 0) load_kernels(static_cast<int32_t>(key[0]));
-  return slot.add(key, entry);
+  return slot.add(key, entry, slot.forgotten.load());
 }
 
 // --- what this library holds ---------------------------------------------------------------------
@@ -236,7 +236,6 @@ const bool registered = [] {
     // Under another name and alone it is where it was built, and opened to see whether it can be.
     if (path.substr(slash + 1) != "libjitk_ops.so" && access(table_path.c_str(), F_OK) != 0) return false;
     Opened(deployment().folder, S_IFDIR);
-    on_miss = find_deployed;
     read_table(table_path);
     return true;
   } catch (const std::exception& error) {

@@ -5,9 +5,10 @@
 //   jitk 1
 //   then for each op, in this order:
 //   op NAMESPACE SCHEMA                              one for each overload
-//   slot NAMESPACE OVERLOAD CPU|CUDA                 then its plan, as read_plan of dispatch.cpp has it:
+//   slot NAMESPACE OVERLOAD CPU|CUDA                 then its plan, as plan.h has it:
 //     arg KIND[?][!][=][<][>] NAME [CHOICE,...]
-//     key ARGUMENT dtype|size|dim|value DIM
+//     key ARGUMENT dtype|size|dim|value DIM [RULE,...]
+//     output T|L[?] NAME
 //     results COUNT
 //     asked PLACEHOLDER                              what a word of the key is, as people read it
 //     kernel FILE ENTRY ARCH WORD,... LABEL          without the indentation
@@ -38,8 +39,8 @@ struct Kernel {
 };
 
 struct Parameter {
-  char kind;  // T i f b s l
-  bool optional, written, passed;
+  char kind;  // a letter of export.h
+  bool optional, written, passed, keyword_only;
   std::string name, alias;
   size_t choices;
 };
@@ -47,12 +48,13 @@ struct Parameter {
 struct Key {
   size_t argument;
   std::string what;
+  bool derived;  // by rules
 };
 
 struct Op {
   std::string ns, schema, overload;
   std::vector<Parameter> parameters;
-  int64_t results;
+  std::vector<std::string> results;   // T or L, and ? behind one that may be None
   std::vector<std::string> returned;  // aliases
 };
 
@@ -114,6 +116,15 @@ inline bool is_number(std::string_view text, int64_t least, int64_t most, int64_
   return read.ec == std::errc() && std::to_string(*number) == text && *number >= least && *number <= most;
 }
 
+// A rule of key_rule.h.
+inline bool is_rule(std::string_view text) {
+  const std::string_view name = text.substr(0, 3);
+  int64_t number = 0;
+  if (text == "pow2") return true;
+  return (name == "div" || name == "min" || name == "max") && text.size() > 3 &&
+         is_number(text.substr(3), name == "div" ? 1 : 0, INT64_MAX, &number);
+}
+
 inline std::vector<std::string_view> split(std::string_view text, char separator) {
   std::vector<std::string_view> parts;
   for (size_t end; (end = text.find(separator)) != text.npos; text.remove_prefix(end + 1)) parts.push_back(text.substr(0, end));
@@ -141,6 +152,7 @@ class SchemaReader {
       }
       op->parameters.emplace_back();
       if (!parameter(&op->parameters.back())) return false;
+      op->parameters.back().keyword_only = starred_;
     }
     if (!take(" -> ")) return false;
     if (!take("(")) return result(op) && left_.empty();
@@ -166,9 +178,11 @@ class SchemaReader {
   }
 
   bool parameter(Parameter* made) {
-    constexpr std::pair<std::string_view, char> kTypes[] = {{"Tensor", 'T'}, {"SymInt[]", 'l'}, {"SymInt", 'i'},
-                                                            {"float", 'f'},  {"bool", 'b'},     {"str", 's'}};
-    *made = {'\0', false, false, true, "", "", 0};
+    // A list before what it is a list of.
+    constexpr std::pair<std::string_view, char> kTypes[] = {
+        {"Tensor[]", 'L'}, {"Tensor", 'T'}, {"SymInt[]", 'l'}, {"SymInt", 'i'},     {"float[]", 'F'},
+        {"float", 'f'},    {"bool", 'b'},   {"str", 's'},      {"ScalarType", 'd'}, {"Device", 'D'}};
+    *made = {'\0', false, false, true, false, "", "", 0};
     for (const auto& [type, kind] : kTypes) {
       if (made->kind == '\0' && take(type)) made->kind = kind;
     }
@@ -196,7 +210,12 @@ class SchemaReader {
 
   bool result(Op* op) {
     if (!take("Tensor")) return false;
-    if (!take("(")) return op->returned.empty() && ++op->results <= 64;
+    if (!take("(")) {
+      std::string kind = take("[]") ? "L" : "T";
+      if (take("?")) kind += '?';
+      op->results.push_back(kind);
+      return op->returned.empty() && op->results.size() <= 64;
+    }
     op->returned.emplace_back();
     return name(&op->returned.back()) && take("!)");
   }
@@ -283,9 +302,9 @@ class Reader {
  private:
   void read(Line& line, std::string_view text) {
     const std::string_view what = line.word("the kind of line");
-    constexpr std::string_view kOrder[] = {"op", "slot", "arg", "key", "results", "asked", "kernel"};
+    constexpr std::string_view kOrder[] = {"op", "slot", "arg", "key", "output", "results", "asked", "kernel"};
     const size_t stage = static_cast<size_t>(std::find(std::begin(kOrder), std::end(kOrder), what) - std::begin(kOrder));
-    line.require(stage < 7, "the kind of line", what, "op, slot, arg, key, results, asked or kernel");
+    line.require(stage < 8, "the kind of line", what, "op, slot, arg, key, output, results, asked or kernel");
     if (stage <= 1) {
       finish(line);
       stage == 0 ? op(line) : slot(line);
@@ -293,11 +312,16 @@ class Reader {
     }
     if (op_ == nullptr) line.fail("'" + std::string(what) + "' stands before any slot");
     if (stage < stage_) line.fail("'" + std::string(what) + "' stands behind a line '" + std::string(kOrder[stage_]) + "'");
-    if (stage > 4 && stage_ < 4) line.fail("'" + std::string(what) + "' stands before the line 'results'");
-    if (stage == 4 && stage_ == 4) line.fail("'results' is there twice");
+    if (stage > 5 && stage_ < 5) line.fail("'" + std::string(what) + "' stands before the line 'results'");
+    if (stage == 5 && stage_ == 5) line.fail("'results' is there twice");
     stage_ = stage;
-    if (stage <= 4) slot_().plan += (slot_().plan.empty() ? "" : "\n") + std::string(text);
-    stage == 2 ? argument(line) : stage == 3 ? key(line) : stage == 4 ? results(line) : stage == 5 ? asked(line) : kernel(line);
+    if (stage <= 5) slot_().plan += (slot_().plan.empty() ? "" : "\n") + std::string(text);
+    stage == 2   ? argument(line)
+    : stage == 3 ? key(line)
+    : stage == 4 ? output(line)
+    : stage == 5 ? results(line)
+    : stage == 6 ? asked(line)
+                 : kernel(line);
   }
 
   Slot& slot_() { return contents_.slots.back(); }
@@ -306,7 +330,7 @@ class Reader {
   void finish(const Line& line) {
     if (op_ == nullptr) return;
     const std::string who = op_->ns + "::" + op_->overload;
-    if (stage_ < 4) line.fail("the slot of " + who + " is cut short: it has no line 'results'");
+    if (stage_ < 5) line.fail("the slot of " + who + " is cut short: it has no line 'results'");
     if (slot_().asked.size() != slot_().keys.size()) {
       line.fail("the slot of " + who + " has " + std::to_string(slot_().asked.size()) + " lines 'asked' for " +
                 std::to_string(slot_().keys.size()) + " lines 'key'");
@@ -352,6 +376,7 @@ class Reader {
     op_ = &described_;
     stage_ = 1;
     arguments_ = 0;
+    outputs_ = 0;
   }
 
   void argument(Line& line) {
@@ -369,10 +394,14 @@ class Reader {
       return has;
     };
     const bool optional = take('?'), written = take('!'), reusable = take('='), is_template = take('<'), returned = take('>');
-    const bool fits = !kind.empty() && kind[0] == wanted.kind && optional == wanted.optional && written == wanted.written &&
-                      (!reusable || (wanted.kind == 'T' && !written)) && returned == is_returned() && flags.empty();
+    // A tensor that takes the place of a result is the C++ function's output.
+    const char letter = wanted.kind == 'T' && wanted.written && wanted.keyword_only && op_->results.empty() ? 'O' : wanted.kind;
+    const bool fits = !kind.empty() && (kind[0] == wanted.kind || kind[0] == letter) && optional == wanted.optional &&
+                      written == wanted.written && (!reusable || (wanted.kind == 'T' && !written)) &&
+                      returned == is_returned() && flags.empty();
     line.require(fits, "KIND", kind, "that of the schema's '" + wanted.name + "'");
     wanted.passed = !is_template;
+    wanted.kind = kind[0];
     const std::string_view name = line.word("NAME");
     line.require(name == wanted.name, "NAME", name, "'" + wanted.name + "' as in the schema");
     if (line.has_more()) {
@@ -396,31 +425,59 @@ class Reader {
     made.what = line.word("WHAT");
     const bool of_tensor = made.what == "dtype" || made.what == "size" || made.what == "dim";
     const bool has_value = of.kind == 'i' || of.kind == 'b' || (of.kind == 's' && of.choices > 0);
-    const bool fits = of_tensor ? of.kind == 'T' : made.what == "value" && has_value;
+    const bool fits =
+        of_tensor ? of.kind == 'T' || (of.kind == 'd' && made.what == "dtype") : made.what == "value" && has_value;
     line.require(fits, "WHAT", made.what, "dtype, size or dim of a tensor, or value of an int, a bool or a str with choices");
     const std::string_view dim = line.word("DIM");
     const int64_t most = made.what == "size" ? 64 : 0;
     line.require(is_number(dim, -most, most, &number), "DIM", dim, most == 0 ? "0" : "-64 to 64");
+    if (line.has_more()) {
+      const std::string_view rules = line.word("RULES");
+      const std::vector<std::string_view> each = split(rules, ',');
+      const bool countable = made.what == "size" || (made.what == "value" && of.kind == 'i');
+      line.require(countable && std::all_of(each.begin(), each.end(), is_rule), "RULES", rules,
+                   "pow2, div16, min4 or max256 of a size or an int, with commas between");
+      made.derived = true;
+    }
     line.end();
     slot_().keys.push_back(made);
   }
 
+  void output(Line& line) {
+    if (outputs_ == op_->results.size()) line.fail("the schema has only " + std::to_string(outputs_) + " results");
+    const std::string& wanted = op_->results[outputs_++];
+    const std::string_view kind = line.word("KIND");
+    line.require(kind == wanted, "KIND", kind, wanted + " as in the schema");
+    const std::string_view name = line.word("NAME");
+    line.require(is_name(name), "NAME", name, "a name");
+    line.end();
+  }
+
   void results(Line& line) {
     const std::string_view count = line.word("COUNT");
-    line.require(count == std::to_string(op_->results), "COUNT", count, std::to_string(op_->results) + " as in the schema");
+    const std::string wanted = std::to_string(op_->results.size());
+    line.require(count == wanted, "COUNT", count, wanted + " as in the schema");
     line.end();
+    if (outputs_ != op_->results.size())
+      line.fail("the slot has " + std::to_string(outputs_) + " lines 'output', and the schema " + wanted + " results");
     if (arguments_ != parameters_.size()) {
       line.fail("the slot has " + std::to_string(arguments_) + " arguments, and the schema " +
                 std::to_string(parameters_.size()));
     }
     for (size_t i = 0; i < parameters_.size(); ++i) {
       const bool in_key = std::any_of(slot_().keys.begin(), slot_().keys.end(),
-                                      [&](const Key& key) { return key.argument == i && key.what == "value"; });
+                                      [&](const Key& key) { return key.argument == i && is_whole(key); });
       if (in_key == parameters_[i].passed)
         line.fail("'" + parameters_[i].name + "' must be passed or have its value in the key, and not both");
       if (parameters_[i].passed) slot_().signature += parameters_[i].kind + std::string(parameters_[i].optional ? "?" : "");
     }
-    slot_().signature += ">" + std::string(count);
+    for (const std::string& result : op_->results) slot_().signature += result[0] == 'L' ? 'P' : 'O';
+    slot_().signature += ">0";
+  }
+
+  // Whether a part of the key is all of its argument.
+  bool is_whole(const Key& key) const {
+    return !key.derived && (key.what == "value" || (key.what == "dtype" && parameters_[key.argument].kind == 'd'));
   }
 
   void asked(Line& line) {
@@ -455,11 +512,12 @@ class Reader {
 
   bool is_word(std::string_view text, const Key& key, int64_t* word) const {
     const Parameter& of = parameters_[key.argument];
-    const int64_t most = key.what == "dtype" ? 0xffff
-                         : key.what == "dim" ? 64
-                         : of.kind == 'b'    ? 1
-                         : of.kind == 's'    ? static_cast<int64_t>(of.choices) - 1
-                                             : INT64_MAX;
+    const int64_t most = key.derived           ? INT64_MAX
+                         : key.what == "dtype" ? 0xffff
+                         : key.what == "dim"   ? 64
+                         : of.kind == 'b'      ? 1
+                         : of.kind == 's'      ? static_cast<int64_t>(of.choices) - 1
+                                               : INT64_MAX;
     const int64_t least = of.kind == 'i' ? INT64_MIN + 1 : 0;
     return is_number(text, least, most, word) || (of.optional && is_number(text, INT64_MIN, INT64_MIN, word));
   }
@@ -472,6 +530,7 @@ class Reader {
   std::vector<Parameter> parameters_;
   size_t stage_ = 0;
   size_t arguments_ = 0;
+  size_t outputs_ = 0;
 };
 
 }  // namespace table

@@ -8,12 +8,14 @@
 // Left out: checking (check.h, tensor.h) and launching (launch.cuh).
 #pragma once
 
+#include <jitk/debug.h>  // JITK_CHECKED_INDEX
+
 #include <cstddef>  // size_t
 #include <cstdint>  // int64_t and friends
 
 namespace jitk {
 
-constexpr uint32_t kAbiVersion = 1;
+constexpr uint32_t kAbiVersion = 2;
 
 // Names and values are DLPack's, so that kernels written against it keep their spelling.
 enum DLDeviceType : int32_t {
@@ -66,7 +68,7 @@ struct IntList {
   int64_t count;
 
   constexpr int64_t size() const { return count; }
-  constexpr int64_t operator[](int64_t i) const { return data[i]; }
+  constexpr int64_t operator[](int64_t i) const { return data[JITK_CHECKED_INDEX(i, count, "element", "a list")]; }
   constexpr const int64_t* begin() const { return data; }
   constexpr const int64_t* end() const { return data + count; }
 };
@@ -84,8 +86,8 @@ struct TensorView {
   void* data_ptr() const { return data_; }
   int32_t dim() const { return ndim_; }
   int32_t ndim() const { return ndim_; }
-  int64_t size(int64_t i) const { return sizes_[i < 0 ? i + ndim_ : i]; }
-  int64_t stride(int64_t i) const { return strides_[i < 0 ? i + ndim_ : i]; }
+  int64_t size(int64_t i) const { return sizes_[JITK_CHECKED_INDEX(i < 0 ? i + ndim_ : i, ndim_, "dimension", name())]; }
+  int64_t stride(int64_t i) const { return strides_[JITK_CHECKED_INDEX(i < 0 ? i + ndim_ : i, ndim_, "dimension", name())]; }
   IntList shape() const { return {sizes_, ndim_}; }
   IntList strides() const { return {strides_, ndim_}; }
   DLDataType dtype() const { return dtype_; }
@@ -107,6 +109,27 @@ struct TensorView {
   }
 };
 
+// Lists of floats and of tensors that somebody else owns: float[] and Tensor[] arguments.
+struct FloatList {
+  const double* data;
+  int64_t count;
+
+  constexpr int64_t size() const { return count; }
+  constexpr double operator[](int64_t i) const { return data[i]; }
+  constexpr const double* begin() const { return data; }
+  constexpr const double* end() const { return data + count; }
+};
+
+struct TensorList {
+  const TensorView* data;
+  int64_t count;
+
+  constexpr int64_t size() const { return count; }
+  constexpr const TensorView& operator[](int64_t i) const { return data[i]; }
+  constexpr const TensorView* begin() const { return data; }
+  constexpr const TensorView* end() const { return data + count; }
+};
+
 enum class ValueKind : int32_t {
   kNone = 0,
   kTensor = 1,
@@ -115,10 +138,15 @@ enum class ValueKind : int32_t {
   kBool = 4,
   kString = 5,
   kIntList = 6,
-  kOwnedTensor = 7
+  kOwnedTensor = 7,
+  kTensorList = 8,
+  kFloatList = 9,
+  kDType = 10,
+  kDevice = 11,
+  kOwnedList = 12
 };
 
-// One argument or result. A null optional is kNone.
+// One argument or result. A null optional is kNone. So is an output that the kernel has to make: its name is `name`.
 struct Value {
   ValueKind kind;
   int32_t length;  // of a string or a list
@@ -129,7 +157,12 @@ struct Value {
     bool boolean;
     const char* text;  // not terminated
     const int64_t* list;
-    void* handle;  // an owned tensor, made by HostApi::allocate
+    const double* numbers;
+    const TensorView* tensors;
+    DLDataType dtype;
+    DLDevice device;
+    const char* name;
+    void* handle;  // an owned tensor or list of tensors, made by HostApi::allocate or append
   };
 };
 static_assert(sizeof(Value) == 16, "the runtime and the variants must agree");
@@ -148,9 +181,12 @@ struct HostApi {
   void (*release)(void* handle);
   // body(context, begin, end) over [0, count) in PyTorch's thread pool, in pieces of at least `grain`.
   int (*parallel_for)(int64_t count, int64_t grain, void (*body)(void* context, int64_t begin, int64_t end), void* context);
+  // A tensor as `allocate` makes it, at the end of a list that owns it. A null list is made first.
+  int (*append)(const int64_t* sizes, int32_t ndim, DLDataType dtype, DLDevice device, void** list, TensorView* view);
 };
 
-// An exported function: reads `nargs` arguments, writes its results. 0, or else an error was reported.
+// An exported function: reads `nargs` arguments, writes its results, each of which is kNone when it begins. 0, or else an error
+// was reported; what it has written by then the runtime frees.
 using Entry = int (*)(const HostApi* host, const Value* args, int32_t nargs, Value* results);
 
 }  // namespace jitk

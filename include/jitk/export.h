@@ -4,14 +4,15 @@
 //   #include "activation.cu"
 //   JITK_EXPORT(silu_and_mul, jitk::silu_and_mul<jitk::bf16_t>)
 //
-// Arguments: TensorView, any integer or enum-free number type, bool, Text, IntList, and std::optional of each. Results: void,
-// Tensor, or std::tuple of Tensors. Generated translation units end in these lines; a kernel's source does not use them.
+// Arguments: TensorView, any integer or enum-free number type, bool, Text, IntList, FloatList, TensorList, DLDataType, DLDevice,
+// and std::optional of each. Results are parameters behind them, Output& or OutputList&; a function of load_jit may return
+// Tensor or std::tuple of Tensors instead. Generated translation units end in these lines; a kernel's source does not use them.
 // Left out: everything else. A signature that is not listed does not compile, with a message that says so.
 #pragma once
 
 #include <jitk/abi.h>     // Value, Entry
 #include <jitk/check.h>   // PanicError
-#include <jitk/result.h>  // Tensor, host_api
+#include <jitk/result.h>  // Output, Tensor, host_api
 
 #include <type_traits>  // which kind of argument a parameter is
 #include <utility>      // index_sequence, std::get of the results
@@ -32,8 +33,10 @@ constexpr bool kNotSupported = false;
 // One parameter: `code` in the signature text, `read` from a Value.
 template <typename T, typename = void>
 struct Argument {
-  static_assert(kNotSupported<T>,
-                "an exported function takes TensorView, integers, floats, bool, Text, IntList or std::optional of them");
+  static_assert(
+      kNotSupported<T>,
+      "an exported function takes TensorView, integers, floats, bool, Text, IntList, FloatList, TensorList, DLDataType, "
+      "DLDevice or std::optional of them, and Output& or OutputList& for its results");
 };
 
 template <>
@@ -76,6 +79,40 @@ template <>
 struct Argument<IntList> {
   static constexpr char code = 'l';
   static IntList read(const Value& value) { return {value.list, value.length}; }
+};
+
+template <>
+struct Argument<FloatList> {
+  static constexpr char code = 'F';
+  static FloatList read(const Value& value) { return {value.numbers, value.length}; }
+};
+
+template <>
+struct Argument<TensorList> {
+  static constexpr char code = 'L';
+  static TensorList read(const Value& value) { return {value.tensors, value.length}; }
+};
+
+template <>
+struct Argument<DLDataType> {
+  static constexpr char code = 'd';
+  static DLDataType read(const Value& value) { return value.dtype; }
+};
+
+template <>
+struct Argument<DLDevice> {
+  static constexpr char code = 'D';
+  static DLDevice read(const Value& value) { return value.device; }
+};
+
+template <>
+struct Argument<Output> {
+  static constexpr char code = 'O';
+};
+
+template <>
+struct Argument<OutputList> {
+  static constexpr char code = 'P';
 };
 
 // Any template of the form of std::optional: <optional> costs compile time that most kernels need not pay.
@@ -122,6 +159,18 @@ struct Result<Tuple<Tensors...>> {
 template <typename T>
 using Plain = typename std::remove_cv<typename std::remove_reference<T>::type>::type;
 
+template <typename T>
+constexpr bool kIsOutput = std::is_same<T, Output>::value || std::is_same<T, OutputList>::value;
+
+// How many of the first `count` parameters are outputs.
+template <typename... Args>
+constexpr int32_t outputs_among(size_t count) {
+  const bool is_output[] = {kIsOutput<Plain<Args>>..., false};
+  int32_t outputs = 0;
+  for (size_t i = 0; i < count; ++i) outputs += is_output[i] ? 1 : 0;
+  return outputs;
+}
+
 // The signature as text: a code for each argument (lower bits) with '?' behind an optional one, '>' and the number of results.
 template <typename R, typename... Args>
 struct Signature {
@@ -145,14 +194,31 @@ constexpr Signature<R, Args...> signature_of(R (*)(Args...)) {
   return {};
 }
 
+template <typename Arg>
+Plain<Arg> read(const Value& value, Value* result) {
+  (void)result;
+  if constexpr (kIsOutput<Plain<Arg>>) {
+    static_assert(std::is_same<Arg, Plain<Arg>&>::value, "a result is taken as Output& or OutputList&");
+    return Plain<Arg>(value, result);
+  } else {
+    return Argument<Plain<Arg>>::read(value);
+  }
+}
+
+// So that a parameter may be a reference: the temporary lives until the function returns.
+template <typename T>
+T& kept(T&& value) {
+  return value;
+}
+
 template <typename R, typename... Args, size_t... I>
 void unpack(R (*function)(Args...), const Value* args, Value* results, std::index_sequence<I...>) {
-  (void)args;
+  (void)args, (void)results;
   if constexpr (std::is_void<R>::value) {
-    (void)results;
-    function(Argument<Plain<Args>>::read(args[I])...);
+    function(kept(read<Args>(args[I], results + outputs_among<Args...>(I)))...);
   } else {
-    R result = function(Argument<Plain<Args>>::read(args[I])...);
+    static_assert(outputs_among<Args...>(sizeof...(Args)) == 0, "a function with Output& parameters returns void");
+    R result = function(kept(read<Args>(args[I], results))...);
     Result<R>::write(result, results);
   }
 }

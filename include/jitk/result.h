@@ -1,11 +1,13 @@
-// Tensors that an op makes and returns, allocated by the runtime in PyTorch's allocator.
+// Tensors that an op makes, allocated by the runtime in PyTorch's allocator.
 //
-//   Shape shape(input.shape());
-//   shape[-1] = d;
-//   Tensor out = empty(shape, input.dtype(), input.device());
-//   silu_and_mul_out(input, out);
-//   return out;
+//   void silu_and_mul(TensorView input, Output& out) {
+//     Shape shape(input.shape());
+//     shape[-1] /= 2;
+//     TensorView to = out.empty(shape, input.dtype(), input.device());
 //
+// An Output is a result of the op. `torch.ops.jitk.silu_and_mul(x)` has it made here; `silu_and_mul.out(x, out=y)` has passed `y`,
+// which it then is, of whatever shape: the matcher verifies it. A Tensor is one that the host code keeps to itself, for scratch,
+// or the result of a function of load_jit.
 // Left out: every operation on tensors. A kernel works on views.
 #pragma once
 
@@ -89,6 +91,71 @@ inline Tensor empty(IntList shape, DLDataType dtype, DLDevice device, const char
 inline Tensor empty_like(TensorView like, const char* name = "out") {
   return empty(like.shape(), like.dtype(), like.device(), name);
 }
+
+}  // namespace host
+
+// A result of an op: a tensor of the caller's, or one to be made. Without either it is None, which only `Tensor | None` may be.
+class Output {
+ public:
+  // As the runtime passes it. A tensor that is made is the runtime's from then on.
+  Output(const Value& passed, Value* result)
+      : given_(passed.kind == ValueKind::kTensor ? passed.tensor : nullptr),
+        name_(given_ != nullptr ? given_->name_ : passed.name),
+        result_(result) {}
+  Output(const Output&) = delete;
+  Output& operator=(const Output&) = delete;
+
+  // The caller's tensor as it is; else a contiguous one, uninitialised.
+  TensorView empty(IntList shape, DLDataType dtype, DLDevice device) {
+    if (given_ != nullptr) return *given_;
+    host::RuntimeCheck(result_->kind == ValueKind::kNone, "the output '", name_, "' is made a second time");
+    TensorView view;
+    void* handle = nullptr;
+    if (host_api->allocate(shape.data, static_cast<int32_t>(shape.count), dtype, device, &handle, &view) != 0)
+      throw host::ReportedError{};
+    result_->kind = ValueKind::kOwnedTensor;
+    result_->handle = handle;
+    view.name_ = name_;
+    return view;
+  }
+  TensorView empty_like(const TensorView& like) { return empty(like.shape(), like.dtype(), like.device()); }
+
+  // Whether it is the caller's.
+  bool is_given() const { return given_ != nullptr; }
+  const char* name() const { return name_; }
+
+ private:
+  const TensorView* given_;
+  const char* name_;
+  Value* result_;
+};
+
+// A result that is a list of tensors, each made when it is added.
+class OutputList {
+ public:
+  OutputList(const Value& passed, Value* result) : name_(passed.name), result_(result) { result->handle = nullptr; }
+  OutputList(const OutputList&) = delete;
+  OutputList& operator=(const OutputList&) = delete;
+
+  // Contiguous and uninitialised.
+  TensorView add(IntList shape, DLDataType dtype, DLDevice device) {
+    TensorView view;
+    void* list = result_->handle;
+    const int failed = host_api->append(shape.data, static_cast<int32_t>(shape.count), dtype, device, &list, &view);
+    result_->handle = list;
+    if (list != nullptr) result_->kind = ValueKind::kOwnedList;
+    if (failed != 0) throw host::ReportedError{};
+    view.name_ = name_;
+    return view;
+  }
+  TensorView add_like(const TensorView& like) { return add(like.shape(), like.dtype(), like.device()); }
+
+ private:
+  const char* name_;
+  Value* result_;
+};
+
+namespace host {
 
 // body(begin, end) over [0, count) in PyTorch's thread pool, in pieces of at least `grain`. What a body throws first is thrown again
 // here, by its text: an exception does not pass the pool, which is C.

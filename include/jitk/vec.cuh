@@ -12,6 +12,7 @@
 #pragma once
 
 #include <jitk/arch.cuh>   // kMaxVecBytes
+#include <jitk/debug.h>    // JITK_CHECKED_INDEX
 #include <jitk/dtype.cuh>  // to_floats
 
 #include <cstddef>      // size_t
@@ -161,8 +162,8 @@ class AlignedVector {
     for (size_t i = 0; i < N; ++i) data()[i] = value;
   }
 
-  JITK_DEVICE T& operator[](size_t i) { return data()[i]; }
-  JITK_DEVICE const T& operator[](size_t i) const { return data()[i]; }
+  JITK_DEVICE T& operator[](size_t i) { return data()[JITK_CHECKED_INDEX(i, N, "element", "an AlignedVector")]; }
+  JITK_DEVICE const T& operator[](size_t i) const { return data()[JITK_CHECKED_INDEX(i, N, "element", "an AlignedVector")]; }
   JITK_DEVICE T* data() { return reinterpret_cast<T*>(&words_); }
   JITK_DEVICE const T* data() const { return reinterpret_cast<const T*>(&words_); }
   JITK_HOST_DEVICE static constexpr size_t size() { return N; }

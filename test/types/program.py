@@ -57,5 +57,5 @@ def calls(x: Tensor, weight: Tensor) -> None:
     library.op(cuda=3)  # refused
     library.op(variant="f", dtypes="float16")  # refused
     library.op("scale.cu")  # refused
-    OpLibrary("typed")  # refused
+    OpLibrary(3)  # refused
     assert_type(pick(x, 3), Tensor)  # refused

@@ -27,11 +27,12 @@ from torch_jit_ops.builder.load import load
 from torch_jit_ops.builder.unit import Unit
 from torch_jit_ops.dtypes import shown
 from torch_jit_ops.op import Op
+from torch_jit_ops.signature import tensors_of
 from torch_jit_ops.store import files
 
 LIBRARY = "libjitk_ops.so"
 TABLE = "ops.txt"
-_VERSION = "jitk 1"  # read_table of standalone.cpp
+_VERSION = "jitk 1"  # Reader of csrc/runtime/table.h
 
 Program = torch.export.ExportedProgram | str | os.PathLike[str]
 
@@ -112,7 +113,7 @@ def _write(folder: Path, wanted: Sequence[build_ahead.Wanted], units: Sequence[U
                 lines += [f"asked {part.text}" for part in kernel.pattern.placeholders]
                 for each, unit in zip(wanted, units, strict=True):
                     if (each.op, each.backend) == (op, backend):
-                        export = op.declaration.checked_export(backend.name, form, load(unit))
+                        export = op.declaration.checked_export(backend.name, load(unit))
                         words = ",".join(map(str, kernel.pattern.key(each.values))) or "-"
                         lines.append(f"kernel {names[unit]} {export} {each.arch} {words} {unit.label}")
     (folder / TABLE).write_text("\n".join(lines) + "\n")
@@ -162,7 +163,7 @@ def _of_call(op: Op, node: torch.fx.Node, arch: str | Sequence[str] | None) -> I
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda each: each.meta["val"])
     given = {name: value for name, value in kwargs.items() if name not in op.declaration.outputs}
     values = op.declaration.arguments(*args, **given)
-    device = next(value.device for value in values if isinstance(value, torch.Tensor))
+    device = next(tensors_of(values)).device
     backend = backends.of_device(device)
     who = f"the program's call of {op.qualified_name}"
     if backend is None or backend.name not in op.declaration.kernels:

@@ -44,6 +44,7 @@ class Backend(abc.ABC):
         arch_form: a regular expression that its architectures match: ``9.0a``.
         target_form: the same of how people and declarations call them: ``sm_90a``.
         flags: for every architecture.
+        debug_flags: behind them, in debug builds.
         exports_link_flags: for the linker, where a unit exports functions.
         variables: names of environment variables that its compilers obey by themselves, beyond those of the host's.
         builds_for_others: whether kernels can be built for an architecture that is not here, as somebody chooses.
@@ -56,6 +57,7 @@ class Backend(abc.ABC):
     arch_form: str
     target_form: str
     flags: tuple[str, ...]
+    debug_flags: tuple[str, ...]
     exports_link_flags: tuple[str, ...]
     variables: tuple[str, ...]
     builds_for_others: bool

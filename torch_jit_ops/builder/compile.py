@@ -98,6 +98,9 @@ def _run_cpp_extension(unit: Unit, staging: Path, sources: Sequence[Path], modul
     include = [*unit.include, include_dir()]
     verbose = environment.verbosity() == 2
     link = ["-Wl,--as-needed", "-Wl,-z,defs"]
+    if unit.torch:
+        # The dispatcher needs it for a weak symbol alone (csrc/runtime/call.h), for which the linker keeps no library.
+        link = ["-Wl,--no-as-needed", "-lc10", *link]
     # It goes into commands as it is.
     cpp_extension.TORCH_LIB_PATH = workarounds.quoted([shlex.quote(str(Path(torch.__file__).parent / "lib"))])[0]
     if _EXPORTS in unit.text:

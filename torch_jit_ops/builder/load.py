@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import shutil
 import threading
 import time
@@ -90,6 +91,14 @@ def load(unit: Unit, meanwhile: Callable[[], object] | None = None) -> Loaded:
     if error is not None:
         raise error.with_traceback(None)  # which would grow with every call
     return result.result()
+
+
+def forget(unit: Unit) -> None:
+    """Have the next ``load`` look into the stores again, and build again what could not be built. A build under way goes on."""
+    key = (unit, tuple(store.root for store in search_path()))
+    with _results_lock:
+        if key in _results and _results[key].done():
+            del _results[key]
 
 
 def find(unit: Unit) -> Loaded | None:
@@ -179,14 +188,16 @@ def _build_in(staging: Path, unit: Unit, store: Store, key: str, compiler: str |
     """Compile and load in the folder, and only then publish."""
     from torch_jit_ops.builder import compile
 
-    start = time.monotonic()
+    start, started_ns = time.monotonic(), time.time_ns()
     try:
         shared_object.preload(unit.libraries())  # PyTorch, too, loads what it has built
         compiled = compile.compile_unit(unit, staging)
         loaded = Loaded(shared_object.open_library(compiled.library), compiled.library, time.monotonic() - start, compiled=True)
         dependencies = compile.files_read(unit, compiled)
-        if dependencies is None:
-            return loaded
+        if dependencies is None or any(
+            _edited_since(f"{unit.roots()[each.root]}/{each.path}", started_ns) for each in dependencies
+        ):
+            return loaded  # nobody knows what it was built of, so nobody else gets it
         compile.remove_leftovers(staging)
         facts = {**unit.facts(), "compiler": compiler, "seconds": round(loaded.seconds, 3)}
         return replace(loaded, path=store.publish(staging, unit.name, key, compiled.library, dependencies, facts))
@@ -194,6 +205,13 @@ def _build_in(staging: Path, unit: Unit, store: Store, key: str, compiler: str |
         if not (staging / LOG).exists():  # nobody was told of the folder
             shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def _edited_since(path: str, time_ns: int) -> bool:
+    try:
+        return os.stat(path).st_mtime_ns > time_ns
+    except OSError:  # it was not there, and is recorded so
+        return False
 
 
 def _refuse_during_capture(unit: Unit) -> None:

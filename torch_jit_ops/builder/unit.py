@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ from torch_jit_ops.backends import Backend, named
 from torch_jit_ops.backends.wheels import WheelLibrary
 from torch_jit_ops.store.digests import digest_of_record
 
-ABI_VERSION = 1  # kAbiVersion of include/jitk/abi.h
+ABI_VERSION = 2  # kAbiVersion of include/jitk/abi.h
 _STANDARD = "-std=c++17"
 
 
@@ -34,6 +35,7 @@ class Unit:
         torch: whether the unit includes PyTorch's headers, and so depends on its version.
         beside: further translation units, compiled at the same time and linked with it.
         ldflags: what to link: flags of the linker, and libraries of wheels.
+        debug: build it for debuggers: unoptimised, and with checks of indices.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Unit:
     torch: bool = False
     beside: tuple[str, ...] = ()
     ldflags: tuple[str | WheelLibrary, ...] = ()
+    debug: bool = False
 
     def __post_init__(self) -> None:  # until the last modules that give a name are merged
         if isinstance(self.backend, str):
@@ -59,7 +62,8 @@ class Unit:
     def compile_flags(self) -> tuple[str, ...]:
         """The flags that decide the machine code; no paths."""
         standard = () if any(flag.startswith("-std=") for flag in self.flags) else (_STANDARD,)
-        return (*self.backend.flags, *standard, *self.backend.arch_flags(self.arch), *self.flags)
+        debug = self.backend.debug_flags if self.debug else ()
+        return (*self.backend.flags, *standard, *self.backend.arch_flags(self.arch), *self.flags, *debug)
 
     def link_flags(self) -> tuple[str, ...]:
         """The words for the linker, which name the folders of wheels.
@@ -96,7 +100,7 @@ class Unit:
         texts = [self.text, *self.beside]
         return digest_of_record([self.backend.name, texts, self.compile_flags(), self.linked(), versions])
 
-    def facts(self) -> dict[str, object]:
+    def facts(self) -> dict[str, Any]:
         """What the store keeps about it beside its key, for people and for the question why it is built again."""
         return {
             "name": self.name,

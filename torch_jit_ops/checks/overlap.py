@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from torch_jit_ops.signature import Signature
+from torch_jit_ops.signature import Argument, Signature
 
 _PATIENCE = 10_000
 
@@ -28,12 +28,12 @@ def refuse(who: str, signature: Signature, values: Mapping[str, object]) -> None
         RuntimeError: the elements of a written argument overlap, or it shares memory with another argument and does not take
             the place of one that is ``reusable``.
     """
-    given = [(argument, value) for argument in signature.arguments if _has_memory(value := values.get(argument.name))]
-    for i, (out, written) in enumerate(given):
+    given = [part for argument in signature.arguments for part in _tensors(argument, values.get(argument.name))]
+    for i, (out, out_name, written) in enumerate(given):
         if not out.written:
             continue
-        refuse_itself(who, out.name, written)
-        for j, (argument, other) in enumerate(given):
+        refuse_itself(who, out_name, written)
+        for j, (argument, name, other) in enumerate(given):
             if j == i or (j < i and argument.written) or not _shares_memory(written, other):
                 continue
             if argument.reusable and _takes_the_place(written, other):
@@ -41,11 +41,11 @@ def refuse(who: str, signature: Signature, values: Mapping[str, object]) -> None
             behind = written.data_ptr() - other.data_ptr()
             place = "where" if behind == 0 else f"{abs(behind)} bytes {'before' if behind < 0 else 'behind'}"
             raise RuntimeError(
-                f"{who}: argument '{out.name}' is written, but shares memory with argument '{argument.name}'\n"
-                f"  {_described(out.name, written)} begins {place}\n"
-                f"  {_described(argument.name, other)}{' does' if behind == 0 else ''}\n"
+                f"{who}: argument '{out_name}' is written, but shares memory with argument '{name}'\n"
+                f"  {_described(out_name, written)} begins {place}\n"
+                f"  {_described(name, other)}{' does' if behind == 0 else ''}\n"
                 "  remedy: memory of its own for one of them"
-                + (f", or '{out.name}' exactly in the place of '{argument.name}'" if argument.reusable else "")
+                + (f", or '{out_name}' exactly in the place of '{name}'" if argument.reusable else "")
             )
 
 
@@ -68,6 +68,13 @@ def refuse_itself(who: str, name: str, written: Tensor) -> None:
         )
     if overlaps:
         raise RuntimeError(f"{who}: argument '{name}' is written, but its elements overlap\n  {_why(name, written)}")
+
+
+def _tensors(argument: Argument, value: object) -> list[tuple[Argument, str, Tensor]]:
+    """Those of an argument that have memory, with what errors call them."""
+    if isinstance(value, (list, tuple)):
+        return [(argument, f"{argument.name}[{i}]", item) for i, item in enumerate(value) if _has_memory(item)]
+    return [(argument, argument.name, value)] if _has_memory(value) else []  # type: ignore[list-item]
 
 
 def _has_memory(value: object) -> bool:

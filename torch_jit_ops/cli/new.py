@@ -56,7 +56,7 @@ def my_op(input: Tensor, factor: float) -> Tensor:
 
 _CUDA = """\
 // my_op on CUDA: a thread for each element.
-#include <jitk/result.h>  // Tensor, empty_like
+#include <jitk/result.h>  // Output
 #include <jitk/tensor.h>  // TensorMatcher
 
 #include <jitk/dtype.cuh>  // cast
@@ -73,15 +73,16 @@ __global__ void my_op_kernel(T* __restrict__ out, const T* __restrict__ input, f
 }
 
 template <typename T>
-void my_op_out(TensorView input, double factor, TensorView out) {
+void my_op(TensorView input, double factor, Output& out) {
   using namespace host;
+  const TensorView result = out.empty_like(input);
   // 1. Match.
   SymbolicDims shape{"shape"};
   SymbolicDevice device;
-  TensorMatcher({shape}).with_device<kDLCUDA>(device).with_dtype<T>().verify(input).verify(out);
+  TensorMatcher({shape}).with_device<kDLCUDA>(device).with_dtype<T>().verify(input).verify(result);
   // 2. Plan.
   const T* from = static_cast<const T*>(input.data_ptr());
-  T* to = static_cast<T*>(out.data_ptr());
+  T* to = static_cast<T*>(result.data_ptr());
   const float by = static_cast<float>(factor);
   const int64_t count = input.numel();
   constexpr int32_t kThreads = 256;
@@ -89,19 +90,12 @@ void my_op_out(TensorView input, double factor, TensorView out) {
   LaunchKernel(div_ceil(count, kThreads), kThreads, device.unwrap())(my_op_kernel<T>, to, from, by, count);
 }
 
-template <typename T>
-Tensor my_op(TensorView input, double factor) {
-  Tensor out = host::empty_like(input);
-  my_op_out<T>(input, factor, out);
-  return out;
-}
-
 }  // namespace my_library
 """
 
 _CPU = """\
 // my_op on the CPU: the elements are shared among PyTorch's threads.
-#include <jitk/result.h>  // Tensor, empty_like, parallel_for
+#include <jitk/result.h>  // Output, parallel_for
 #include <jitk/tensor.h>  // TensorMatcher
 
 namespace my_library {
@@ -109,26 +103,20 @@ namespace my_library {
 using namespace jitk;
 
 template <typename T>
-void my_op_out(TensorView input, double factor, TensorView out) {
+void my_op(TensorView input, double factor, Output& out) {
   using namespace host;
+  const TensorView result = out.empty_like(input);
   // 1. Match.
   SymbolicDims shape{"shape"};
-  TensorMatcher({shape}).with_device<kDLCPU>().with_dtype<T>().verify(input).verify(out);
+  TensorMatcher({shape}).with_device<kDLCPU>().with_dtype<T>().verify(input).verify(result);
   // 2. Plan.
   const T* from = static_cast<const T*>(input.data_ptr());
-  T* to = static_cast<T*>(out.data_ptr());
+  T* to = static_cast<T*>(result.data_ptr());
   constexpr int64_t kGrain = 32768;  // elements: fewer are done before a second thread has started
   // 3. Run.
   parallel_for(input.numel(), kGrain, [=](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) to[i] = from_float<T>(to_float(from[i]) * static_cast<float>(factor));
   });
-}
-
-template <typename T>
-Tensor my_op(TensorView input, double factor) {
-  Tensor out = host::empty_like(input);
-  my_op_out<T>(input, factor, out);
-  return out;
 }
 
 }  // namespace my_library

@@ -8,6 +8,7 @@ for a version of PyTorch; ``Handover`` hands an op over as soon as it is there.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from torch_jit_ops import dispatcher, forks
-from torch_jit_ops.signature import Signature
+from torch_jit_ops.signature import Signature, tensors_of
 
 
 class Handover:
@@ -64,32 +65,39 @@ def functional_kernel(
     def split(values: Sequence[Any]) -> tuple[Sequence[Any], dict[str, Any]]:
         return values[:positional], dict(zip(names, values[positional:], strict=True))
 
-    def run_reference(*values: Any) -> Any:
-        args, kwargs = split(values)
-        return reference(*args, **kwargs)
-
-    def run_forward(ctx: Any, keys: Any, *values: Any) -> Any:
-        args, kwargs = split(values)
+    # An autograd function sees tensors alone, and neither those in lists of arguments nor those in lists of results: ``form``
+    # says where they were in the arguments, and ``made`` is given the same of the results.
+    def run_forward(ctx: Any, keys: Any, form: _Form, made: list[_Form], *leaves: Any) -> Any:
+        args, kwargs = split(_grouped(form, leaves))
         # An autograd function switches gradients off, which must not reach the levels of torch.func below this one.
         nested = torch._C._are_functorch_transforms_active()
         with torch.set_grad_enabled(nested), forward_ad._set_fwd_grad_enabled(nested):
             results = _call_below(overload, keys, args, kwargs)
-        ctx.jitk_rest = [None if isinstance(value, Tensor) else value for value in values]
-        ctx.jitk_tensors = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
-        ctx.save_for_backward(*[values[i] for i in ctx.jitk_tensors])
-        return results
+        ctx.jitk_form = form
+        ctx.jitk_rest = [None if isinstance(value, Tensor) else value for value in leaves]
+        ctx.jitk_tensors = [i for i, value in enumerate(leaves) if isinstance(value, Tensor)]
+        ctx.save_for_backward(*[leaves[i] for i in ctx.jitk_tensors])
+        made[:], flat = [_form_of(_as_tuple(results))], _leaves(_as_tuple(results))
+        ctx.jitk_made = made[0]
+        return flat if made[0].has_lists or isinstance(results, tuple) else flat[0]
 
     def run_backward(ctx: Any, *grads: Tensor | None) -> Any:
-        values = list(ctx.jitk_rest)
+        leaves = list(ctx.jitk_rest)
         for i, tensor in zip(ctx.jitk_tensors, ctx.saved_tensors, strict=True):
-            values[i] = tensor
+            leaves[i] = tensor
+
+        def run_reference(*leaves: Any) -> Any:
+            args, kwargs = split(_grouped(ctx.jitk_form, leaves))
+            return _leaves(_as_tuple(reference(*args, **kwargs)))
+
         if backward is None:
-            wanted = [i for i in ctx.jitk_tensors if ctx.needs_input_grad[1 + i]]
-            found = dict(zip(wanted, _differentiate(run_reference, values, wanted, grads), strict=True))
+            wanted = [i for i in ctx.jitk_tensors if ctx.needs_input_grad[_BEFORE_LEAVES + i]]
+            found = dict(zip(wanted, _differentiate(run_reference, leaves, wanted, grads), strict=True))
         else:
-            args, kwargs = split(values)
-            found = dict(zip(ctx.jitk_tensors, _as_tuple(backward(*grads, *args, **kwargs)), strict=True))
-        return None, *(found.get(i) for i in range(len(values)))
+            args, kwargs = split(_grouped(ctx.jitk_form, leaves))
+            given = _as_tuple(backward(*_grouped(ctx.jitk_made, grads), *args, **kwargs))
+            found = dict(zip(ctx.jitk_tensors, _leaves(given), strict=True))
+        return *(None,) * _BEFORE_LEAVES, *(found.get(i) for i in range(len(leaves)))
 
     # Handles one level: functorch picked it before the autograd key ran, and would pick again.
     function: Any = type(
@@ -104,12 +112,16 @@ def functional_kernel(
 
     def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
         handover.hand_over()
-        if _has_tangent(*args, *kwargs.values()):
+        tensors = list(tensors_of((*args, *kwargs.values())))
+        if _has_tangent(*tensors):
             return reference(*args, **kwargs)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args, *kwargs.values()):
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
             given = [kwargs.get(name, default) for name, default in zip(names, defaults[positional:], strict=True)]
+            values = [*args, *defaults[len(args) : positional], *given]
+            made: list[_Form] = []
             with enable_single_level_autograd_function():
-                return function.apply(keys, *args, *defaults[len(args) : positional], *given)
+                results = function.apply(keys, _form_of(values), made, *_leaves(values))
+            return results if not made[0].has_lists else _as_results(_grouped(made[0], results))
         return _call_below(overload, keys, args, kwargs)
 
     return kernel
@@ -134,9 +146,9 @@ def writing_kernel(
         handover.hand_over()
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         for name, value in given.items():
-            if torch.is_grad_enabled() and isinstance(value, Tensor) and value.requires_grad:
+            if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors_of([value])):
                 reason = "requires grad"
-            elif _has_tangent(value):
+            elif _has_tangent(*tensors_of([value])):
                 reason = "has a tangent"
             else:
                 continue
@@ -183,7 +195,7 @@ def _differentiate(
             values[i] = values[i].view_as(values[i]) if again else values[i].detach().requires_grad_()
         pairs = zip(_as_tuple(reference(*values)), grads, strict=True)
         # A result that has no derivative, such as integers, may still come with a gradient of zeros.
-        results = [(result, grad) for result, grad in pairs if grad is not None and result.requires_grad]
+        results = [(result, grad) for result, grad in pairs if grad is not None and result is not None and result.requires_grad]
         return torch.autograd.grad(
             [result for result, _ in results],
             [values[i] for i in wanted],
@@ -202,11 +214,48 @@ def _differentiate_in_functorch(
         for i, tensor in zip(wanted, tensors, strict=True):
             values[i] = tensor
         pairs = zip(_as_tuple(reference(*values)), grads, strict=True)
-        return tuple(result for result, grad in pairs if grad is not None and result.is_floating_point())
+        return tuple(result for result, grad in pairs if grad is not None and result is not None and result.is_floating_point())
 
     results, pull_back = torch.func.vjp(run, *[values[i] for i in wanted])
     floating = [grad for grad in grads if grad is not None and grad.is_floating_point()]
     return pull_back(tuple(grad.to(result.dtype) for result, grad in zip(results, floating, strict=True)))
+
+
+@dataclass(frozen=True)
+class _Form:
+    """Which of some values are lists of tensors: for each its length, or None."""
+
+    lengths: tuple[int | None, ...]
+
+    @property
+    def has_lists(self) -> bool:
+        return any(length is not None for length in self.lengths)
+
+
+_BEFORE_LEAVES = 3  # arguments of the autograd function that are no values of the op
+
+
+def _form_of(values: Sequence[Any]) -> _Form:
+    return _Form(tuple(len(value) if _is_tensor_list(value) else None for value in values))
+
+
+def _is_tensor_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) > 0 and isinstance(value[0], Tensor)
+
+
+def _leaves(values: Sequence[Any]) -> tuple[Any, ...]:
+    """The values, those of lists of tensors in place of the lists."""
+    return tuple(leaf for value in values for leaf in (value if _is_tensor_list(value) else (value,)))
+
+
+def _grouped(form: _Form, leaves: Sequence[Any]) -> list[Any]:
+    """The values of which these are the leaves."""
+    rest = iter(leaves)
+    return [next(rest) if length is None else [next(rest) for _ in range(length)] for length in form.lengths]
+
+
+def _as_results(values: Sequence[Any]) -> Any:
+    return values[0] if len(values) == 1 else tuple(values)
 
 
 def _as_tuple(results: Any) -> tuple[Any, ...]:

@@ -14,6 +14,7 @@ import torch
 
 from torch_jit_ops import backends, dispatcher, environment, progress
 from torch_jit_ops.builder import workers
+from torch_jit_ops.signature import tensors_of
 from torch_jit_ops.variant import VariantPattern
 
 
@@ -38,7 +39,7 @@ def start(
         return
     try:
         values = arguments()
-        device = next(value.device for value in values if isinstance(value, torch.Tensor))
+        device = next(tensors_of(values)).device
         backend = backends.of_device(device)
         # Whoever has initialised CUDA has a device, and will not fork and use it there.
         if backend is None or backend.name not in patterns or not backend.is_in_use():

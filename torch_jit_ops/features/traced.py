@@ -17,7 +17,7 @@ from torch import Tensor
 from torch_jit_ops.checks import overlap
 from torch_jit_ops.declaration import Declaration
 from torch_jit_ops.features import build_while_tracing, dtensor, planned_out
-from torch_jit_ops.reference import Reference, as_tuple
+from torch_jit_ops.reference import Reference, each_tensor
 
 Load = Callable[[str, Sequence[int]], object]
 
@@ -46,15 +46,16 @@ class Fake:
         if declaration.outputs:
             planned_out.lower(self._overload_of(""), self._overload_of("out"), declaration.outputs)
         names = declaration.outputs or tuple(f"result {i}" for i in range(declaration.signature.results))
-        dtensor.register(self._overload_of(""), declaration.signature, names, declaration.rows)
-        return self._results(args, kwargs)
+        if not declaration.signature.has_lists:  # of which DTensor's rules know nothing
+            dtensor.register(self._overload_of(""), declaration.signature, names, declaration.rows)
+        return self.results(args, kwargs)
 
     def run_out(self, *args: Any, **kwargs: Any) -> Any:
         """Of the out form."""
         declaration = self._declaration
         given = {name: value for name, value in kwargs.items() if name not in declaration.outputs}
         self._check("out", args, kwargs)
-        self._reference.check_outputs([kwargs[name] for name in declaration.outputs], self._results(args, given))
+        self._reference.check_outputs([kwargs[name] for name in declaration.outputs], self.results(args, given))
         self._build(args, given)
         if planned_out.PLANNED:  # before, DTensor fails on an out form that returns nothing
             dtensor.register(self._overload_of("out"), declaration.overloads["out"], declaration.outputs, declaration.rows)
@@ -76,12 +77,12 @@ class Fake:
         arguments = functools.partial(declaration.arguments, *args, **kwargs)
         build_while_tracing.start(declaration.qualified_name, patterns, self._load, arguments)
 
-    def _results(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def results(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What the functional or in-place form returns, and nothing set off."""
         declaration = self._declaration
         if declaration.fake is not None:
             return declaration.fake(*args, **kwargs)
         if declaration.signature.results == 0:
             return None
         results = declaration.function(*args, **kwargs)
-        fresh = tuple(result.new_empty(result.shape) for result in as_tuple(results))
-        return fresh if isinstance(results, tuple) else fresh[0]
+        return each_tensor(lambda result: result.new_empty(result.shape), results)

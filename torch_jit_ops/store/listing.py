@@ -42,10 +42,11 @@ class Variant:
         return (self.folder / RECORD).stat().st_mtime
 
     @property
-    def text(self) -> str | None:
-        for file in (*self.folder.glob("*.cu"), *self.folder.glob("*.cpp")):
-            with contextlib.suppress(OSError, forms.Malformed):
-                return os.fsdecode(forms.read(file, LARGEST_RECORD))
+    def texts(self) -> tuple[str, ...] | None:
+        """Its translation units, that of the kernel first; None if one cannot be read."""
+        files = sorted((*self.folder.glob("*.cu"), *self.folder.glob("*.cpp")), key=lambda file: (len(file.name), file.name))
+        with contextlib.suppress(OSError, forms.Malformed):
+            return tuple(os.fsdecode(forms.read(file, LARGEST_RECORD)) for file in files) or None
         return None
 
 

@@ -26,10 +26,10 @@ def samples_of(op: Op, device: str, dtypes: torch.dtype | Combination, seed: int
 def kept_arguments(op: Op) -> frozenset[str]:
     """Names of the arguments that samples make of indices: another value would be another call, or none at all."""
     names: set[str] = set()
-    declaration = op.declaration
-    for dtypes in declaration.dtypes.combinations() if declaration.samples is not None else ():
+    declaration, samples = op.declaration, op.declaration.samples
+    for dtypes in declaration.dtypes.combinations() if samples is not None else ():
         make = SampleMaker(CPU.device_type, dtypes)
-        for sample in declaration.samples(make):
+        for sample in samples(make) if samples is not None else ():
             given = declaration.by_name(sample.args, sample.kwargs)
             names |= {name for name, value in given.items() if isinstance(value, Tensor) and make.is_kept(value)}
     return frozenset(names)

@@ -1,9 +1,8 @@
 // Quantises each row to fp8 with a scale of its own. A NaN makes a scale of NaN, and so a row of them.
-#include <jitk/result.h>  // Tensor, empty
+#include <jitk/result.h>  // Output
 #include <jitk/rows.h>    // Rows
 
 #include <cmath>  // fabs
-#include <tuple>
 
 namespace trial {
 
@@ -11,11 +10,15 @@ using namespace jitk;
 using namespace jitk::host;
 
 template <typename T>
-void quant_fp8_per_token_out(TensorView input, TensorView out, TensorView scale) {
+void quant_fp8_per_token(TensorView input, Output& quantised, Output& step_of) {
   SymbolicDims tokens{"tokens"};
   SymbolicSize hidden{"hidden"};
   Rows from, to, scales;
   TensorMatcher({tokens, hidden}).with_rows(from).with_dtype<T>().verify(input);
+  const TensorView out = quantised.empty(input.shape(), dtype_of<fp8_e4m3_t>(), input.device());
+  Shape one(input.shape());
+  one[-1] = 1;
+  const TensorView scale = step_of.empty(one, dtype_of<float>(), input.device());
   TensorMatcher({tokens, hidden}).with_rows(to).with_dtype<fp8_e4m3_t>().verify(out);
   TensorMatcher({tokens, 1}).with_rows(scales).with_dtype<float>().verify(scale);
   RuntimeCheck(from.width > 0, "argument 'input' must have columns, got ", input.shape());
@@ -32,18 +35,6 @@ void quant_fp8_per_token_out(TensorView input, TensorView out, TensorView scale)
     for (int64_t i = 0; i < from.width; ++i) y[i] = from_float<fp8_e4m3_t>(to_float(x[i]) / step);
     static_cast<float*>(scale.data_ptr())[row * scales.stride] = step;
   }
-}
-
-template <typename T>
-std::tuple<Tensor, Tensor> quant_fp8_per_token(TensorView input) {
-  SymbolicDims tokens{"tokens"};
-  TensorMatcher({tokens, -1}).with_strides({-1, -1}).verify(input);
-  Shape one(input.shape());
-  one[-1] = 1;
-  Tensor out = empty(input.shape(), dtype_of<fp8_e4m3_t>(), input.device());
-  Tensor scale = empty(one, dtype_of<float>(), input.device(), "scale");
-  quant_fp8_per_token_out<T>(input, out, scale);
-  return {static_cast<Tensor&&>(out), static_cast<Tensor&&>(scale)};
 }
 
 }  // namespace trial

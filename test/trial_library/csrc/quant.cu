@@ -1,10 +1,8 @@
 // Quantises each row to fp8 with a scale of its own. A warp is a row.
 #include <jitk/fp8.cuh>     // fp8_e4m3_t, cast
 #include <jitk/launch.cuh>  // LaunchKernel
-#include <jitk/result.h>    // Tensor, empty
+#include <jitk/result.h>    // Output
 #include <jitk/rows.h>      // Rows
-
-#include <tuple>
 
 namespace trial {
 
@@ -31,13 +29,17 @@ __global__ void quant_kernel(const T* __restrict__ input, int64_t input_stride, 
 }
 
 template <typename T>
-void quant_fp8_per_token_out(TensorView input, TensorView out, TensorView scale) {
+void quant_fp8_per_token(TensorView input, Output& quantised, Output& step_of) {
   using namespace host;
   SymbolicDims tokens{"tokens"};
   SymbolicSize hidden{"hidden"};
   SymbolicDevice device;
   Rows from, to, scales;
   TensorMatcher({tokens, hidden}).with_rows(from).with_dtype<T>().with_device(device).verify(input);
+  const TensorView out = quantised.empty(input.shape(), dtype_of<fp8_e4m3_t>(), input.device());
+  Shape one(input.shape());
+  one[-1] = 1;
+  const TensorView scale = step_of.empty(one, dtype_of<float>(), input.device());
   TensorMatcher({tokens, hidden}).with_rows(to).with_dtype<fp8_e4m3_t>().with_device(device).verify(out);
   TensorMatcher({tokens, 1}).with_rows(scales).with_dtype<float>().with_device(device).verify(scale);
   RuntimeCheck(from.width > 0, "argument 'input' must have columns, got ", input.shape());
@@ -45,19 +47,6 @@ void quant_fp8_per_token_out(TensorView input, TensorView out, TensorView scale)
   LaunchKernel(div_ceil(from.count, int64_t{kWarps}), dim3(32, kWarps), device.unwrap())(
       quant_kernel<T>, static_cast<const T*>(input.data_ptr()), from.stride, static_cast<fp8_e4m3_t*>(out.data_ptr()),
       to.stride, static_cast<float*>(scale.data_ptr()), scales.stride, from.count, from.width);
-}
-
-template <typename T>
-std::tuple<Tensor, Tensor> quant_fp8_per_token(TensorView input) {
-  using namespace host;
-  SymbolicDims tokens{"tokens"};
-  TensorMatcher({tokens, -1}).with_strides({-1, -1}).verify(input);
-  Shape one(input.shape());
-  one[-1] = 1;
-  Tensor out = empty(input.shape(), dtype_of<fp8_e4m3_t>(), input.device());
-  Tensor scale = empty(one, dtype_of<float>(), input.device(), "scale");
-  quant_fp8_per_token_out<T>(input, out, scale);
-  return {static_cast<Tensor&&>(out), static_cast<Tensor&&>(scale)};
 }
 
 }  // namespace trial

@@ -1,10 +1,8 @@
 // The k largest of a row's softmax, and where they are.
-#include <jitk/result.h>  // Tensor, empty
+#include <jitk/result.h>  // Output
 #include <jitk/rows.h>    // Rows
 
-#include <cmath>  // exp
-#include <tuple>
-
+#include <cmath>   // exp
 #include <rank.h>  // rank_of, expert_of
 
 namespace trial {
@@ -13,12 +11,16 @@ using namespace jitk;
 using namespace jitk::host;
 
 template <typename T>
-void topk_softmax_out(TensorView logits, int64_t k, TensorView weights, TensorView ids) {
+void topk_softmax(TensorView logits, int64_t k, Output& weights_out, Output& ids_out) {
   SymbolicDims tokens{"tokens"};
   SymbolicSize experts{"experts"};
   Rows from, weighed, chosen;
   TensorMatcher({tokens, experts}).with_rows(from).with_dtype<T>().verify(logits);
   RuntimeCheck(k >= 0 && k <= from.width, "k must be from 0 to the number of experts, ", from.width, ", got ", k);
+  Shape shape(logits.shape());
+  shape[-1] = k;
+  const TensorView weights = weights_out.empty(shape, dtype_of<float>(), logits.device());
+  const TensorView ids = ids_out.empty(shape, dtype_of<int32_t>(), logits.device());
   TensorMatcher({tokens, k}).with_rows(weighed).with_dtype<float>().verify(weights);
   TensorMatcher({tokens, k}).with_rows(chosen).with_dtype<int32_t>().verify(ids);
 
@@ -41,18 +43,6 @@ void topk_softmax_out(TensorView logits, int64_t k, TensorView weights, TensorVi
           static_cast<float>(std::exp(to_float(x[expert_of(best)]) - largest) / sum);
     }
   }
-}
-
-template <typename T>
-std::tuple<Tensor, Tensor> topk_softmax(TensorView logits, int64_t k) {
-  SymbolicDims tokens{"tokens"};
-  TensorMatcher({tokens, -1}).with_strides({-1, -1}).verify(logits);
-  Shape shape(logits.shape());
-  shape[-1] = k;
-  Tensor weights = empty(shape, dtype_of<float>(), logits.device(), "weights");
-  Tensor ids = empty(shape, dtype_of<int32_t>(), logits.device(), "ids");
-  topk_softmax_out<T>(logits, k, weights, ids);
-  return {static_cast<Tensor&&>(weights), static_cast<Tensor&&>(ids)};
 }
 
 }  // namespace trial

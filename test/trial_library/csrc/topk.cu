@@ -1,10 +1,8 @@
 // The k largest of a row's softmax, and where they are. A warp is a row, and each round finds the next best of it.
 #include <jitk/dtype.cuh>   // cast
 #include <jitk/launch.cuh>  // LaunchKernel
-#include <jitk/result.h>    // Tensor, empty
+#include <jitk/result.h>    // Output
 #include <jitk/rows.h>      // Rows
-
-#include <tuple>
 
 #include <rank.h>  // rank_of, expert_of
 
@@ -48,7 +46,7 @@ __global__ void topk_kernel(const T* __restrict__ logits, int64_t logits_stride,
 }
 
 template <typename T>
-void topk_softmax_out(TensorView logits, int64_t k, TensorView weights, TensorView ids) {
+void topk_softmax(TensorView logits, int64_t k, Output& weights_out, Output& ids_out) {
   using namespace host;
   SymbolicDims tokens{"tokens"};
   SymbolicSize experts{"experts"};
@@ -56,6 +54,10 @@ void topk_softmax_out(TensorView logits, int64_t k, TensorView weights, TensorVi
   Rows from, weighed, chosen;
   TensorMatcher({tokens, experts}).with_rows(from).with_dtype<T>().with_device(device).verify(logits);
   RuntimeCheck(k >= 0 && k <= from.width, "k must be from 0 to the number of experts, ", from.width, ", got ", k);
+  Shape shape(logits.shape());
+  shape[-1] = k;
+  const TensorView weights = weights_out.empty(shape, dtype_of<float>(), logits.device());
+  const TensorView ids = ids_out.empty(shape, dtype_of<int32_t>(), logits.device());
   TensorMatcher({tokens, k}).with_rows(weighed).with_dtype<float>().with_device(device).verify(weights);
   TensorMatcher({tokens, k}).with_rows(chosen).with_dtype<int32_t>().with_device(device).verify(ids);
 
@@ -63,19 +65,6 @@ void topk_softmax_out(TensorView logits, int64_t k, TensorView weights, TensorVi
       topk_kernel<T>, static_cast<const T*>(logits.data_ptr()), from.stride, static_cast<float*>(weights.data_ptr()),
       weighed.stride, static_cast<int32_t*>(ids.data_ptr()), chosen.stride, from.count, static_cast<uint32_t>(from.width),
       static_cast<uint32_t>(k));
-}
-
-template <typename T>
-std::tuple<Tensor, Tensor> topk_softmax(TensorView logits, int64_t k) {
-  using namespace host;
-  SymbolicDims tokens{"tokens"};
-  TensorMatcher({tokens, -1}).with_strides({-1, -1}).verify(logits);
-  Shape shape(logits.shape());
-  shape[-1] = k;
-  Tensor weights = empty(shape, dtype_of<float>(), logits.device(), "weights");
-  Tensor ids = empty(shape, dtype_of<int32_t>(), logits.device(), "ids");
-  topk_softmax_out<T>(logits, k, weights, ids);
-  return {static_cast<Tensor&&>(weights), static_cast<Tensor&&>(ids)};
 }
 
 }  // namespace trial

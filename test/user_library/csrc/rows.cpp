@@ -1,12 +1,11 @@
 // Kernels for the test library: plain loops over rows, any row stride.
 #include <jitk/dtype.h>   // to_float, from_float
-#include <jitk/result.h>  // Tensor, empty
+#include <jitk/result.h>  // Output
 #include <jitk/rows.h>    // Rows
 
 #include <userlib/direction.h>  // straight, reverse
 
 #include <optional>
-#include <tuple>
 
 namespace userlib {
 
@@ -33,7 +32,7 @@ void scale_rows(TensorView input, TensorView weight) {
 }
 
 template <typename T>
-Tensor accumulate(TensorView total, TensorView x) {
+void accumulate(TensorView total, TensorView x, Output& largest) {
   SymbolicDims tokens{"tokens"};
   SymbolicSize hidden{"hidden"};
   Rows sums, added;
@@ -41,8 +40,8 @@ Tensor accumulate(TensorView total, TensorView x) {
   TensorMatcher({tokens, hidden}).with_rows(added).with_dtype<T>().verify(x);
   RuntimeCheck(sums.width > 0, "argument 'total' must have columns: the largest of none is undefined");
   const IntList sizes = total.shape();
-  Tensor largest = empty({sizes.data, sizes.count - 1}, total.dtype(), total.device());
-  T* result = static_cast<T*>(largest.data_ptr());
+  const TensorView made = largest.empty({sizes.data, sizes.count - 1}, total.dtype(), total.device());
+  T* result = static_cast<T*>(made.data_ptr());
   for (int64_t row = 0; row < sums.count; ++row) {
     T* data = row_of<T>(total, sums, row);
     const T* more = row_of<T>(x, added, row);
@@ -51,11 +50,12 @@ Tensor accumulate(TensorView total, TensorView x) {
       if (i == 0 || data[i] > result[row] || data[i] != data[i]) result[row] = data[i];  // a NaN stays, as in PyTorch
     }
   }
-  return largest;
 }
 
 template <typename T>
-void split_sign_out(TensorView x, TensorView positive, TensorView negative) {
+void split_sign(TensorView x, Output& positive_out, Output& negative_out) {
+  const TensorView positive = positive_out.empty_like(x);
+  const TensorView negative = negative_out.empty(x.shape(), dtype_of<bool>(), x.device());
   SymbolicDims shape{"shape"};
   Rows from, to, signs;
   TensorMatcher({shape}).with_rows(from).with_dtype<T>().verify(x);
@@ -70,16 +70,9 @@ void split_sign_out(TensorView x, TensorView positive, TensorView negative) {
   }
 }
 
-template <typename T>
-std::tuple<Tensor, Tensor> split_sign(TensorView x) {
-  Tensor positive = empty_like(x);
-  Tensor negative = empty(x.shape(), dtype_of<bool>(), x.device());
-  split_sign_out<T>(x, positive, negative);
-  return {static_cast<Tensor&&>(positive), static_cast<Tensor&&>(negative)};
-}
-
 template <typename T, Direction kDirection>
-void affine_out(TensorView x, TensorView weight, std::optional<TensorView> bias, double factor, TensorView out) {
+void affine(TensorView x, TensorView weight, std::optional<TensorView> bias, double factor, Output& output) {
+  const TensorView out = output.empty_like(x);
   SymbolicDims tokens{"tokens"};
   SymbolicSize hidden{"hidden"};
   Rows from, to;
@@ -99,15 +92,11 @@ void affine_out(TensorView x, TensorView weight, std::optional<TensorView> bias,
   }
 }
 
-template <typename T, Direction kDirection>
-Tensor affine(TensorView x, TensorView weight, std::optional<TensorView> bias, double factor) {
-  Tensor out = empty_like(x);
-  affine_out<T, kDirection>(x, weight, bias, factor, out);
-  return out;
-}
-
 template <typename T>
-void swap_out(TensorView x, TensorView out) {
+void swap(TensorView x, Output& output) {
+  Shape shape(x.shape());
+  if (x.dim() > 1) shape[-1] = x.size(-2), shape[-2] = x.size(-1);
+  const TensorView out = output.empty(shape, x.dtype(), x.device());
   SymbolicDims matrices{"matrices"};
   SymbolicSize rows{"rows"}, columns{"columns"};
   if (x.dim() > 1) {
@@ -125,15 +114,6 @@ void swap_out(TensorView x, TensorView out) {
     const int64_t row = i % size / columns.unwrap(), column = i % columns.unwrap();
     to[i / size * size + column * rows.unwrap() + row] = from[i];
   }
-}
-
-template <typename T>
-Tensor swap(TensorView x) {
-  Shape shape(x.shape());
-  if (x.dim() > 1) shape[-1] = x.size(-2), shape[-2] = x.size(-1);
-  Tensor out = empty(shape, x.dtype(), x.device());
-  swap_out<T>(x, out);
-  return out;
 }
 
 }  // namespace userlib

@@ -1,13 +1,13 @@
 // scale_shift on the CPU: rows are shared among PyTorch's threads.
 #include <mylib/scale_shift.h>
 
-#include <jitk/result.h>  // Tensor, empty_like, parallel_for
+#include <jitk/result.h>  // Output, parallel_for
 
 namespace mylib {
 
 template <typename T, int32_t kGroup>
-void scale_shift_out(TensorView input, TensorView scale, std::optional<TensorView> shift, TensorView out) {
-  const ScaleShift<T> call = match<T, kGroup>(input, scale, shift, out);
+void scale_shift(TensorView input, TensorView scale, std::optional<TensorView> shift, Output& out) {
+  const ScaleShift<T> call = match<T, kGroup>(input, scale, shift, out.empty_like(input));
   // In rows: fewer elements are done before a second thread has started.
   const int64_t grain = host::div_ceil(int64_t{32768}, call.hidden + 1);
   host::parallel_for(call.tokens, grain, [&](int64_t begin, int64_t end) {
@@ -20,13 +20,6 @@ void scale_shift_out(TensorView input, TensorView scale, std::optional<TensorVie
       }
     }
   });
-}
-
-template <typename T, int32_t kGroup>
-Tensor scale_shift(TensorView input, TensorView scale, std::optional<TensorView> shift) {
-  Tensor out = host::empty_like(input);
-  scale_shift_out<T, kGroup>(input, scale, shift, out);
-  return out;
 }
 
 }  // namespace mylib

@@ -1,7 +1,7 @@
 // scale_shift on CUDA: a block for each row, whose threads walk over the columns side by side.
 #include <mylib/scale_shift.h>
 
-#include <jitk/result.h>  // Tensor, empty_like
+#include <jitk/result.h>  // Output
 
 #include <jitk/dtype.cuh>  // cast
 #include <jitk/launch.cuh>
@@ -21,16 +21,9 @@ __global__ void scale_shift_kernel(const __grid_constant__ ScaleShift<T> call) {
 }
 
 template <typename T, int32_t kGroup>
-void scale_shift_out(TensorView input, TensorView scale, std::optional<TensorView> shift, TensorView out) {
-  const ScaleShift<T> call = match<T, kGroup>(input, scale, shift, out);
+void scale_shift(TensorView input, TensorView scale, std::optional<TensorView> shift, Output& out) {
+  const ScaleShift<T> call = match<T, kGroup>(input, scale, shift, out.empty_like(input));
   host::LaunchKernel(call.tokens, 256, call.device)(scale_shift_kernel<T, kGroup>, call);
-}
-
-template <typename T, int32_t kGroup>
-Tensor scale_shift(TensorView input, TensorView scale, std::optional<TensorView> shift) {
-  Tensor out = host::empty_like(input);
-  scale_shift_out<T, kGroup>(input, scale, shift, out);
-  return out;
 }
 
 }  // namespace mylib
