@@ -214,9 +214,9 @@ def _prepare() -> None:
     """What is compiled in the background, and then serves every later process, is there before anything is timed."""
     try:
         from torch_jit_ops import dispatcher
-        from torch_jit_ops.builder import loader
+        from torch_jit_ops.builder.load import load
 
-        loader.load(dispatcher.autograd_unit())
+        load(dispatcher.autograd_unit())
     except Exception as error:  # the rows of the op will say what is wrong with the package
         print(reason(error), file=sys.stderr)
 

@@ -42,7 +42,8 @@ import trial_library  # noqa: E402, F401  (its ops join the registry, so every g
 import user_library  # noqa: E402, F401  (the same)
 
 from torch_jit_ops import dispatcher, fallback  # noqa: E402
-from torch_jit_ops.builder import compiler_jobs, loader  # noqa: E402
+from torch_jit_ops.builder import compiler_jobs  # noqa: E402
+from torch_jit_ops.builder.load import load  # noqa: E402
 
 pytest_plugins = ["alone", "minimum"]
 
@@ -66,7 +67,7 @@ def _dispatcher() -> None:
     if _WORKERS:
         with contextlib.suppress(RuntimeError):  # tests that need a compiler say so themselves
             dispatcher.library()
-            loader.load(dispatcher.autograd_unit())
+            load(dispatcher.autograd_unit())
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,10 @@ from typing import Any
 from torch.utils import cpp_extension  # noqa: F401  (imported once, by the process that forks the others)
 
 from torch_jit_ops import progress
-from torch_jit_ops.builder import compile, loader
+from torch_jit_ops.builder import compile
+from torch_jit_ops.builder.load import load as load_unit
+from torch_jit_ops.builder.shared_object import Loaded
+from torch_jit_ops.builder.unit import Unit
 from torch_jit_ops.store import files
 from torch_jit_ops.store.store import Store
 
@@ -27,18 +30,18 @@ DEATHS = {
 }
 
 
-def unit(number: int = 0, *, include: Sequence[Path] = (), text: str = "", name: str = "store.tiny") -> loader.Unit:
+def unit(number: int = 0, *, include: Sequence[Path] = (), text: str = "", name: str = "store.tiny") -> Unit:
     """A translation unit that compiles in a fifth of a second, and returns ``number``."""
     body = text or f'extern "C" __attribute__((visibility("default"))) int jitk_value() {{ return {number}; }}\n'
-    return loader.Unit(name, f"store::tiny<{number}>", "cpu", "x86-64", body, include=tuple(include))
+    return Unit(name, f"store::tiny<{number}>", "cpu", "x86-64", body, include=tuple(include))
 
 
-def value(loaded: loader.Loaded) -> int:
+def value(loaded: Loaded) -> int:
     """What the library of a ``unit`` returns."""
     return int(loaded.library.jitk_value())
 
 
-def load(environment: Mapping[str, str], units: Sequence[loader.Unit], threads: int, start: Any, answers: Any) -> None:
+def load(environment: Mapping[str, str], units: Sequence[Unit], threads: int, start: Any, answers: Any) -> None:
     """Load the units in each of so many threads once ``start`` opens; put a value, or an error, and the seconds for each."""
     os.environ.update(environment)
     sys.stderr = open(environment.get("STDERR", os.devnull), "a", buffering=1)  # noqa: SIM115  (for the whole process)
@@ -50,7 +53,7 @@ def load(environment: Mapping[str, str], units: Sequence[loader.Unit], threads: 
         for wanted in units:
             begin = time.monotonic()
             try:
-                result: int | str = value(loader.load(wanted))
+                result: int | str = value(load_unit(wanted))
             except Exception as error:  # it is the answer
                 result = f"{type(error).__name__}: {error}"
             found.append((result, time.monotonic() - begin))

@@ -38,7 +38,7 @@ from torch.utils.checkpoint import checkpoint
 
 import torch_jit_ops
 from torch_jit_ops import Op, OpLibrary, Sample, dispatcher
-from torch_jit_ops.builder import loader
+from torch_jit_ops.builder.load import load
 from torch_jit_ops.features import autograd, planned_out
 
 _numbers = itertools.count()  # of the namespaces of tests
@@ -47,7 +47,7 @@ _numbers = itertools.count()  # of the namespaces of tests
 @pytest.fixture(autouse=True, scope="module")
 def _library_for_autograd() -> None:
     """Compiled here, as it would be in the background, so that it is there for all that follows."""
-    loader.load(dispatcher.autograd_unit())
+    load(dispatcher.autograd_unit())
 
 
 def ready(op: Op) -> Op:

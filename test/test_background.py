@@ -18,15 +18,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torch_jit_ops import OpLibrary, dispatcher, registry
 from torch_jit_ops.backends import CPU
-from torch_jit_ops.features import build_while_tracing
+from torch_jit_ops.builder import workers
 
 # An op whose kernel no store has, and a record of who asked for it and who built it.
 _PROGRAM = """
 import os, sys, threading
 from pathlib import Path
 import torch
-from torch_jit_ops import OpLibrary, process
-from torch_jit_ops.builder import loader
+from torch_jit_ops import OpLibrary, boot, process
 from torch_jit_ops.builder import load as load_module
 
 folder = Path({folder!r})
@@ -48,7 +47,7 @@ def twice(x: torch.Tensor) -> torch.Tensor:
 
 events = []
 started, called = threading.Event(), threading.Event()
-load, build = loader.load, load_module._build
+load, build = boot.load, load_module._build
 
 def recorded_load(unit, *args):
     if unit.name == "ahead.twice":
@@ -64,7 +63,7 @@ def recorded_build(unit, *args):
         {meanwhile}
     return build(unit, *args)
 
-loader.load, load_module._build = recorded_load, recorded_build
+boot.load, load_module._build = recorded_load, recorded_build
 x = torch.arange(3.0)
 model = torch.compile(lambda x: twice.default(x), fullgraph=True, backend="aot_eager")
 """
@@ -221,7 +220,7 @@ print(twice.default(x).tolist(), *events, sep="\\n")
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """What builds are asked for, none of which is done."""
     found: list[object] = []
-    monkeypatch.setattr(build_while_tracing._workers, "submit", lambda what, job: found.append(what))
+    monkeypatch.setattr(workers.background, "once", lambda what, job: found.append(what))
     return found
 
 
@@ -296,9 +295,8 @@ def test_the_out_form_starts_one_too(asked: list[object]) -> None:
     assert ("jitk::relu2", "cpu", (-1, FLOAT32)) in asked
 
 
-def test_no_more_threads_than_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch_jit_ops.builder.compiler_jobs.compiler_jobs", lambda: 2)
-    workers = build_while_tracing._Workers()
+def test_no_more_threads_than_compilers() -> None:
+    team = workers.Workers(lambda: 2)
     names: list[str] = []
     gate, done = threading.Event(), threading.Semaphore(0)
 
@@ -309,10 +307,41 @@ def test_no_more_threads_than_compilers(monkeypatch: pytest.MonkeyPatch) -> None
         raise RuntimeError("for the call to raise")
 
     for what in (1, 2, 3, 3, 4):
-        workers.submit(what, job)
-    assert workers._threads == 2
+        team.once(what, job)
+    assert len(team._threads) == 2
     gate.set()
     for _ in range(4):
         assert done.acquire(timeout=60)
     assert len(names) == 4 and len(set(names)) == 2
-    assert not done.acquire(timeout=0.1)
+
+
+def test_what_others_wait_for_has_a_thread_of_its_own() -> None:
+    team = workers.Workers(lambda: 1)
+    gate = threading.Event()
+    slow = team.submit(lambda: gate.wait(60))
+    assert team.submit(lambda: "done", at_once=True).result(timeout=60) == "done"
+    assert not slow.done()
+    gate.set()
+    assert slow.result(timeout=60)
+
+
+def test_a_team_waits_for_what_has_begun_and_begins_nothing_more() -> None:
+    begun, gate = threading.Event(), threading.Event()
+
+    def slow() -> str:
+        begun.set()
+        gate.wait(60)
+        return "done"
+
+    with pytest.raises(KeyboardInterrupt), workers.Workers(lambda: 1) as team:
+        first, second = team.submit(slow), team.submit(slow)
+        assert begun.wait(60)
+        threading.Timer(0.1, gate.set).start()
+        raise KeyboardInterrupt
+    assert first.result(timeout=0) == "done" and second.cancelled()
+
+
+def test_no_thread_can_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the process ends: a call that waited for it would wait for ever."""
+    monkeypatch.setattr(threading.Thread, "start", lambda self: (_ for _ in ()).throw(RuntimeError("can't start new thread")))
+    assert workers.Workers(lambda: 2).submit(lambda: 1).cancelled()

@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 
-from torch_jit_ops.builder import loader, shared_object
+from torch_jit_ops.builder import shared_object
+from torch_jit_ops.builder.load import load
+from torch_jit_ops.builder.unit import Unit
 from torch_jit_ops.store import bundle, listing
 from torch_jit_ops.store.digests import digest_of
 from torch_jit_ops.store.store import Store
 
-UNIT = loader.Unit(
+UNIT = Unit(
     "bundled.answer",
     "bundled::answer",
     "cpu",
@@ -33,7 +35,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Store:
     store = Store(tmp_path_factory.mktemp("bundles") / "from")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JITK_CACHE_DIR", str(store.root))
-        loader.load(UNIT)
+        load(UNIT)
     return store
 
 
@@ -57,7 +59,7 @@ def test_a_variant_travels(exported: Path, tmp_path: Path, monkeypatch: pytest.M
     assert shared_object.open_library(library).answer() == 42
     assert list((store.root / "staging").iterdir()) == []
     monkeypatch.setenv("JITK_CACHE_DIR", str(store.root))
-    assert not loader.load(UNIT).compiled
+    assert not load(UNIT).compiled
     assert [variant.record for variant in listing.variants(store)] == [
         json.loads((library.parent / "variant.json").read_text())
     ]

@@ -18,7 +18,10 @@ from child import ROOT, run_python
 from expecttest import assert_expected_inline
 
 from torch_jit_ops import environment, process
-from torch_jit_ops.builder import compilers, loader
+from torch_jit_ops.builder import compilers
+from torch_jit_ops.builder.load import load as load_unit
+from torch_jit_ops.builder.shared_object import Loaded
+from torch_jit_ops.builder.unit import Unit
 from torch_jit_ops.store.files import UntrustedCache
 from torch_jit_ops.store.record import RECORD
 
@@ -44,25 +47,25 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[loader.Unit], loader.Loaded]:
-    """``loader.load`` as in a process that has loaded nothing."""
+def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[Unit], Loaded]:
+    """``load_unit`` as in a process that has loaded nothing."""
 
-    def load(unit: loader.Unit) -> loader.Loaded:
+    def load(unit: Unit) -> Loaded:
         process.reset()
-        return loader.load(unit)
+        return load_unit(unit)
 
     return load
 
 
-def unit(include: Path, text: str = _TEXT, name: str = "test.answer") -> loader.Unit:
-    return loader.Unit(name=name, label="test::answer", backend="cpu", arch="x86-64", text=text, include=(include,))
+def unit(include: Path, text: str = _TEXT, name: str = "test.answer") -> Unit:
+    return Unit(name=name, label="test::answer", backend="cpu", arch="x86-64", text=text, include=(include,))
 
 
-def answer(loaded: loader.Loaded) -> int:
+def answer(loaded: Loaded) -> int:
     return int(loaded.library.answer())
 
 
-Load = Callable[[loader.Unit], loader.Loaded]
+Load = Callable[[Unit], Loaded]
 
 # --- what is found again ---------------------------------------------------------------------------
 

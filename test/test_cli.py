@@ -20,7 +20,9 @@ import torch_jit_ops
 from torch_jit_ops import registry
 from torch_jit_ops.ahead.why import explain
 from torch_jit_ops.backends import CPU, Toolkit, programs
-from torch_jit_ops.builder import compilers, loader
+from torch_jit_ops.builder import compilers
+from torch_jit_ops.builder.load import load
+from torch_jit_ops.builder.unit import ABI_VERSION, Unit, include_dir
 from torch_jit_ops.cli import doctor, main
 from torch_jit_ops.store import listing
 from torch_jit_ops.store.digests import digest_of
@@ -260,16 +262,16 @@ def built(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stor
     """A store with one variant, of an op's unit whose files are in a folder of the test."""
     (tmp_path / "csrc").mkdir()
     (tmp_path / "csrc/answer.h").write_text("#define ANSWER 42\n")
-    loader.load(unit(tmp_path))
+    load(unit(tmp_path))
     return store
 
 
-def unit(folder: Path, *flags: str, label: str = "clitest::answer<1>", text: str = "") -> loader.Unit:
+def unit(folder: Path, *flags: str, label: str = "clitest::answer<1>", text: str = "") -> Unit:
     text = f'#include "answer.h"\nint answer() {{ return ANSWER; }}\n{text}'
-    return loader.Unit("clitest.answer", label, "cpu", "x86-64", text, include=(folder / "csrc",), flags=flags)
+    return Unit("clitest.answer", label, "cpu", "x86-64", text, include=(folder / "csrc",), flags=flags)
 
 
-def why(of: loader.Unit, store: Store) -> list[str]:
+def why(of: Unit, store: Store) -> list[str]:
     from torch_jit_ops.cli import cache as command
 
     finding = explain(of, [store])
@@ -283,7 +285,7 @@ def test_the_store_is_listed_exported_cleared_and_imported(call: Call, built: St
     assert re.fullmatch(r"clitest::answer<1>  x86-64  \d+\.\d KB  \d+\.\d s +\d{4}-\d\d-\d\d \d\d:\d\d", table[1])
     assert re.fullmatch(rf"1 variants, \d+\.\d KB in {built.root}", table[2])
     (record,) = json.loads(call("cache", "list", "--json"))
-    assert (record["label"], record["abi"]) == ("clitest::answer<1>", loader.ABI_VERSION)
+    assert (record["label"], record["abi"]) == ("clitest::answer<1>", ABI_VERSION)
     file = tmp_path / "kernels.tar.gz"
     assert re.fullmatch(rf"{file}: 1 variants, \d+\.\d KB\n", call("cache", "export", str(file)))
     assert call("cache", "clear") == f"removed 1 variants from {built.root}\n"
@@ -341,7 +343,7 @@ def test_why_names_a_file_that_comes_first_now(built: Store, tmp_path: Path) -> 
     """The compiler looked for jitk's header in the op's folder before, in vain."""
     (tmp_path / "csrc/jitk").mkdir()
     of = replace(unit(tmp_path), text="#include <jitk/abi.h>\n")
-    loader.load(of)
+    load(of)
     (tmp_path / "csrc/jitk/abi.h").write_text("#error not this one\n")
     (line,) = why(of, built)
     assert re.fullmatch(rf"file {tmp_path}/csrc/jitk/abi.h: [0-9a-f]{{12}} is new", line)
@@ -351,7 +353,7 @@ def test_why_names_what_else_differs(built: Store, tmp_path: Path, monkeypatch: 
     assert why(unit(tmp_path, "-DMORE"), built) == ["flags: -DMORE is new"]
     assert why(unit(tmp_path, text="// more\n"), built) == ["translation unit: another text"]
     assert why(unit(tmp_path, label="clitest::answer<2>"), built) == []  # the label is not in the key
-    other = loader.Unit("clitest.answer", "clitest::answer<1>", "cpu", "x86-64-v3", unit(tmp_path).text, (tmp_path / "csrc",))
+    other = Unit("clitest.answer", "clitest::answer<1>", "cpu", "x86-64-v3", unit(tmp_path).text, (tmp_path / "csrc",))
     assert why(other, built) == ["architecture: x86-64-v3, was x86-64", "flags: -march=x86-64-v3, was -march=x86-64"]
     monkeypatch.setattr("torch_jit_ops.ahead.why.compiler_of", lambda *_: "c++ 99")
     (line,) = why(unit(tmp_path), built)
@@ -373,9 +375,9 @@ def test_why_names_a_damaged_library(built: Store, tmp_path: Path) -> None:
 
 def test_why_takes_the_nearest(built: Store, tmp_path: Path) -> None:
     """Of two variants the one that needs fewer changes; the same instantiation before another."""
-    loader.load(unit(tmp_path, "-DMORE", "-DSTILL_MORE"))
+    load(unit(tmp_path, "-DMORE", "-DSTILL_MORE"))
     assert len(why(unit(tmp_path, "-DMORE"), built)) == 1
-    loader.load(unit(tmp_path, label="clitest::answer<3>", text="// 3\n"))
+    load(unit(tmp_path, label="clitest::answer<3>", text="// 3\n"))
     assert "flags" in why(unit(tmp_path, "-DMORE"), built)[0]
 
 
@@ -511,7 +513,7 @@ def test_clangd_is_told_the_folders_and_flags(call: Call, tmp_path: Path) -> Non
     call("new", "fresh_lib::stretch", "--into", str(tmp_path))
     assert call("clangd", str(tmp_path), "--arch", "9.0a").splitlines()[-1] == f"{tmp_path}/.clangd"
     plain, *_ = flags_of((tmp_path / ".clangd").read_text())
-    assert plain[:2] == [f"-I{tmp_path}/fresh_lib/csrc", f"-I{loader.include_dir()}"]
+    assert plain[:2] == [f"-I{tmp_path}/fresh_lib/csrc", f"-I{include_dir()}"]
     source = tmp_path / "fresh_lib/csrc/stretch.cpp"
     command = [str(programs.host_compiler()), *plain, "-fsyntax-only", str(source)]
     done = subprocess.run([flag for flag in command if flag != "-xc++"], capture_output=True, text=True, check=False)

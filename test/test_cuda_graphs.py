@@ -13,7 +13,7 @@ from expecttest import assert_expected_inline
 
 from torch_jit_ops import library
 from torch_jit_ops.backends import CPU, CUDA, MissingCompiler
-from torch_jit_ops.builder import loader
+from torch_jit_ops.builder.load import load
 
 needs_gpu = pytest.mark.skipif("cuda" not in devices(), reason="no GPU")
 ON_CUDA = [op for op in OPS if "cuda" in op.declaration.kernels and op.declaration.samples is not None]
@@ -65,12 +65,12 @@ def test_a_library_knows_its_kernels(name: str) -> None:
     except MissingCompiler as missing:
         pytest.skip(str(missing).splitlines()[0])
     arch = CUDA.arch_of(0) if torch.cuda.is_available() else "9.0a"
-    loaded = loader.load(library.ops[name].unit("cuda", (torch.bfloat16,), arch))
+    loaded = load(library.ops[name].unit("cuda", (torch.bfloat16,), arch))
     assert loaded.load_kernels(0) > 1
 
 
 def test_a_library_for_the_cpu_has_no_kernels() -> None:
-    loaded = loader.load(library.ops["relu2"].unit("cpu", (torch.float32,), CPU.arch_of()))
+    loaded = load(library.ops["relu2"].unit("cpu", (torch.float32,), CPU.arch_of()))
     assert loaded.load_kernels(0) == 0
 
 
@@ -188,7 +188,7 @@ op = torch_jit_ops.library.ops["silu_and_mul"]
 x = torch.randn(4, 64, device="cuda", dtype=torch.bfloat16)
 op.default(x)
 arch = torch_jit_ops.backends.CUDA.arch_of(0)
-loaded = [torch_jit_ops.builder.loader.load(each.declaration.unit("cuda", (torch.float16,), arch))
+loaded = [torch_jit_ops.builder.load.load(each.declaration.unit("cuda", (torch.float16,), arch))
           for each in torch_jit_ops.library.ops.values() if each.name != "add_constant" and "cuda" in each.declaration.kernels
           and [part.what for part in each.declaration.kernels["cuda"].pattern.placeholders] == ["dtype"]]
 started, go = threading.Event(), threading.Event()

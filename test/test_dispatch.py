@@ -26,7 +26,9 @@ from expecttest import assert_expected_inline
 from torch import Tensor
 
 from torch_jit_ops import OpLibrary, dispatcher, environment, registry, variant
-from torch_jit_ops.builder import compile, loader
+from torch_jit_ops.builder import compile
+from torch_jit_ops.builder.errors import BuildError, CompileRefused
+from torch_jit_ops.builder.unit import Unit, csrc_dir
 from torch_jit_ops.signature import signature_of
 
 Order = Literal["ascending", "descending"]
@@ -264,7 +266,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     counts: Counter[str] = Counter()
     original = compile._run_cpp_extension
 
-    def counting(unit: loader.Unit, *args: Any) -> str:
+    def counting(unit: Unit, *args: Any) -> str:
         counts[unit.label] += 1
         return original(unit, *args)
 
@@ -757,7 +759,7 @@ def _number(x: Tensor, n: int) -> Tensor:
 
 def test_more_kernels_than_there_is_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Is told when the op is declared, not when it is called."""
-    assert f"JITK_MAX_SLOTS {dispatcher.MAX_SLOTS} " in (loader.csrc_dir() / "runtime" / "slot.h").read_text()
+    assert f"JITK_MAX_SLOTS {dispatcher.MAX_SLOTS} " in (csrc_dir() / "runtime" / "slot.h").read_text()
     monkeypatch.setattr(dispatcher, "_reserved", dispatcher.MAX_SLOTS - 3)
     (tmp_path / "many.cpp").write_text("")
     library = OpLibrary("manylib", csrc=tmp_path)
@@ -927,7 +929,7 @@ def test_keys_are_found_while_slots_forget_and_change() -> None:
 
 @pytest.mark.parametrize("text", ["12345", "0", "reference", "entry 12345", "", "a\nb"])
 def test_an_error_that_looks_like_an_answer(text: str) -> None:
-    dispatcher._answers[-1] = _raising(loader.BuildError(text))
+    dispatcher._answers[-1] = _raising(BuildError(text))
     said = dispatcher._build(-1, [0])
     assert said == f"error {text or 'BuildError'}"
     del dispatcher._answers[-1]
@@ -942,7 +944,7 @@ def _raising(error: Exception) -> Any:
 
 @pytest.mark.parametrize("times", [1, 2, 3])
 def test_calls_raise_what_the_build_raised(ops: SimpleNamespace, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for error in (loader.BuildError("12345"), loader.CompileRefused("not now"), KeyError("a key")):
+    for error in (BuildError("12345"), CompileRefused("not now"), KeyError("a key")):
         monkeypatch.setattr(ops.cold._boot, "load", lambda *_, error=error: _raising(error)(None))
         with pytest.raises(type(error)) as caught:
             ops.cold(torch.ones(3), 7000 + times)  # a key that no other test has

@@ -21,7 +21,7 @@ import bench.__main__
 import torch_jit_ops
 from tools import op_tables
 from torch_jit_ops.backends import CUDA, MissingCompiler
-from torch_jit_ops.builder import loader
+from torch_jit_ops.builder.unit import Unit, include_dir
 from torch_jit_ops.features import planned_out
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -127,9 +127,9 @@ def compile_for_gpu(source: Path, functions: list[str], folder: Path, *include: 
         pytest.skip(str(missing).splitlines()[0])
     exports = [f"JITK_EXPORT(function{number}, {function})" for number, function in enumerate(functions)]
     text = "\n".join(["#include <jitk/export.h>", f'#include "{source}"', "using namespace jitk;", *exports, ""])
-    unit = loader.Unit("docs", "docs", "cuda", "9.0a", text)
+    unit = Unit("docs", "docs", "cuda", "9.0a", text)
     (folder / "unit.cu").write_text(text)
-    folders = [f"-I{place}" for place in (source.parent, *include, loader.include_dir())]
+    folders = [f"-I{place}" for place in (source.parent, *include, include_dir())]
     halves = ["-D__CUDA_NO_HALF_OPERATORS__", "-D__CUDA_NO_HALF_CONVERSIONS__", "-D__CUDA_NO_HALF2_OPERATORS__"]
     command = [str(toolkit.nvcc), "-c", "unit.cu", "-o", "unit.o", "-Werror", "all-warnings"]
     command += [*unit.compile_flags(), *halves, *folders]

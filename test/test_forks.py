@@ -10,7 +10,7 @@ import pytest
 from child import run_python
 
 from torch_jit_ops import dispatcher
-from torch_jit_ops.builder import loader
+from torch_jit_ops.builder.load import load
 
 # A process makes an op's first call in a thread, and forks meanwhile. The child makes the same call.
 _FORK = """
@@ -72,7 +72,7 @@ def folder(tmp_path: Path) -> Path:
     csrc.mkdir()
     (csrc / "thrice.cpp").write_text(_THRICE)
     dispatcher.library()
-    loader.load(dispatcher.autograd_unit())
+    load(dispatcher.autograd_unit())
     return csrc
 
 
@@ -97,7 +97,7 @@ def test_a_signal_in_the_middle_of_a_first_call(folder: Path) -> None:
 import signal, time
 import torch
 from torch_jit_ops import OpLibrary, statistics
-from torch_jit_ops.builder import loader
+from torch_jit_ops.builder.load import load
 
 library = OpLibrary("forkedlib", csrc={folder!r})
 

@@ -23,6 +23,8 @@ from typing import Any
 import pytest
 import torch
 
+from torch_jit_ops.backends.cuda import CUDA
+
 ROOT = Path(__file__).resolve().parent.parent
 INCLUDE = ROOT / "include"
 SOURCE = ROOT / "test/headers/device_tests.cu"
@@ -106,6 +108,18 @@ def test_the_architecture_must_be_injected(folder: Path, flags: list[str], messa
     result = nvcc("90a", *flags, "-ptx", "-std=c++17", str(source), "-o", str(folder / "arch.ptx"))
     assert result.returncode != 0
     assert message in result.stdout + result.stderr
+
+
+def test_a_unit_reads_no_special_functions(folder: Path) -> None:
+    """They come with nvcc's own <cmath>, and cost more than all of our headers."""
+    source = folder / "nothing.cu"
+    source.write_text("#include <jitk/vec.cuh>\n__global__ void nothing(float* x) { *x = j0f(*x) + sqrtf(*x); }\n")
+    flags = (*CUDA.flags, "-std=c++17", *CUDA.arch_flags("9.0a"))
+    command = [str(NVCC), f"-I{INCLUDE}", *flags, str(source)]
+    read = subprocess.run([*command, "-M"], check=True, capture_output=True, text=True).stdout
+    assert "/cmath" in read and "tr1/" not in read
+    compiled = subprocess.run([*command, "-ptx", "-o", f"{source}.ptx"], check=False, capture_output=True, text=True)
+    assert compiled.returncode == 0, compiled.stderr
 
 
 def test_the_kernels_assemble(folder: Path, ptx: dict[str, dict[str, str]]) -> None:

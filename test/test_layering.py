@@ -48,7 +48,7 @@ ORDER = [
     ("store/store",),
     ("store/search_path", "store/listing"),
     ("builder/log", "builder/unit", "builder/workarounds"),
-    ("builder/compilers", "builder/shared_object"),
+    ("builder/compilers", "builder/shared_object", "builder/workers"),
     ("builder/compile",),
     ("builder/load",),
     ("builder/loader",),

@@ -108,8 +108,8 @@ def test_the_users_wheel_holds_every_source(installed: Installed) -> None:
 def test_an_op_compiles_from_the_wheel_alone(installed: Installed) -> None:
     program = """if True:
         import torch, torch_jit_ops
-        from torch_jit_ops.builder import loader
-        print(torch_jit_ops.__file__, loader.csrc_dir(), loader.include_dir(), sep="\\n")
+        from torch_jit_ops.builder.unit import csrc_dir, include_dir
+        print(torch_jit_ops.__file__, csrc_dir(), include_dir(), sep="\\n")
         x = torch.randn(5, 2 * 301)
         gate, up = x.chunk(2, -1)
         torch.testing.assert_close(torch.ops.jitk.silu_and_mul(x), torch.nn.functional.silu(gate) * up)

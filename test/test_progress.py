@@ -13,7 +13,7 @@ import store_child
 from expecttest import assert_expected_inline
 
 from torch_jit_ops import progress
-from torch_jit_ops.builder import loader
+from torch_jit_ops.builder.load import load
 from torch_jit_ops.store.record import RECORD
 from torch_jit_ops.store.store import Store
 
@@ -34,8 +34,8 @@ def test_a_log_gets_a_line_at_each_end(
 ) -> None:
     monkeypatch.setenv("JITK_CACHE_DIR", str(tmp_path / "cache"))
     for number in (1, 2):
-        loader.load(store_child.unit(number))
-        loader.load(store_child.unit(number))
+        load(store_child.unit(number))
+        load(store_child.unit(number))
     assert_expected_inline(
         without_seconds(capsys.readouterr().err),
         """\

@@ -16,8 +16,10 @@ from expecttest import assert_expected_inline
 
 from torch_jit_ops import dispatcher, process
 from torch_jit_ops.backends import MissingCompiler
-from torch_jit_ops.builder import loader
 from torch_jit_ops.builder import log as build_log
+from torch_jit_ops.builder.errors import BuildError, CompileRefused
+from torch_jit_ops.builder.load import load
+from torch_jit_ops.builder.unit import Unit
 from torch_jit_ops.store import files
 
 _LOGS = {
@@ -58,9 +60,9 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return program
 
 
-def failure(unit: loader.Unit) -> str:
-    with pytest.raises(loader.BuildError) as caught:
-        loader.load(unit)
+def failure(unit: Unit) -> str:
+    with pytest.raises(BuildError) as caught:
+        load(unit)
     return re.sub(r"full log: .*/build\.log", "full log: LOG", str(caught.value))
 
 
@@ -129,8 +131,8 @@ def test_an_error_is_remembered_and_does_not_grow(compiler: Path) -> None:
     compiler.with_name("says").write_text("wrong\n")
     depths = []
     for _ in range(3):
-        with pytest.raises(loader.BuildError) as caught:
-            loader.load(store_child.unit(1))
+        with pytest.raises(BuildError) as caught:
+            load(store_child.unit(1))
         depths.append(len(caught.traceback))
     assert compiler.with_name("runs").read_text().count("1") == 1
     assert depths[1] == depths[2]
@@ -152,7 +154,7 @@ def test_a_build_that_cannot_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(files, "make_files_private", full)
     with pytest.warns(UserWarning) as caught:
-        assert store_child.value(loader.load(store_child.unit(8))) == 8
+        assert store_child.value(load(store_child.unit(8))) == 8
     message = str(caught[0].message).replace(str(tmp_path), "<root>").replace(". ", ".\n")
     assert_expected_inline(
         message,
@@ -183,15 +185,15 @@ def test_no_compile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("JITK_NO_COMPILE", "1")
     monkeypatch.setenv("JITK_CACHE_PATH", "/opt/kernels")
     units = (
-        loader.Unit("jitk.silu_and_mul", "jitk::silu_and_mul<bf16_t>", "cuda", "9.0a", ""),
-        loader.Unit("jitk.silu_and_mul", "jitk::silu_and_mul<bf16_t>", "cpu", "x86-64-v3", ""),
-        loader.Unit("module.norm", "norm<float>", "cuda", "9.0a", ""),
+        Unit("jitk.silu_and_mul", "jitk::silu_and_mul<bf16_t>", "cuda", "9.0a", ""),
+        Unit("jitk.silu_and_mul", "jitk::silu_and_mul<bf16_t>", "cpu", "x86-64-v3", ""),
+        Unit("module.norm", "norm<float>", "cuda", "9.0a", ""),
         dispatcher.unit(),
     )
     said = []
     for unit in units:
-        with pytest.raises(loader.CompileRefused) as caught:
-            loader.load(unit)
+        with pytest.raises(CompileRefused) as caught:
+            load(unit)
         said.append(str(caught.value).replace(str(tmp_path), "<root>"))
     assert_expected_inline(
         "\n".join(said),
@@ -213,30 +215,30 @@ the dispatcher for x86-64 is not in the kernel cache, and JITK_NO_COMPILE=1 forb
 
 def test_no_compile_lets_a_kernel_in_the_cache_load(monkeypatch: pytest.MonkeyPatch) -> None:
     unit = store_child.unit(9)
-    loader.load(unit)
+    load(unit)
     process.reset()
     monkeypatch.setenv("JITK_NO_COMPILE", "1")
-    assert store_child.value(loader.load(unit)) == 9
+    assert store_child.value(load(unit)) == 9
 
 
 def test_no_compile_comes_before_a_missing_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JITK_NO_COMPILE", "1")
     monkeypatch.setenv("CXX", "none-such")
-    with pytest.raises(loader.CompileRefused):
-        loader.load(store_child.unit(1))
+    with pytest.raises(CompileRefused):
+        load(store_child.unit(1))
     monkeypatch.delenv("JITK_NO_COMPILE")
     with pytest.raises(MissingCompiler):
-        loader.load(store_child.unit(1))
+        load(store_child.unit(1))
 
 
 def test_the_capture_of_a_cuda_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded, cold = store_child.unit(10), store_child.unit(11)
-    loader.load(loaded)
+    load(loaded)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert store_child.value(loader.load(loaded)) == 10
-    with pytest.raises(loader.CompileRefused) as caught:
-        loader.load(cold)
+    assert store_child.value(load(loaded)) == 10
+    with pytest.raises(CompileRefused) as caught:
+        load(cold)
     assert_expected_inline(
         str(caught.value),
         """\
@@ -244,4 +246,4 @@ store::tiny<11> is not loaded yet, and during the capture of a CUDA graph no ker
   remedy: before the capture, call the op once with such arguments, or torch_jit_ops.build(...) it""",
     )
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert store_child.value(loader.load(cold)) == 11
+    assert store_child.value(load(cold)) == 11

@@ -17,7 +17,8 @@ import store_child
 from expecttest import assert_expected_inline
 
 from torch_jit_ops import environment, process
-from torch_jit_ops.builder import loader
+from torch_jit_ops.builder.load import load as load_unit
+from torch_jit_ops.builder.unit import Unit
 from torch_jit_ops.store import files
 from torch_jit_ops.store.digests import digest_of
 from torch_jit_ops.store.files import UntrustedCache
@@ -34,10 +35,10 @@ class Here:
         self.root = root
         self.store = Store(root / "cache")
 
-    def load(self, unit: loader.Unit) -> tuple[int, bool]:
+    def load(self, unit: Unit) -> tuple[int, bool]:
         """What the library returns, and whether it was compiled."""
         process.reset(said=False)
-        loaded = loader.load(unit)
+        loaded = load_unit(unit)
         return store_child.value(loaded), loaded.compiled
 
     def variants(self) -> list[Path]:
@@ -58,7 +59,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Here]:
     process.reset()
 
 
-def reading(folder: Path) -> loader.Unit:
+def reading(folder: Path) -> Unit:
     """A unit that returns what ``value.h`` of a folder defines."""
     text = '#include "value.h"\nextern "C" __attribute__((visibility("default"))) int jitk_value() { return VALUE; }\n'
     return store_child.unit(text=text, include=(folder,))
@@ -288,7 +289,7 @@ def small_disk(here: Here) -> Iterator[Path]:
     subprocess.run(["umount", "-l", here.store.root], check=True)
 
 
-def warned(here: Here, unit: loader.Unit, expected: int) -> list[str]:
+def warned(here: Here, unit: Unit, expected: int) -> list[str]:
     """Load and return the warnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -336,7 +337,7 @@ def test_a_cache_whose_place_is_a_file(here: Here) -> None:
 # --- size and age ----------------------------------------------------------------------------------
 
 
-def used(here: Here, unit: loader.Unit, days_ago: float) -> Path:
+def used(here: Here, unit: Unit, days_ago: float) -> Path:
     before = set(here.variants())
     here.load(unit)
     (folder,) = set(here.variants()) - before

@@ -22,9 +22,12 @@ from expecttest import assert_expected_inline
 
 import torch_jit_ops
 from torch_jit_ops import manifest, process, variant
-from torch_jit_ops.ahead import why
+from torch_jit_ops.ahead import build_ahead
+from torch_jit_ops.ahead.why import explain
 from torch_jit_ops.backends import CUDA
-from torch_jit_ops.builder import loader
+from torch_jit_ops.builder.errors import BuildError
+from torch_jit_ops.builder.load import load as load_unit
+from torch_jit_ops.builder.unit import Unit
 from torch_jit_ops.signature import Argument, Signature
 from torch_jit_ops.store import files, forms, listing, lock
 from torch_jit_ops.store.files import UntrustedCache
@@ -42,10 +45,10 @@ class Here:
         self.root = root
         self.store = Store(root / "cache")
 
-    def load(self, unit: loader.Unit) -> tuple[int, bool]:
+    def load(self, unit: Unit) -> tuple[int, bool]:
         """What the library returns, and whether it was compiled."""
         process.reset(said=False)
-        loaded = loader.load(unit)
+        loaded = load_unit(unit)
         return store_child.value(loaded), loaded.compiled
 
     def text(self, text: object) -> str:
@@ -110,7 +113,7 @@ LIES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("reader", ["build", "deploy"])
 def test_a_manifest_that_lies_is_refused(here: Here, name: str, reader: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(here.root)
-    monkeypatch.setattr(loader, "load", lambda *_: pytest.fail("it was built"))
+    monkeypatch.setattr(build_ahead, "load_unit", lambda *_: pytest.fail("it was built"))
     Path("manifest").write_text(json.dumps({**LINE, **LIES[name]}) + "\n")
     with pytest.raises(ValueError, match=r"^manifest:1: no line of a manifest: |architecture '\w.*' must be of the form"):
         if reader == "build":
@@ -190,7 +193,7 @@ def test_flags_are_words_and_not_commands(here: Here, monkeypatch: pytest.Monkey
     flag = r"""-DTEXT='"a b;$HOME`touch PWNED`&"'"""
     unit = replace(store_child.unit(text=text), flags=(flag, "-DTWO=1 -DWORDS=2"))
     assert here.load(unit) == (0, True)
-    with pytest.raises(loader.BuildError):
+    with pytest.raises(BuildError):
         here.load(replace(unit, flags=("-DTEXT=1; touch PWNED",)))
     assert sorted(os.listdir()) == ["cache"]
     assert list(here.root.rglob("PWNED")) == []
@@ -235,7 +238,7 @@ def test_a_cache_of_any_name(here: Here, name: str | bytes, monkeypatch: pytest.
         warnings.simplefilter("error")
         assert here.load(store_child.unit(1)) == (1, True)
         assert here.load(store_child.unit(1)) == (1, False)
-    with pytest.raises(loader.BuildError) as caught:
+    with pytest.raises(BuildError) as caught:
         here.load(store_child.unit(text="static_assert(false);"))
     log = str(caught.value).partition("full log: ")[2]
     assert "static_assert" in Path(log).read_text()
@@ -251,7 +254,7 @@ def test_sources_in_a_folder_of_any_name(here: Here, name: str | bytes) -> None:
         (folder / "value.h").write_text(f"#define VALUE {value}\n")
         assert [here.load(unit), here.load(unit)] == [(value, True), (value, False)], "a change of the header goes unnoticed"
     (folder / "value.h").write_text("wrong\n")
-    with pytest.raises(loader.BuildError) as caught:
+    with pytest.raises(BuildError) as caught:
         here.load(unit)
     assert re.search(r"/value\.h:1: .wrong. does not name a type\n", str(caught.value))
 
@@ -471,7 +474,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("JITK_CACHE_DIR", str(root))
         patch.delenv("CXX", raising=False)  # as for the tests
         process.reset()
-        loader.load(store_child.unit(1))
+        load_unit(store_child.unit(1))
     return root
 
 
@@ -665,4 +668,4 @@ def test_what_is_listed_commands_no_terminal(here: Here, whole: Path) -> None:
     assert "\\x1b]0;owned\\x07\\x1b[2Jtiny\\r\\n\\u202egnp [bold]  x86-64" in printed
     assert all(c.isprintable() or c == "\n" for c in printed)
     unit = store_child.unit(2)
-    assert forms.printable(why.why(unit, [here.store]).differences).isprintable()
+    assert forms.printable(explain(unit, [here.store]).differences).isprintable()

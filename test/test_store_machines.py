@@ -26,7 +26,10 @@ from torch_jit_ops import dispatcher, environment, process
 from torch_jit_ops.ahead import build_ahead
 from torch_jit_ops.backends import CPU, CUDA, Backend, MissingCompiler, Toolkit, programs
 from torch_jit_ops.backends import cuda as cuda_backend
-from torch_jit_ops.builder import compilers, errors, loader, shared_object, workarounds
+from torch_jit_ops.builder import compilers, errors, shared_object, workarounds
+from torch_jit_ops.builder.errors import BuildError, UnknownGpu
+from torch_jit_ops.builder.load import load
+from torch_jit_ops.builder.unit import Unit
 from torch_jit_ops.cli import doctor
 from torch_jit_ops.store import files, lock
 from torch_jit_ops.store.files import UntrustedCache
@@ -52,7 +55,7 @@ def noexec(here: Here) -> Iterator[Path]:  # noqa: F811
     subprocess.run(["umount", "-l", here.root / "cache"], check=True)
 
 
-def warned(here: Here, unit: loader.Unit, expected: tuple[int, bool]) -> list[str]:  # noqa: F811
+def warned(here: Here, unit: Unit, expected: tuple[int, bool]) -> list[str]:  # noqa: F811
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert here.load(unit) == expected
@@ -155,14 +158,14 @@ def staged(here: Here) -> list[Path]:  # noqa: F811
 def test_logs_of_failed_builds_are_few_and_go_when_asked(here: Here) -> None:  # noqa: F811
     logs = []
     for number in range(12):
-        with pytest.raises(loader.BuildError) as caught:
+        with pytest.raises(BuildError) as caught:
             here.load(store_child.unit(text=f"static_assert(false, {chr(34)}{number}{chr(34)});"))
         logs.append(Path(str(caught.value).partition("full log: ")[2]))
     assert "static assertion failed: 11" in logs[-1].read_text()
     assert len(staged(here)) <= 9
     alive = here.store.new_staging()
     for command in ("prune", "clear"):
-        with pytest.raises(loader.BuildError):
+        with pytest.raises(BuildError):
             here.load(store_child.unit(text="static_assert(false);"))
         run_python(f"from torch_jit_ops.cli import main; main.main(['cache', '{command}'])", JITK_CACHE_DIR=here.store.root)
         assert staged(here) == [alive]
@@ -189,7 +192,7 @@ def test_an_error_without_a_text_is_named(here: Here, error: Exception, monkeypa
         raise error
 
     monkeypatch.setattr(cpp_extension, "load", fail)
-    with pytest.raises(loader.BuildError) as caught:
+    with pytest.raises(BuildError) as caught:
         here.load(store_child.unit(1))
     first, reason, *_ = str(caught.value).splitlines()
     assert (first, reason.strip()) == ("store::tiny<1> did not compile (cpu, x86-64)", repr(error))
@@ -244,7 +247,7 @@ def test_a_user_without_a_home(here: Here, monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_uid_without_a_name(tmp_path: Path) -> None:
     code = f"""
 import os, warnings
-from torch_jit_ops.store import cache
+from torch_jit_ops.store.search_path import default_store
 os.setgid({STRANGER}); os.setuid({STRANGER})
 os.environ.pop("HOME", None)
 with warnings.catch_warnings(record=True) as caught:
@@ -383,8 +386,8 @@ def test_a_failed_link_names_the_symbol(here: Here) -> None:  # noqa: F811
     process.reset()
     errors = []
     for _ in range(2):
-        with pytest.raises(loader.BuildError) as caught:
-            loader.load(unit)
+        with pytest.raises(BuildError) as caught:
+            load(unit)
         errors.append(caught.value)
     log = re.findall("full log: (.*)", str(errors[0]))[0]
     assert_expected_inline(
@@ -402,7 +405,7 @@ store::tiny<0> did not link (cpu, x86-64)
 @pytest.mark.parametrize("unit", [dispatcher.unit, dispatcher.standalone_unit, dispatcher.autograd_unit])
 def test_the_dispatchers_lack_nothing(unit: Any) -> None:
     """They are linked with -z defs as well: what they use of PyTorch is in libraries that they are linked with."""
-    assert loader.load(unit()).path.is_file()
+    assert load(unit()).path.is_file()
 
 
 def nvcc_that_says(root: Path, text: str) -> Toolkit:
@@ -417,30 +420,30 @@ def test_a_gpu_that_nvcc_does_not_know(here: Here, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(cuda_backend, "toolkit", lambda: toolkit)
     monkeypatch.setattr(compilers, "identity", lambda *_: ["nvcc"])
     unit = replace(store_child.unit(1), backend="cuda", arch="13.0a")
-    with pytest.raises(loader.BuildError) as caught:
+    with pytest.raises(BuildError) as caught:
         here.load(unit)
     assert isinstance(caught.value, MissingCompiler)
     assert here.text(caught.value) == (
         "<root>/bin/nvcc does not know compute_130a, so CUDA kernels cannot be built for this GPU\n"
         "  remedy: install a newer CUDA toolkit and set CUDA_HOME to its folder"
     )
-    assert isinstance(errors.told(str(caught.value)), loader.UnknownGpu)
-    assert type(errors.told("x did not compile")) is loader.BuildError
+    assert isinstance(errors.told(str(caught.value)), UnknownGpu)
+    assert type(errors.told("x did not compile")) is BuildError
     assert staged(here) == []
-    dispatcher._warned.clear()
+    process.reset()
     monkeypatch.setenv("JITK_FALLBACK", "warn")
     with pytest.warns(UserWarning, match="runs its PyTorch reference, which is slower: .* does not know compute_130a") as said:
         for who in ("jitk::a", "jitk::b"):
             dispatcher.fall_back(who, caught.value)
     assert len(said) == 1
     monkeypatch.setenv("JITK_FALLBACK", "error")
-    with pytest.raises(loader.BuildError):
+    with pytest.raises(BuildError):
         dispatcher.fall_back("jitk::a", caught.value)
 
 
 def test_cuda_kernels_without_cuda_are_one_line(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     monkeypatch.setattr(torch.version, "cuda", None)
-    monkeypatch.setattr(loader, "load", lambda *_: pytest.fail("a compiler was started"))
+    monkeypatch.setattr(build_ahead, "load_unit", lambda *_: pytest.fail("a compiler was started"))
     with pytest.raises(ValueError) as caught:
         build_ahead.load_all([replace(store_child.unit(1), backend="cuda", arch="9.0a")])
     assert str(caught.value) == (

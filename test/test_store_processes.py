@@ -21,7 +21,8 @@ import store_child
 from expecttest import assert_expected_inline
 
 from torch_jit_ops import process
-from torch_jit_ops.builder import loader
+from torch_jit_ops.builder.load import load as load_unit
+from torch_jit_ops.builder.unit import Unit
 from torch_jit_ops.store import lock
 from torch_jit_ops.store.record import LOG
 from torch_jit_ops.store.store import Store
@@ -64,7 +65,7 @@ class Machine:
     def compiled(self) -> int:
         return len(self.log.read_text().splitlines()) if self.log.exists() else 0
 
-    def start(self, units: Sequence[loader.Unit], processes: int = 1, threads: int = 1, **environment: str) -> Any:
+    def start(self, units: Sequence[Unit], processes: int = 1, threads: int = 1, **environment: str) -> Any:
         barrier, answers = _FORK.Barrier(processes), _FORK.Queue()
         self.kept = barrier  # until they have it, too
         arguments = ({**self.environment, **environment}, units, threads, barrier, answers)
@@ -73,7 +74,7 @@ class Machine:
             child.start()
         return started, answers
 
-    def run(self, units: Sequence[loader.Unit], processes: int = 1, threads: int = 1, **environment: str) -> list[Any]:
+    def run(self, units: Sequence[Unit], processes: int = 1, threads: int = 1, **environment: str) -> list[Any]:
         started, answers = self.start(units, processes, threads, **environment)
         results = [answers.get(timeout=60) for _ in started]
         for child in started:
@@ -91,9 +92,9 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine
     process.reset()
 
 
-def load_here(unit: loader.Unit) -> int:
+def load_here(unit: Unit) -> int:
     process.reset()
-    return store_child.value(loader.load(unit))
+    return store_child.value(load_unit(unit))
 
 
 def test_sixteen_processes_of_four_threads_build_once(machine: Machine) -> None:
@@ -265,7 +266,7 @@ def test_without_locks_the_rename_is_enough(machine: Machine, monkeypatch: pytes
     unit = store_child.unit(6)
     for _ in range(2):
         process.reset()
-        loaded = loader.load(unit)
+        loaded = load_unit(unit)
         assert store_child.value(loaded) == 6
         assert loaded.path.is_file(), "of the two, the first stays"
     assert machine.compiled() == 2
@@ -279,13 +280,13 @@ def test_a_fork_in_the_middle_of_a_build(machine: Machine) -> None:
     machine.set_delay(0.5)
     unit = store_child.unit(7)
     process.reset()
-    builder = threading.Thread(target=loader.load, args=(unit,))
+    builder = threading.Thread(target=load_unit, args=(unit,))
     builder.start()
     while machine.compiled() == 0:
         time.sleep(0.01)
     child = os.fork()
     if child == 0:
-        os._exit(store_child.value(loader.load(unit)))
+        os._exit(store_child.value(load_unit(unit)))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     builder.join()
     assert machine.compiled() == 1

@@ -17,7 +17,8 @@ from torch.utils import cpp_extension
 from torch_jit_ops import environment, process
 from torch_jit_ops.backends import CUDA, MissingCompiler, Toolkit, programs
 from torch_jit_ops.backends import cuda as cuda_backend
-from torch_jit_ops.builder import compile, compilers, loader
+from torch_jit_ops.builder import compile, compilers
+from torch_jit_ops.builder.unit import Unit, include_dir
 
 
 def program(path: Path, text: str = "#!/bin/sh\necho made up, release 13.0\n") -> Path:
@@ -187,10 +188,10 @@ def test_the_build_gets_every_part(machine: Machine) -> None:
     asked: dict[str, Any] = {}
     machine.monkeypatch.setattr(cpp_extension, "load", lambda *_, **options: asked.update(options))
     machine.monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
-    unit = loader.Unit("name", "label", "cuda", "9.0a", "", include=(machine.root / "mine",))
+    unit = Unit("name", "label", "cuda", "9.0a", "", include=(machine.root / "mine",))
     compile._run_cpp_extension(unit, machine.root, machine.root / "unit.cu", "module")
     assert str(upper) == cpp_extension.CUDA_HOME
-    assert asked["extra_include_paths"] == [str(machine.root / "mine"), str(loader.include_dir()), str(lower / "include")]
+    assert asked["extra_include_paths"] == [str(machine.root / "mine"), str(include_dir()), str(lower / "include")]
     folder = Path(asked["extra_ldflags"][-1].removeprefix("-L"))
     assert (folder / "libcudart.so").resolve() == libcudart
     assert lower / "include" in compile._system_folders(unit)
@@ -209,7 +210,7 @@ def test_folders_that_a_command_would_part(machine: Machine) -> None:
     machine.monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
     machine.monkeypatch.setattr(cpp_extension, "TORCH_LIB_PATH", None)
     machine.monkeypatch.setattr(torch, "__file__", "/my env/torch/__init__.py")
-    unit = loader.Unit("name", "label", "cuda", "9.0a", "")
+    unit = Unit("name", "label", "cuda", "9.0a", "")
     compile._run_cpp_extension(unit, machine.root, machine.root / "unit.cu", "module")
     assert cpp_extension.TORCH_LIB_PATH == "'/my env/torch/lib'"
     assert cpp_extension.CUDA_HOME == "links/toolkit"  # ninja runs in the staging folder

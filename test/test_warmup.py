@@ -18,7 +18,9 @@ import torch_jit_ops
 from torch_jit_ops import OpLibrary, manifest, process
 from torch_jit_ops.ahead import build_ahead
 from torch_jit_ops.backends import CPU
-from torch_jit_ops.builder import compiler_jobs, loader
+from torch_jit_ops.builder import compiler_jobs
+from torch_jit_ops.builder.load import load
+from torch_jit_ops.builder.unit import Unit
 
 _SOURCE = """
 #include <jitk/result.h>
@@ -69,18 +71,18 @@ def forget() -> None:
     torch_jit_ops.reset_stats()
 
 
-def unit(library: OpLibrary, count: int, way: str = "forth", dtype: torch.dtype = torch.float32) -> loader.Unit:
+def unit(library: OpLibrary, count: int, way: str = "forth", dtype: torch.dtype = torch.float32) -> Unit:
     return library.ops["move"].unit("cpu", (dtype, count, way), "x86-64")
 
 
 def test_loads_are_counted_by_op(library: OpLibrary) -> None:
-    loader.load(unit(library, 1))
-    loader.load(unit(library, 1))  # in this process already: not a load
+    load(unit(library, 1))
+    load(unit(library, 1))  # in this process already: not a load
     forget()
-    loader.load(unit(library, 1))
-    loader.load(unit(library, 2))
+    load(unit(library, 1))
+    load(unit(library, 2))
     with pytest.raises(torch_jit_ops.BuildError):
-        loader.load(unit(library, 13))
+        load(unit(library, 13))
     found = torch_jit_ops.stats()
     assert list(found.ops) == ["warmlib::move"]
     assert found.total == found.ops["warmlib::move"]

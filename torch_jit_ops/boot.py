@@ -11,15 +11,16 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch_jit_ops import develop, dispatcher, environment, fallback, forks, manifest, variant, variant_storm
-from torch_jit_ops.backends import toolchain
-from torch_jit_ops.builder import loader
+from torch_jit_ops import backends, develop, dispatcher, environment, fallback, forks, manifest, variant, variant_storm
+from torch_jit_ops.backends import MissingCompiler
+from torch_jit_ops.builder.errors import BuildError
+from torch_jit_ops.builder.load import load
+from torch_jit_ops.builder.shared_object import Loaded
+from torch_jit_ops.builder.unit import Unit
 from torch_jit_ops.checks import matcher
 from torch_jit_ops.declaration import Declaration
 from torch_jit_ops.reference import Reference
 from torch_jit_ops.signature import tensors_of
-
-_DISPATCH_KEYS = {"cuda": "CUDA", "cpu": "CPU"}
 
 _under_way = threading.local()  # .boots: those whose first call this thread is making
 
@@ -48,13 +49,14 @@ class Boot:
 
         On other devices every call: the reference. So are tensors that have the device alone, sparse ones, when they come back.
         """
-        devices = {tensor.device.type for tensor in tensors_of((*args, *kwargs.values()))}
+        devices = {tensor.device for tensor in tensors_of((*args, *kwargs.values()))}
+        served = {backend and backend.name for backend in map(backends.of_device, devices)}
         under_way = _under_way.__dict__.setdefault("boots", [])
-        if not devices or not devices <= self._declaration.kernels.keys() or self in under_way:
+        if not served or not served <= self._declaration.kernels.keys() or self in under_way:
             return self._reference.call(overload, args, kwargs)
         try:
             self.hand_over(args, kwargs)
-        except toolchain.MissingCompiler as missing:
+        except MissingCompiler as missing:
             dispatcher.fall_back(self._declaration.qualified_name, missing)
             return self._reference.call(overload, args, kwargs)
         except forks.Reentered:
@@ -92,7 +94,7 @@ class Boot:
             return
         self.hand_over()
         declaration = self._declaration
-        keys = {_DISPATCH_KEYS[name] for name in declaration.kernels}
+        keys = {backends.named(name).dispatch_key for name in declaration.kernels}
         for overload, key in dispatcher.served(declaration.namespace, map(self._served_name, declaration.overloads)):
             if key not in keys:  # C++ serves it still, and no kernel is declared
                 self._register_reference(overload, key)
@@ -133,7 +135,7 @@ class Boot:
                     declaration.who(overload),
                     declaration.namespace,
                     self._served_name(overload),
-                    _DISPATCH_KEYS[backend],
+                    backends.named(backend).dispatch_key,
                     f"{declaration.namespace}::{self._reference.op_name(overload)}",
                     kernel.pattern.plan(signature),
                     functools.partial(self._answer, backend),
@@ -145,34 +147,34 @@ class Boot:
             given = {name: value for name, value in kwargs.items() if name not in declaration.outputs}
             values = declaration.arguments(*args, **given)
             device = next(tensors_of(values)).device
-            index = device.index if device.type == "cuda" else -1
-            self.load(device.type, [index, *declaration.kernels[device.type].pattern.words_of(values)])
+            backend = next(each for each in backends.ALL if each.serves(device))
+            words = declaration.kernels[backend.name].pattern.words_of(values)
+            self.load(backend.name, [backend.index_of(device), *words])
         except Exception:  # the dispatcher will ask for the same and report it where the caller sees it
             return
 
-    def load(self, backend: str, key: Sequence[int]) -> loader.Loaded | None:
+    def load(self, backend: str, key: Sequence[int]) -> Loaded | None:
         """The library for a key of the dispatcher; None where the kernel does not serve these dtypes."""
         declaration = self._declaration
         pattern = declaration.kernels[backend].pattern
         if declaration.unserved(pattern.dtypes_of_key(key[1:])) is not None:
             return None
         values = pattern.values(key[1:])
-        arch = toolchain.device_arch(key[0]) if backend == "cuda" else toolchain.host_isa()
+        arch = backends.named(backend).arch_of(key[0])
         unit = declaration.unit(backend, values, arch)
         try:
-            loaded = self._develop(unit) if develop.is_on(declaration.namespace) else loader.load(unit)
-        except loader.BuildError as error:
+            loaded = self._develop(unit) if develop.is_on(declaration.namespace) else load(unit)
+        except BuildError as error:
             # Errors there are about the function that is exported: of another name, place or type than the variant says.
             if re.search(rf"\bjitk/export\.h:|\b{re.escape(unit.name.replace('.', '_'))}\.(cu|cpp):", str(error)):
-                raise loader.BuildError(f"{error}\n{declaration.wanted_function(backend, values)}") from error
+                raise BuildError(f"{error}\n{declaration.wanted_function(backend, values)}") from error
             raise
-        if backend == "cuda":
-            loaded.load_kernels(key[0])
+        loaded.load_kernels(key[0])
         if environment.record_file() is not None:
             manifest.record(manifest.entry_of(declaration.qualified_name, backend, pattern, values, arch))
         return loaded
 
-    def _develop(self, unit: loader.Unit) -> loader.Loaded:
+    def _develop(self, unit: Unit) -> Loaded:
         if self._source is None:
             self._source = develop.Source(self._declaration.qualified_name, self._declaration.function)
         self._source.warn_if_edited()
@@ -184,19 +186,14 @@ class Boot:
         return not unserved.kernels or matcher.refuses(declaration.tensors, unserved.argument, unserved.dtype)
 
     def _answer(self, backend: str, key: Sequence[int]) -> int | dispatcher.Once:
-        """The entry for a key that the dispatcher asks for; in develop mode for this call alone."""
-        entry = self._entry(backend, key)
-        return dispatcher.Once(entry) if develop.is_on(self._declaration.namespace) else entry
-
-    def _entry(self, backend: str, key: Sequence[int]) -> int:
-        """The address of the entry."""
+        """The address of the entry for a key that the dispatcher has for the first time."""
         declaration = self._declaration
         unserved = declaration.unserved(declaration.kernels[backend].pattern.dtypes_of_key(key[1:]))
         if unserved is not None and not self._refuses(unserved):
             fallback.note(unserved)
         try:
             loaded = self.load(backend, key)
-        except toolchain.MissingCompiler as missing:
+        except MissingCompiler as missing:
             dispatcher.fall_back(declaration.qualified_name, missing)
             loaded = None
         except forks.Reentered:
@@ -204,6 +201,8 @@ class Boot:
             raise
         if loaded is None:
             self._reference.define_ops()
-            return dispatcher.REFERENCE
+            none = dispatcher.REFERENCE
+            return dispatcher.Once(none) if develop.is_on(declaration.namespace) else none
         variant_storm.note(declaration.qualified_name, backend, declaration.kernels[backend].pattern, key[1:])
-        return loaded.entry(declaration.checked_export(backend, loaded))
+        entry = loaded.entry(declaration.checked_export(backend, loaded))
+        return dispatcher.Once(entry) if develop.is_on(declaration.namespace) else entry

@@ -13,7 +13,8 @@ import torch
 
 from torch_jit_ops import backends, environment, per_target, variant
 from torch_jit_ops.backends.wheels import WheelLibrary
-from torch_jit_ops.builder import loader
+from torch_jit_ops.builder.shared_object import Loaded
+from torch_jit_ops.builder.unit import Unit
 from torch_jit_ops.checks import matcher
 from torch_jit_ops.dtypes import DTypes
 from torch_jit_ops.fallback import Unserved
@@ -132,7 +133,7 @@ class Declaration:
 
     # --- the C++ of a variant ---------------------------------------------------------------------
 
-    def unit(self, backend: str, values: Sequence[variant.Value], arch: str) -> loader.Unit:
+    def unit(self, backend: str, values: Sequence[variant.Value], arch: str) -> Unit:
         """The translation unit for the placeholders' values: one function, which serves every overload.
 
         Raises:
@@ -142,7 +143,7 @@ class Declaration:
         function = kernel.pattern.instantiate(values)
         lines = ["using namespace jitk;", f"JITK_EXPORT({kernel.pattern.export_name()}, {function})"]
         label = function.removeprefix(self.namespace + "::")
-        return loader.Unit(
+        return Unit(
             name=f"{self.namespace}.{self.name}",
             label=f"{self.namespace}::{label}",
             backend=backends.named(backend),
@@ -155,7 +156,7 @@ class Declaration:
             debug=environment.debugging(),
         )
 
-    def checked_export(self, backend: str, loaded: loader.Loaded) -> str:
+    def checked_export(self, backend: str, loaded: Loaded) -> str:
         """The name by which a variant's library exports its function.
 
         Raises:

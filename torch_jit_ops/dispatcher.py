@@ -17,9 +17,11 @@ from dataclasses import dataclass
 
 import torch
 
-from torch_jit_ops import backends, environment, forks, variant
-from torch_jit_ops.backends import toolchain
-from torch_jit_ops.builder import loader
+from torch_jit_ops import environment, forks, process, variant
+from torch_jit_ops.backends import CPU, MissingCompiler
+from torch_jit_ops.builder import load as builder
+from torch_jit_ops.builder import workers
+from torch_jit_ops.builder.unit import Unit, csrc_dir
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,6 @@ _replacements = itertools.count(MAX_SLOTS)
 _slots: dict[tuple[str, str], int] = {}  # by overload and dispatch key: PyTorch keeps what C++ has registered
 _reserved = 0
 _kept = threading.local()  # .error: what failed below the dispatcher, which can hand on no more than a text
-_warned: set[str] = set()
 _lock = forks.Lock()
 
 _library = torch.library.Library("jitk", "FRAGMENT")
@@ -75,7 +76,7 @@ def _text(error: BaseException) -> str:
 
 
 def _explain_allocation(sizes: list[int], dtype: int, cuda_index: int) -> str:
-    device = "cpu" if cuda_index < 0 else f"cuda:{cuda_index}"
+    device = torch.device(cuda_index) if cuda_index >= 0 else torch.device(CPU.device_type)
     try:
         torch.empty(sizes, dtype=variant.dtype_of_key(dtype), device=device)
     except Exception as error:  # whatever it is, it is what the caller should read
@@ -89,24 +90,24 @@ _library.impl("_raise", _raise, "CompositeExplicitAutograd")
 _library.impl("_explain_allocation", _explain_allocation, "CompositeExplicitAutograd")
 
 
-def unit() -> loader.Unit:
+def unit() -> Unit:
     """The translation unit of the dispatcher. Its library depends on PyTorch's version; a variant's does not."""
     return _unit("runtime", "the dispatcher", "dispatch.cpp")
 
 
-def standalone_unit() -> loader.Unit:
+def standalone_unit() -> Unit:
     """The translation unit of the dispatcher for programs without Python."""
     return _unit("runtime.standalone", "the dispatcher without Python", "standalone.cpp")
 
 
-def _unit(name: str, label: str, source: str) -> loader.Unit:
-    return loader.Unit(
+def _unit(name: str, label: str, source: str) -> Unit:
+    return Unit(
         name=name,
         label=label,
-        backend=backends.CPU,
-        arch="x86-64",
+        backend=CPU,
+        arch=CPU.baseline,
         text=f'#include "{source}"\n',
-        include=(loader.csrc_dir() / "runtime",),
+        include=(csrc_dir() / "runtime",),
         flags=("-O2", "-DTORCH_TARGET_VERSION=0x020b000000000000"),
         torch=True,
     )
@@ -123,19 +124,19 @@ def library(meanwhile: Callable[[], object] | None = None) -> ctypes.CDLL:
     """
     global _loaded
     if _loaded is None:
-        _loaded = _prototyped(loader.load(unit(), meanwhile).library)
+        _loaded = _prototyped(builder.load(unit(), meanwhile).library)
     return _loaded
 
 
-def autograd_unit() -> loader.Unit:
+def autograd_unit() -> Unit:
     """The translation unit that looks for wanted gradients. It takes four times as long as the dispatcher to compile."""
-    return loader.Unit(
+    return Unit(
         name="runtime_autograd",
         label="the dispatcher for autograd",
-        backend=backends.CPU,
-        arch="x86-64",
+        backend=CPU,
+        arch=CPU.baseline,
         text='#include "autograd.cpp"\n',
-        include=(loader.csrc_dir() / "runtime",),
+        include=(csrc_dir() / "runtime",),
         flags=("-O2", "-std=c++20"),
         torch=True,
     )
@@ -183,29 +184,23 @@ def differentiate(overloads: Sequence[str]) -> bool:
 def _let_errors_through() -> None:
     """Have the dispatcher raise exceptions as they are, by the library that can; else their texts, as RuntimeErrors."""
     try:
-        loaded = loader.load(autograd_unit()).library
+        loaded = builder.load(autograd_unit()).library
     except Exception:  # whatever it is, the caller should read of the first failure
         return
     library().jitk_set_raise(loaded.jitk_raise)
 
 
-def _in_background(unit: loader.Unit) -> Future[ctypes.CDLL]:
+def _in_background(unit: Unit) -> Future[ctypes.CDLL]:
     """Load the unit at once if it is in the store; else compile it in a thread."""
     result: Future[ctypes.CDLL] = Future()
-    found = loader.find(unit)
+    found = builder.find(unit)
     if found is not None:
         result.set_result(found.library)
     if found is not None or not environment.building_in_background():
         return result
 
-    def build() -> None:
-        try:
-            result.set_result(loader.load(unit).library)
-        except BaseException as error:  # ops work without it: a call that wants no gradient takes 4 us more
-            result.set_exception(error)
-
-    threading.Thread(target=build, name="jitk autograd", daemon=True).start()
-    return result
+    # If it fails, ops work without it: a call that wants no gradient takes 4 us more.
+    return workers.background.submit(lambda: builder.load(unit).library, at_once=True)
 
 
 def _prototyped(loaded: ctypes.CDLL) -> ctypes.CDLL:
@@ -264,10 +259,8 @@ def register(
     plan: str,
     answer: Answer,
 ) -> int:
-    """Have the dispatcher serve an overload from now on.
-
-    One that it has served before it serves as it is declared now, with another plan, reference and answer. Calls under way end
-    as they began.
+    """Have the dispatcher serve an overload from now on, also one that it served as it was declared before: calls of that one
+    that are under way end as they began.
 
     Args:
         who: the overload as errors name it.
@@ -282,18 +275,16 @@ def register(
         The number of the slot.
     """
     place = (f"{namespace}::{overload}", dispatch_key)
-    number = _slots.get(place)
-    if number is not None:
-        asks = next(_replacements)
-        _answers[asks] = answer
-        _checked(library().jitk_replace, number, asks, *(text.encode() for text in (who, reference, plan)))
-        return number
-    number = next(_numbers)
-    _answers[number] = answer
+    known = _slots.get(place)
+    asks = next(_numbers if known is None else _replacements)
+    _answers[asks] = answer
+    if known is not None:
+        _checked(library().jitk_replace, known, asks, *(text.encode() for text in (who, reference, plan)))
+        return known
     texts = (who, namespace, overload, dispatch_key, reference, plan)
-    _checked(library().jitk_register, number, *(text.encode() for text in texts))
-    _slots[place] = number
-    return number
+    _checked(library().jitk_register, asks, *(text.encode() for text in texts))
+    _slots[place] = asks
+    return asks
 
 
 def served(namespace: str, overloads: Iterable[str]) -> list[tuple[str, str]]:
@@ -302,8 +293,8 @@ def served(namespace: str, overloads: Iterable[str]) -> list[tuple[str, str]]:
     return [(wanted[name], key) for name, key in _slots if name in wanted]
 
 
-def forget_all(namespace: str) -> None:
-    """Have the ops of the namespace ask for every key again."""
+def forget_all_of(namespace: str) -> None:
+    """Have the ops of the namespace ask for their kernels again."""
     for (name, _), number in list(_slots.items()):
         if name.partition("::")[0] == namespace:
             forget(number)
@@ -322,7 +313,7 @@ def _checked(function: Callable[..., int], *args: object) -> None:
         raise RuntimeError(error.value.decode())
 
 
-def fall_back(who: str, missing: toolchain.MissingCompiler) -> None:
+def fall_back(who: str, missing: MissingCompiler) -> None:
     """Warn, once for each cause, that ``who`` runs its reference.
 
     Raises:
@@ -330,10 +321,8 @@ def fall_back(who: str, missing: toolchain.MissingCompiler) -> None:
     """
     if environment.fallback_is_error():
         raise missing
-    with _lock:
-        if str(missing) in _warned:
-            return
-        _warned.add(str(missing))
-    warnings.warn(
-        f"{who} runs its PyTorch reference, which is slower: {missing}\n  JITK_FALLBACK=error makes this an error", stacklevel=2
-    )
+    if process.first_time("no compiler", str(missing)):
+        warnings.warn(
+            f"{who} runs its PyTorch reference, which is slower: {missing}\n  JITK_FALLBACK=error makes this an error",
+            stacklevel=2,
+        )

@@ -24,10 +24,10 @@ from typing import Any, TypeVar
 import torch
 
 from torch_jit_ops import dispatcher, environment, forks, per_target, variant
-from torch_jit_ops.backends import toolchain
+from torch_jit_ops.backends import CPU, CUDA, Backend
 from torch_jit_ops.backends.wheels import WheelLibrary
-from torch_jit_ops.builder import loader
-from torch_jit_ops.builder.unit import inlined, line_directive
+from torch_jit_ops.builder.load import load
+from torch_jit_ops.builder.unit import Unit, csrc_dir, inlined, line_directive
 from torch_jit_ops.signature import Argument, Result, Signature
 from torch_jit_ops.store.digests import digest_of_record
 
@@ -169,15 +169,15 @@ def load_jit(
     include = tuple(Path(folder) for folder in per_target.folders(who, extra_include_paths))
     parts = []
     for backend, wrappers, files, texts, flags in (
-        ("cuda", cuda_wrappers, cuda_files, cuda_sources, extra_cuda_cflags),
-        ("cpu", cpp_wrappers, cpp_files, cpp_sources, extra_cflags),
+        (CUDA, cuda_wrappers, cuda_files, cuda_sources, extra_cuda_cflags),
+        (CPU, cpp_wrappers, cpp_files, cpp_sources, extra_cflags),
     ):
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-            kind = "cuda_sources" if backend == "cuda" else "cpp_sources"
+            kind = _SOURCES[backend]
             raise TypeError(f"{who}: {kind} must be a list of texts, got {texts!r}")
         if wrappers:
             found = [_find(name, file, here) for file in files]
-            linked = per_target.ldflags(who, {backend: extra_ldflags}, (backend,))[backend]
+            linked = per_target.ldflags(who, {backend.name: extra_ldflags}, (backend.name,))[backend.name]
             parts.append(_Part(backend, name, label, found, tuple(texts), tuple(wrappers), include, tuple(flags), linked))
     units = [part.unit(_default_arch(part.backend)) for part in parts]
     places = [[str(folder) for folder in unit.include] for unit in units]
@@ -193,17 +193,18 @@ def load_jit(
 
 
 def _find(name: str, file: str | Path, here: Path) -> Path:
-    places = [here / file, here / "csrc" / file, loader.csrc_dir() / file]
+    places = [here / file, here / "csrc" / file, csrc_dir() / file]
     for place in places:
         if place.is_file():
             return place.resolve()
     raise FileNotFoundError(f"load_jit({name!r}): {str(file)!r} is not in {', '.join(str(place.parent) for place in places)}")
 
 
-def _default_arch(backend: str) -> str:
-    if backend == "cpu":
-        return toolchain.host_isa()
-    return toolchain.device_arch(torch.cuda.current_device() if torch.cuda.is_available() else 0)
+_SOURCES = {CUDA: "cuda_sources", CPU: "cpp_sources"}  # load_jit's names for them
+
+
+def _default_arch(backend: Backend) -> str:
+    return backend.arch_of(backend.index_of(torch.device(backend.device_type)) if backend.is_here() else 0)
 
 
 class _Part:
@@ -211,7 +212,7 @@ class _Part:
 
     def __init__(
         self,
-        backend: str,
+        backend: Backend,
         name: str,
         label: str,
         files: Sequence[Path],
@@ -231,17 +232,17 @@ class _Part:
         self.flags = flags
         self.ldflags = ldflags
 
-    def unit(self, arch: str) -> loader.Unit:
+    def unit(self, arch: str) -> Unit:
         unit = f"module.{re.sub(r'[^A-Za-z0-9_]', '_', self.name)}"
-        kind = "cuda_sources" if self.backend == "cuda" else "cpp_sources"
+        kind = _SOURCES[self.backend]
         text = f"// {self.label}\n#include <jitk/export.h>\n"
         text += "".join(f'#include "{file.name}"\n' for file in self.files)
         text += "".join(inlined(f"{unit.partition('.')[2]}.{kind}[{place}]", source) for place, source in enumerate(self.texts))
-        text += line_directive(text, unit, self.backend) if self.texts else ""
+        text += line_directive(text, unit, self.backend.name) if self.texts else ""
         text += "using namespace jitk;\n"
         text += "".join(f"JITK_EXPORT({export}, {function})\n" for export, function in self.wrappers)
         folders = tuple(dict.fromkeys(file.parent for file in self.files))
-        return loader.Unit(
+        return Unit(
             name=unit,
             label=self.label,
             backend=self.backend,
@@ -256,7 +257,7 @@ class _Part:
     def define(
         self, digest: str, mutates: Mapping[str, Sequence[int]], fakes: Mapping[str, Callable[..., Any]]
     ) -> dict[str, Any]:
-        loaded = loader.load(self.unit(_default_arch(self.backend)))
+        loaded = load(self.unit(_default_arch(self.backend)))
         dispatcher.library()
         functions = {}
         with forks.held_off():
@@ -270,7 +271,7 @@ class _Part:
                 plan = variant.parse_variant(op, export, signature).plan(signature)
                 # A function of a CUDA file may take CPU tensors as well, or be told by its own checks that it may not.
                 who = export if self.label.partition("<")[0] == export else f"{self.label}.{export}"
-                dispatch_keys = ("CUDA", "CPU") if self.backend == "cuda" else ("CPU",)
+                dispatch_keys = tuple(dict.fromkeys((self.backend.dispatch_key, CPU.dispatch_key)))
                 if not any(argument.kind == "T" for argument in signature.arguments):
                     dispatch_keys = ("CompositeExplicitAutograd",)  # without a tensor there is no device to go by
                 dispatcher.reserve(f"load_jit({self.name!r})", len(dispatch_keys))
@@ -280,11 +281,9 @@ class _Part:
         return functions
 
     def _answer(self, export: str, key: Sequence[int]) -> int:
-        on_device = self.backend == "cuda" and key[0] >= 0
-        arch = toolchain.device_arch(key[0]) if on_device else _default_arch(self.backend)
-        loaded = loader.load(self.unit(arch))
-        if on_device:
-            loaded.load_kernels(key[0])
+        arch = self.backend.arch_of(key[0]) if key[0] >= 0 else _default_arch(self.backend)
+        loaded = load(self.unit(arch))
+        loaded.load_kernels(key[0])
         return loaded.entry(export)
 
 

@@ -16,27 +16,19 @@ from typing import Any
 from torch_jit_ops import backends
 from torch_jit_ops.backends.wheels import WheelHeaders, WheelLibrary
 
-_BACKENDS = ("cuda", "cpu")
 _LINKS = r"-l(?!ineinfo$)|-L|-Wl,|-Xlinker"
 Folder = Path | WheelHeaders
 
 
 def backend_of(key: str) -> str | None:
     """``cuda`` for ``cuda``, ``sm_90`` and ``sm_90a``; None for a key that is none."""
-    if key in _BACKENDS:
-        return key
-    if re.fullmatch(r"sm_\d{2,3}[af]?", key):
-        return "cuda"
-    return "cpu" if re.fullmatch(backends.CPU.arch_form, key) else None
+    backend = backends.of_key(key)
+    return None if backend is None else backend.name
 
 
 def pick(option: Mapping[str, tuple[Any, ...]], backend: str, arch: str) -> tuple[Any, ...]:
     """What the option says for an architecture such as ``9.0a`` or ``x86-64-v3``."""
-    target = f"sm_{arch.replace('.', '')}" if backend == "cuda" else arch
-    for key in (target, target.rstrip("af") if backend == "cuda" else target, backend):
-        if key in option:
-            return option[key]
-    return ()
+    return next((option[key] for key in backends.named(backend).keys(arch) if key in option), ())
 
 
 def flags(who: str, given: Mapping[str, Sequence[str]] | None, sources: Iterable[str]) -> dict[str, tuple[str, ...]]:
@@ -120,7 +112,7 @@ def _lists(
         backend = backend_of(key) if isinstance(key, str) else None
         if backend is None:
             raise ValueError(
-                f"{who}: {option} names {key!r}; there are the backends {', '.join(_BACKENDS)} and architectures such as "
+                f"{who}: {option} names {key!r}; there are the backends {', '.join(backends.NAMES)} and architectures such as "
                 "sm_90, sm_90a and x86-64-v3"
             )
         if (

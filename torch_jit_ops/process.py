@@ -54,9 +54,9 @@ def said_once(function: Callable[[], Result]) -> Callable[[], Result]:
 def first_time(*what: object) -> bool:
     """Whether this is the first time that anybody asks for ``what``, in any thread."""
     with _said_lock:
-        first = what not in _said
+        is_first = what not in _said
         _said.add(what)
-        return first
+        return is_first
 
 
 def reset(*, said: bool = True) -> None:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch_jit_ops import backends
 from torch_jit_ops.builder import unit
 
-SUFFIXES = {"cuda": (".cu",), "cpu": (".cpp", ".cc", ".cxx")}
+SUFFIXES = {backend.name: backend.suffixes for backend in backends.ALL}
 
 
 @dataclass(frozen=True)

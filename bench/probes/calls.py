@@ -59,9 +59,9 @@ def in_place() -> None:
 @probe("Calls", "no Python in a call without a gradient")
 def no_python() -> None:
     from torch_jit_ops import dispatcher
-    from torch_jit_ops.builder import loader
+    from torch_jit_ops.builder.load import load
 
-    loader.load(dispatcher.autograd_unit())  # a thread does it else, at its leisure
+    load(dispatcher.autograd_unit())  # a thread does it else, at its leisure
     op, x = torch.ops.jitk.relu2.default, torch.randn(8)
     op(x), op(x)
     package = str(Path(torch_jit_ops.__file__).parent)

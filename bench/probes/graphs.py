@@ -134,7 +134,8 @@ void twice(jitk::TensorView x, jitk::Output& out) {
 
 @probe(COMPILE, "kernels are built in the background meanwhile")
 def background_builds() -> None:
-    from torch_jit_ops.builder import loader
+    from torch_jit_ops import boot
+    from torch_jit_ops.builder.unit import Unit
 
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "twice.cpp").write_text(_TWICE)
@@ -145,9 +146,9 @@ def background_builds() -> None:
             return 2 * x
 
         loaded = threading.Event()
-        load = loader.load
+        load = boot.load
 
-        def noted(unit: loader.Unit, *args: Any) -> Any:
+        def noted(unit: Unit, *args: Any) -> Any:
             result = load(unit, *args)
             if unit.name == "ahead.twice" and threading.current_thread() is not threading.main_thread():
                 loaded.set()
@@ -157,7 +158,7 @@ def background_builds() -> None:
             require(loaded.wait(60), "nothing was built while the graph was compiled")
             return module.forward
 
-        loader.load = noted
+        boot.load = noted
         x = torch.arange(3.0)
         assert_close(torch.compile(lambda x: torch.ops.ahead.twice(x), fullgraph=True, backend=backend)(x), 2 * x)
 

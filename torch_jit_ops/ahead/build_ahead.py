@@ -9,12 +9,12 @@ torch_jit_ops.build(manifest="run.jsonl")                            what JITK_R
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,12 @@ from typing import Any
 import torch
 
 from torch_jit_ops import backends, dispatcher, environment, fallback, manifest, progress, registry
-from torch_jit_ops.backends import CUDA, Backend
-from torch_jit_ops.builder import compiler_jobs, loader
+from torch_jit_ops.backends import CPU, CUDA, Backend
+from torch_jit_ops.builder import compiler_jobs, workers
+from torch_jit_ops.builder.errors import BuildError
+from torch_jit_ops.builder.load import load as load_unit
+from torch_jit_ops.builder.shared_object import Loaded
+from torch_jit_ops.builder.unit import Unit
 from torch_jit_ops.dtypes import Combination, shown
 from torch_jit_ops.op import Op
 from torch_jit_ops.registry import find_ops, nearest
@@ -40,7 +44,7 @@ class Wanted:
     values: tuple[Value, ...]
     arch: str
 
-    def unit(self) -> loader.Unit:
+    def unit(self) -> Unit:
         return self.op.declaration.unit(self.backend.name, self.values, self.arch)
 
 
@@ -95,13 +99,13 @@ def build(
         wanted = needed(ops, dtypes, arguments, arch, backend)
     report = load_all([each.unit() for each in wanted], jobs)
     if report.failures:
-        raise loader.BuildError(
+        raise BuildError(
             f"{len(report.failures)} of {report.kernels} kernels could not be built\n" + "\n".join(report.failures)
         )
     return report
 
 
-def load_all(units: Iterable[loader.Unit], jobs: int | None = None) -> Report:
+def load_all(units: Iterable[Unit], jobs: int | None = None) -> Report:
     """Load the dispatcher and the units, compiling what is not in the store; a bar on a terminal shows how far it is."""
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
@@ -116,25 +120,21 @@ def load_all(units: Iterable[loader.Unit], jobs: int | None = None) -> Report:
     # Of several GPUs the current one: the others' kernels are loaded, from this process's libraries, when they are called.
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else -1
     here = (CUDA, CUDA.arch_of(device)) if device >= 0 else None
-    with _bar(len(wanted)) as working, ThreadPoolExecutor(jobs or compiler_jobs.compiler_jobs()) as pool:
+    with _bar(len(wanted)) as working, workers.Workers(lambda: jobs or compiler_jobs.compiler_jobs()) as team:
 
-        def load(unit: loader.Unit) -> loader.Loaded:
+        def load(unit: Unit) -> Loaded:
             with working(f"{unit.label} {unit.arch}"):
-                loaded = loader.load(unit)
+                loaded = load_unit(unit)
                 if (unit.backend, unit.arch) == here:
                     loaded.load_kernels(device)
                 return loaded
 
-        results = [pool.submit(load, unit) for unit in wanted]
-        try:
-            for unit, result in zip(wanted, results, strict=True):
-                try:
-                    compiled += result.result().compiled
-                except (RuntimeError, OSError) as error:  # of this kernel; the others shall be built all the same
-                    failures.append(f"{unit.label} ({unit.backend.name} {unit.arch}): {error}")
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        results = [team.submit(functools.partial(load, unit)) for unit in wanted]
+        for unit, result in zip(wanted, results, strict=True):
+            try:
+                compiled += result.result().compiled
+            except (RuntimeError, OSError) as error:  # of this kernel; the others shall be built all the same
+                failures.append(f"{unit.label} ({unit.backend.name} {unit.arch}): {error}")
     return Report(len(wanted), compiled, tuple(failures), time.monotonic() - start)
 
 
@@ -279,7 +279,7 @@ def _seeds(
         names = (pattern.signature.arguments[part.argument].name for part in pattern.placeholders)
         yield tuple(named.get(name, dtypes.first) for name in names)
     elif op.declaration.samples is not None:
-        for sample in op.declaration.samples(SampleMaker("cpu", dtypes)):
+        for sample in op.declaration.samples(SampleMaker(CPU.device_type, dtypes)):
             unserved = op.declaration.unserved(pattern.dtypes_of(op.declaration.by_name(sample.args, sample.kwargs)))
             if unserved is None:
                 yield pattern.values(pattern.words_of(op.declaration.arguments(*sample.args, **sample.kwargs)))

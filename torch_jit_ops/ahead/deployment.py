@@ -22,7 +22,9 @@ import torch
 
 from torch_jit_ops import backends, dispatcher, registry
 from torch_jit_ops.ahead import build_ahead
-from torch_jit_ops.builder import loader
+from torch_jit_ops.builder.errors import BuildError
+from torch_jit_ops.builder.load import load
+from torch_jit_ops.builder.unit import Unit
 from torch_jit_ops.dtypes import shown
 from torch_jit_ops.op import Op
 from torch_jit_ops.signature import tensors_of
@@ -85,7 +87,7 @@ def deploy(
     units = [each.unit() for each in wanted]
     report = build_ahead.load_all([dispatcher.standalone_unit(), *units], jobs)
     if report.failures:
-        raise loader.BuildError(
+        raise BuildError(
             f"{len(report.failures)} of {report.kernels} kernels could not be built\n" + "\n".join(report.failures)
         )
     with files.replacing(target.resolve()) as unfinished:
@@ -94,12 +96,12 @@ def deploy(
     return Deployment(target, target / LIBRARY, len(wanted), report.compiled, time.monotonic() - start)
 
 
-def _write(folder: Path, wanted: Sequence[build_ahead.Wanted], units: Sequence[loader.Unit]) -> None:
-    shutil.copyfile(loader.load(dispatcher.standalone_unit()).path, folder / LIBRARY)
+def _write(folder: Path, wanted: Sequence[build_ahead.Wanted], units: Sequence[Unit]) -> None:
+    shutil.copyfile(load(dispatcher.standalone_unit()).path, folder / LIBRARY)
     names = {}
     for unit in units:
         names[unit] = f"{unit.name}-{unit.key()[:16]}.so"
-        shutil.copyfile(loader.load(unit).path, folder / names[unit])
+        shutil.copyfile(load(unit).path, folder / names[unit])
     lines = [_VERSION]
     for op in dict.fromkeys(each.op for each in wanted):
         forms = op.declaration.overloads
@@ -111,7 +113,7 @@ def _write(folder: Path, wanted: Sequence[build_ahead.Wanted], units: Sequence[l
                 lines += [f"asked {part.text}" for part in kernel.pattern.placeholders]
                 for each, unit in zip(wanted, units, strict=True):
                     if (each.op, each.backend) == (op, backend):
-                        export = op.declaration.checked_export(backend.name, loader.load(unit))
+                        export = op.declaration.checked_export(backend.name, load(unit))
                         words = ",".join(map(str, kernel.pattern.key(each.values))) or "-"
                         lines.append(f"kernel {names[unit]} {export} {each.arch} {words} {unit.label}")
     (folder / TABLE).write_text("\n".join(lines) + "\n")

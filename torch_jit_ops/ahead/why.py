@@ -66,15 +66,16 @@ def _differences(unit: Unit, variant: Variant, compiler: str | None) -> Iterator
             yield Difference(what, str(record.get(field)), str(facts[field]))
     if compiler is not None and record.get("compiler") != compiler:
         yield Difference("compiler", record.get("compiler"), compiler)
-    was, now = list(record.get("flags", ())), list(unit.compile_flags())
+    was, now = list(record.get("flags", ())), list(facts["flags"])
     gone = [flag for flag in was if flag not in now]
     new = [flag for flag in now if flag not in was]
     if gone or new:
         yield Difference("flags", " ".join(gone) or None, " ".join(new) or None)
     elif was != now:
         yield Difference("order of flags", " ".join(was), " ".join(now))
-    if record.get("label") == unit.label and variant.text not in (None, unit.text):
-        yield Difference("translation unit", variant.text, unit.text)
+    texts = (unit.text, *unit.beside)
+    if record.get("label") == unit.label and variant.texts is not None and variant.texts != texts:
+        yield Difference("translation unit", "".join(variant.texts), "".join(texts))
     roots = unit.roots()
     for item in record["dependencies"]:
         if item["root"] not in roots:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from torch_jit_ops.backends.backend import Backend as Backend
@@ -24,6 +26,11 @@ def named(name: str) -> Backend:
         if backend.name == name:
             return backend
     raise ValueError(f"the backend must be {' or '.join(NAMES)}, got {name!r}")
+
+
+def of_key(key: str) -> Backend | None:
+    """The backend that a declaration means by ``cuda``, ``sm_90``, ``x86-64-v3``; None if it means none."""
+    return next((backend for backend in ALL if key == backend.name or re.fullmatch(backend.target_form, key)), None)
 
 
 def of_device(device: torch.device) -> Backend | None:

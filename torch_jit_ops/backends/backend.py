@@ -41,7 +41,8 @@ class Backend(abc.ABC):
         device_type: of its tensors, as PyTorch has it. Two backends may share one: ROCm's tensors are ``cuda`` too.
         dispatch_key: under which PyTorch's dispatcher looks for its kernels.
         suffixes: of sources; the first is that of a translation unit.
-        arch_form: a regular expression that its architectures match.
+        arch_form: a regular expression that its architectures match: ``9.0a``.
+        target_form: the same of how people and declarations call them: ``sm_90a``.
         flags: for every architecture.
         debug_flags: behind them, in debug builds.
         exports_link_flags: for the linker, where a unit exports functions.
@@ -54,6 +55,7 @@ class Backend(abc.ABC):
     dispatch_key: str
     suffixes: tuple[str, ...]
     arch_form: str
+    target_form: str
     flags: tuple[str, ...]
     debug_flags: tuple[str, ...]
     exports_link_flags: tuple[str, ...]
@@ -85,6 +87,10 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def target(self, arch: str) -> str:
         """The architecture as people and declarations call it: ``sm_90a``."""
+
+    def keys(self, arch: str) -> tuple[str, ...]:
+        """How a declaration may say that something is for this architecture, the most specific first."""
+        return self.target(arch), self.name
 
     @abc.abstractmethod
     def arch_of(self, index: int) -> str:

@@ -63,6 +63,7 @@ CPU = Cpu(
     dispatch_key="CPU",
     suffixes=(".cpp", ".cc", ".cxx"),
     arch_form=r"x86-64(-v[2-4])?",
+    target_form=r"x86-64(-v[2-4])?",
     flags=("-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"),
     debug_flags=("-O0", "-g", "-DJITK_DEBUG"),
     exports_link_flags=(),

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from torch_jit_ops.backends.toolchain import MissingCompiler
+from torch_jit_ops.backends.programs import MissingCompiler
 
 
 class MissingWheel(MissingCompiler):

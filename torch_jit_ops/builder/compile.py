@@ -22,6 +22,7 @@ from torch_jit_ops.builder import log, workarounds
 from torch_jit_ops.builder.errors import BuildError, BuildInterrupted, UnknownGpu
 from torch_jit_ops.builder.shared_object import NOEXEC, OF_THIS_MOMENT
 from torch_jit_ops.builder.unit import Unit, file_name, include_dir, inlined_in
+from torch_jit_ops.store import files
 from torch_jit_ops.store.dependencies import Dependency, dependencies_of
 
 _EXPORTS = "#include <jitk/export.h>"
@@ -156,7 +157,7 @@ def _failure(unit: Unit, error: Exception, staging: Path) -> BuildError:
 
 def _cuda_home(toolkit: Toolkit, staging: Path) -> str:
     """A path that needs no quotes, since it gets none: a link, seen from the folder in which ninja runs the commands."""
-    if workarounds.is_plain(toolkit.home):
+    if files.is_plain(toolkit.home):
         return str(toolkit.home)
     workarounds.link(staging, "toolkit", toolkit.home)
     return f"{workarounds.LINKS}/toolkit"

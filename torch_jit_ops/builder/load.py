@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from torch_jit_ops import environment, forks, process, progress, statistics
-from torch_jit_ops.builder import compilers, errors, shared_object
+from torch_jit_ops.builder import compilers, errors, shared_object, workers
 from torch_jit_ops.builder.errors import BuildError, BuildInterrupted, CompileRefused
 from torch_jit_ops.builder.shared_object import NOEXEC, OF_THIS_MOMENT, Loaded, nowhere_to_run
 from torch_jit_ops.builder.unit import Unit, include_dir
@@ -124,7 +124,7 @@ def _load(unit: Unit, stores: tuple[Store, ...], meanwhile: Callable[[], object]
     if missing is not None:
         raise missing
     if meanwhile is not None:
-        threading.Thread(target=meanwhile, daemon=True).start()
+        workers.background.submit(meanwhile, at_once=True)
     with contextlib.suppress(OSError):  # a store that cannot be written: staging says so
         store.own_folder("locks")
     with lock.building(store.lock_path(unit.name, key), f"{unit.label} for {unit.target()}") as held:

@@ -36,7 +36,12 @@ class Loaded:
         return int(ctypes.cast(getattr(self.library, f"jitk_entry_{name}"), ctypes.c_void_p).value or 0)
 
     def load_kernels(self, device_index: int) -> int:
-        """Have CUDA load the library's kernels on the device now, not on their first launch. Returns how many there are."""
+        """Have CUDA load the library's kernels on the device now, not on their first launch. Returns how many there are.
+
+        Nothing happens for the CPU, whose index is -1.
+        """
+        if device_index < 0:
+            return 0
         with contextlib.suppress(AttributeError, UnicodeDecodeError):  # a library without exports, such as doctor's
             return int(self.library.jitk_load_kernels(device_index))
         return 0

@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -99,7 +100,7 @@ class Unit:
         texts = [self.text, *self.beside]
         return digest_of_record([self.backend.name, texts, self.compile_flags(), self.linked(), versions])
 
-    def facts(self) -> dict[str, object]:
+    def facts(self) -> dict[str, Any]:
         """What the store keeps about it beside its key, for people and for the question why it is built again."""
         return {
             "name": self.name,

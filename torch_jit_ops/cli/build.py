@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from torch_jit_ops.ahead import build_ahead
+from torch_jit_ops.backends import NAMES
 from torch_jit_ops.builder import compiler_jobs
 
 
@@ -47,7 +48,7 @@ def add_choice(parser: argparse.ArgumentParser) -> None:
         help="values of a placeholder of the variant, as constant=5,7; repeatable (default: those of the samples)",
     )
     parser.add_argument(
-        "--backend", choices=("cpu", "cuda"), action="append", help="default: cuda if it can be built for, and cpu"
+        "--backend", choices=sorted(NAMES), action="append", help="default: cuda if it can be built for, and cpu"
     )
     parser.add_argument(
         "--arch", action="append", metavar="9.0a", help="CUDA architecture; repeatable (default: of the GPUs here)"

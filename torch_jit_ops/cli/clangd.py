@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from torch_jit_ops.backends import CPU, CUDA, MissingCompiler, Toolkit
-from torch_jit_ops.builder import loader
+from torch_jit_ops.builder.unit import Unit, include_dir
 
 _MARK = "# Written by python -m torch_jit_ops clangd, which replaces it when it is run again.\n"
 _NO_SUCH_IN_CLANG = ("-Xcompiler", "-gencode")
@@ -52,11 +52,11 @@ def configuration(folder: Path, arch: str, toolkit: Toolkit | None) -> str:
     own = [
         place for name in ("include", "csrc") for place in sorted({folder / name, *folder.glob(f"*/{name}")}) if place.is_dir()
     ]
-    include = [f"-I{place}" for place in dict.fromkeys([*own, loader.include_dir()])]
-    cpu = loader.Unit("", "", CPU, CPU.arch_of(), "").compile_flags()
+    include = [f"-I{place}" for place in dict.fromkeys([*own, include_dir()])]
+    cpu = Unit("", "", CPU, CPU.arch_of(), "").compile_flags()
     parts = [_part(None, [*include, "-xc++", *cpu])]
     if toolkit is not None:
-        flags = loader.Unit("", "", CUDA, arch, "").compile_flags()
+        flags = Unit("", "", CUDA, arch, "").compile_flags()
         cuda = [flag for flag in flags if not flag.startswith(_NO_SUCH_IN_CLANG)]
         cuda += ["-xcuda", f"--cuda-path={toolkit.home}", f"--cuda-gpu-arch={CUDA.target(arch)}"]
         # clangd only reads: it needs no device library, and knows the newest CUDA well enough.

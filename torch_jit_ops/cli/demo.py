@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torch_jit_ops import dispatcher
-from torch_jit_ops.builder import loader
+from torch_jit_ops.backends import CPU, CUDA
+from torch_jit_ops.builder.load import load
 
 # The op of each gated activation, and the activation in plain PyTorch.
 _ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
@@ -169,10 +170,10 @@ class Llama(nn.Module):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    default = "cuda" if torch.cuda.is_available() else "cpu"
+    default = (CUDA if CUDA.is_here() else CPU).device_type
     parser.add_argument("--device", default=default, help="default here: %(default)s")
     parser.add_argument(
-        "--dtype", choices=_DTYPES, default="bfloat16" if default == "cuda" else "float32", help="default: %(default)s"
+        "--dtype", choices=_DTYPES, default="bfloat16" if CUDA.is_here() else "float32", help="default: %(default)s"
     )
     parser.add_argument("--activation", choices=_ACTIVATIONS, default="silu", help="default: %(default)s")
     parser.add_argument("--tokens", type=int, default=128, help="length of the sequence (default: %(default)s)")
@@ -195,7 +196,7 @@ def run(options: argparse.Namespace) -> int:
     parameters = sum(parameter.numel() for parameter in model.parameters())
 
     console = Console(soft_wrap=True)
-    place = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+    place = torch.cuda.get_device_name(device) if CUDA.serves(device) else "the CPU"
     console.print(
         f"a Llama of {size.layers} layers, hidden {size.hidden}, intermediate {size.intermediate}, "
         f"{parameters / 1e6:.0f} M parameters, {options.dtype}, on {place}; PyTorch {torch.__version__}"
@@ -216,7 +217,7 @@ def run(options: argparse.Namespace) -> int:
             results[name] = (time.perf_counter() - start, error)
         # What compiles in the background would share the processor with what is timed.
         with contextlib.suppress(RuntimeError):
-            loader.load(dispatcher.autograd_unit())
+            load(dispatcher.autograd_unit())
         times = _interleaved(candidates, tokens)
 
     allowed = 2 * results["plain, eager"][1]

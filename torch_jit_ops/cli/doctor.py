@@ -31,7 +31,9 @@ import torch
 
 from torch_jit_ops import environment
 from torch_jit_ops.backends import CPU, CUDA, MissingCompiler, programs
-from torch_jit_ops.builder import compiler_jobs, compilers, loader
+from torch_jit_ops.builder import compiler_jobs, compilers
+from torch_jit_ops.builder.load import load
+from torch_jit_ops.builder.unit import Unit
 from torch_jit_ops.cli import screen
 from torch_jit_ops.store import files
 from torch_jit_ops.store.search_path import default_store, search_path
@@ -247,24 +249,24 @@ def _compiling() -> Iterator[Check]:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     with contextlib.suppress(MissingCompiler):
         programs.host_compiler()
-        yield _try(loader.Unit("doctor", "a CPU kernel", CPU, CPU.arch_of(), _CPU_KERNEL), call=True)
+        yield _try(Unit("doctor", "a CPU kernel", CPU, CPU.arch_of(), _CPU_KERNEL), call=True)
         if _cuda_should_work():
             CUDA.toolkit()
             here = torch.cuda.is_available()
             arch = CUDA.arch_of(0) if here else environment.cuda_arch() or "9.0a"
-            yield _try(loader.Unit("doctor", "a CUDA kernel", CUDA, arch, _CUDA_KERNEL), call=here)
+            yield _try(Unit("doctor", "a CUDA kernel", CUDA, arch, _CUDA_KERNEL), call=here)
 
 
 def _cuda_should_work() -> bool:
     return torch.version.cuda is not None
 
 
-def _try(unit: loader.Unit, *, call: bool) -> Check:
+def _try(unit: Unit, *, call: bool) -> Check:
     what = f"compiling for {unit.backend.name}"
     start = time.monotonic()
     try:
         with _empty_store():
-            library = loader.load(unit).library
+            library = load(unit).library
     except (RuntimeError, OSError) as error:
         return _of_error(what, error)
     took = f"{unit.label} for {unit.arch} in {time.monotonic() - start:.1f} s"

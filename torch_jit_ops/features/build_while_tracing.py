@@ -8,14 +8,12 @@ A build that fails is no error here: the call meets the same one and raises it. 
 
 from __future__ import annotations
 
-import collections
-import threading
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from torch_jit_ops import backends, dispatcher, environment, forks, progress
-from torch_jit_ops.builder import compiler_jobs
+from torch_jit_ops import backends, dispatcher, environment, progress
+from torch_jit_ops.builder import workers
 from torch_jit_ops.signature import tensors_of
 from torch_jit_ops.variant import VariantPattern
 
@@ -52,60 +50,14 @@ def start(
     if words is None:
         return
     key = (backend.index_of(device), *words)
-    _workers.submit("dispatcher", dispatcher.library)
-    _workers.submit((who, backend.name, key), lambda: load(backend.name, key))
+    workers.background.once("dispatcher", lambda: _quietly(dispatcher.library))
+    workers.background.once((who, backend.name, key), lambda: _quietly(lambda: load(backend.name, key)))
+
+
+def _quietly(build: Callable[[], object]) -> None:
+    with progress.in_background():
+        build()
 
 
 def _is_tracing() -> bool:
     return torch._guards.TracingContext.try_get() is not None or torch.compiler.is_compiling()
-
-
-class _Workers:
-    """A few threads, which are there while there is something to do."""
-
-    def __init__(self) -> None:
-        self._lock = forks.Lock()
-        self._asked: set[object] = set()
-        self._jobs: collections.deque[Callable[[], object]] = collections.deque()
-        self._threads = 0
-
-    def submit(self, what: object, job: Callable[[], object]) -> None:
-        """Run the job in one of the threads, unless the same was asked for before: a fake runs several times."""
-        with self._lock:
-            if what in self._asked:
-                return
-            self._asked.add(what)
-            self._jobs.append(job)
-            if self._threads >= compiler_jobs.compiler_jobs():
-                return
-            self._threads += 1
-        try:
-            threading.Thread(target=self._work, name="jitk", daemon=True).start()
-        except RuntimeError:  # no more threads, or the process ends: the call builds
-            with self._lock:
-                self._threads -= 1
-
-    def _work(self) -> None:
-        while True:
-            with self._lock:
-                if not self._jobs:
-                    self._threads -= 1
-                    return
-                job = self._jobs.popleft()
-            try:
-                with progress.in_background():
-                    job()
-            except Exception:  # of any kind: the call meets it again, where somebody can catch it
-                continue
-
-
-_workers = _Workers()
-
-
-def _forget_in_child() -> None:
-    """The threads are not there."""
-    global _workers
-    _workers = _Workers()
-
-
-forks.in_child(_forget_in_child)

@@ -1,6 +1,6 @@
 """The library of the built-in ops: an OpLibrary like anybody's."""
 
-from torch_jit_ops.builder.loader import csrc_dir
+from torch_jit_ops.builder.unit import csrc_dir
 from torch_jit_ops.op_library import OpLibrary
 
 library = OpLibrary("jitk", csrc=csrc_dir())

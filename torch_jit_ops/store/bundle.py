@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
-from torch_jit_ops.store import files, forms, prune
+from torch_jit_ops.store import files, forms, prune, record
 from torch_jit_ops.store.dependencies import Dependency
 from torch_jit_ops.store.digests import LARGEST_FILE, digest_of
 from torch_jit_ops.store.listing import Variant
@@ -168,29 +168,29 @@ def _read(file: Path, archive: IO[bytes], member: tarfile.TarInfo, largest: int)
 
 def _record(file: Path, folder: Path, place: str) -> dict[str, Any]:
     """The record of a variant, if it fits its place and its files."""
-    record = None
+    found = None
     try:
-        record = parse_record(forms.read(folder / RECORD, LARGEST_RECORD))
+        found = parse_record(forms.read(folder / RECORD, LARGEST_RECORD))
         fits = (
-            record is not None
-            and place.startswith(f"{record['name']}-{record['key'][:16]}/")
-            and digest_of(forms.read(folder / record["library"], LARGEST_FILE)) == record["digest"]
+            found is not None
+            and place.startswith(f"{found['name']}-{found['key'][:16]}/")
+            and digest_of(forms.read(folder / found["library"], LARGEST_FILE)) == found["digest"]
         )
     except (OSError, forms.Malformed):
         fits = False
-    if record is None or not fits:
+    if found is None or not fits:
         raise BundleError(f"{file}: {place}/{RECORD} does not describe the files beside it")
-    return record
+    return found
 
 
-def _publish(store: Store, folder: Path, place: str, record: dict[str, Any]) -> None:
-    dependencies = [Dependency(**item) for item in record["dependencies"]]
+def _publish(store: Store, folder: Path, place: str, given: dict[str, Any]) -> None:
+    dependencies = [Dependency(**item) for item in given["dependencies"]]
     known = ("format", "key", "library", "digest", "dependencies")
-    facts = {name: value for name, value in record.items() if name not in known} | {"imported": True}
-    store.publish(folder, record["name"], record["key"], folder / record["library"], dependencies, facts)
+    facts = {name: value for name, value in given.items() if name not in known} | {"imported": True}
+    store.publish(folder, given["name"], given["key"], folder / given["library"], dependencies, facts)
     for built in prune.folders(store.root / place.partition("/")[0]):
         with contextlib.suppress(OSError, forms.Malformed):
             there = record.read(built, store.root)
-            if there is not None and (there["key"], there["dependencies"]) == (record["key"], record["dependencies"]):
+            if there is not None and (there["key"], there["dependencies"]) == (given["key"], given["dependencies"]):
                 return
     raise OSError(f"{place} could not be put into {store.root}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch_jit_ops.store import forms
+from torch_jit_ops.store import forms, record
 from torch_jit_ops.store.record import DISPATCHER, LARGEST_RECORD, RECORD
 from torch_jit_ops.store.store import Store
 
@@ -42,10 +42,11 @@ class Variant:
         return (self.folder / RECORD).stat().st_mtime
 
     @property
-    def text(self) -> str | None:
-        for file in (*self.folder.glob("*.cu"), *self.folder.glob("*.cpp")):
-            with contextlib.suppress(OSError, forms.Malformed):
-                return os.fsdecode(forms.read(file, LARGEST_RECORD))
+    def texts(self) -> tuple[str, ...] | None:
+        """Its translation units, that of the kernel first; None if one cannot be read."""
+        files = sorted((*self.folder.glob("*.cu"), *self.folder.glob("*.cpp")), key=lambda file: (len(file.name), file.name))
+        with contextlib.suppress(OSError, forms.Malformed):
+            return tuple(os.fsdecode(forms.read(file, LARGEST_RECORD)) for file in files) or None
         return None
 
 
@@ -53,10 +54,10 @@ def variants(store: Store, ops: Sequence[str] = ()) -> Iterator[Variant]:
     """The variants of a store whose record can be read; of these ops, ``relu2`` or ``jitk::relu2``, if any are named."""
     for folder in store.variants():
         try:
-            record = store.record(folder)
+            found = record.read(folder, store.root)
         except (OSError, forms.Malformed):
             continue  # damaged: as good as absent
-        if record is not None:
-            found = Variant(folder, record)
-            if not ops or {found.op, found.op.split("::")[-1]} & set(ops):
-                yield found
+        if found is not None:
+            variant = Variant(folder, found)
+            if not ops or {variant.op, variant.op.split("::")[-1]} & set(ops):
+                yield variant

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_jit_ops.backends import CPU
 from torch_jit_ops.dtypes import Combination
 from torch_jit_ops.op import Op
 from torch_jit_ops.samples import Sample, SampleMaker
@@ -27,7 +28,7 @@ def kept_arguments(op: Op) -> frozenset[str]:
     names: set[str] = set()
     declaration, samples = op.declaration, op.declaration.samples
     for dtypes in declaration.dtypes.combinations() if samples is not None else ():
-        make = SampleMaker("cpu", dtypes)
+        make = SampleMaker(CPU.device_type, dtypes)
         for sample in samples(make) if samples is not None else ():
             given = declaration.by_name(sample.args, sample.kwargs)
             names |= {name for name, value in given.items() if isinstance(value, Tensor) and make.is_kept(value)}

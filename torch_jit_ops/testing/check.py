@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -21,10 +18,8 @@ from torch_jit_ops.testing.calls import (
     Outcome,
     assert_only_written_inside,
     assert_same_bits,
-    bits,
     call,
     copy_with_storage,
-    is_8bit_float,
     map_tensors,
     may_want_gradient,
     moved,
@@ -37,6 +32,7 @@ from torch_jit_ops.testing.calls import (
     with_tokens,
     writes,
 )
+from torch_jit_ops.testing.opcheck import opcheck
 
 
 def check(op: Op, *, devices: Sequence[str] | None = None, dtypes: Given | None = None) -> None:
@@ -170,38 +166,11 @@ def _like_its_fake(op: Op, given: Sample) -> None:
 
 
 def _opcheck(op: Op, given: Sample, *, out_form: bool = True) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        results = call(op, copy_with_storage(given) if writes(op) else given).tensors
-        _opcheck_overload(op.default, given, results[: op.signature.results])
-        if op.declaration.outputs and out_form:
-            outs = dict(zip(op.declaration.outputs, map(torch.empty_like, results), strict=True))
-            _opcheck_overload(op.out, Sample(given.args, {**given.kwargs, **outs}), results)
-
-
-def _opcheck_overload(overload: Any, given: Sample, results: Sequence[Tensor]) -> None:
-    kwargs = dict(given.kwargs)
-    if not any(is_8bit_float(tensor.dtype) for tensor in (*tensors_of(given), *results)):
-        torch.library.opcheck(overload, given.args, kwargs)
-        return
-    with mock.patch.object(torch, "allclose", _all_close):
-        torch.library.opcheck(overload, given.args, kwargs, test_utils="test_schema")
-    rest = ["test_autograd_registration", "test_faketensor"]
-    # Of results that want a gradient it takes the sum, which 8-bit floats do not have.
-    if not any(is_8bit_float(result.dtype) and result.requires_grad for result in results):
-        rest.append("test_aot_dispatch_dynamic")
-    torch.library.opcheck(overload, given.args, kwargs, test_utils=rest)
-
-
-_allclose = torch.allclose
-
-
-def _all_close(one: Tensor, other: Tensor, **options: Any) -> bool:
-    """``torch.allclose``, with which opcheck sees whether an argument was written, and which raises for 8-bit floats (PyTorch
-    2.11 to 2.13): of those it compares the bytes."""
-    if is_8bit_float(one.dtype) and one.dtype == other.dtype:
-        return one.shape == other.shape and torch.equal(bits(one), bits(other))
-    return _allclose(one, other, **options)
+    results = call(op, copy_with_storage(given) if writes(op) else given).tensors
+    opcheck(op.default, given, results)
+    if op.declaration.outputs and out_form:
+        outs = dict(zip(op.declaration.outputs, map(torch.empty_like, results), strict=True))
+        opcheck(op.out, Sample(given.args, {**given.kwargs, **outs}))
 
 
 def _more_rows(op: Op, given: Sample) -> None:

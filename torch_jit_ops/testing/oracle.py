@@ -19,9 +19,8 @@ that the reference computes, as in a tie that is exact, nothing but its own resu
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,33 +28,25 @@ from torch import Tensor
 from torch_jit_ops.dtypes import Combination
 from torch_jit_ops.op import Op
 from torch_jit_ops.samples import Sample
-from torch_jit_ops.testing.arithmetic import OneRoundingEach, Unrounded
 from torch_jit_ops.testing.calls import (
     Outcome,
-    bits,
     call,
     copy_with_storage,
     is_8bit_float,
-    map_tensors,
     require,
     samples_of,
     tensors_of,
     with_extremes,
 )
+from torch_jit_ops.testing.truth import Deviations, Reference, Trials, expected, in_float64, outcome_of_reference, widened
 
 _NEIGHBOURS = 64  # on each side, of similar magnitude, whose errors bound an element's
 _FLUSHED = torch.finfo(torch.float32).smallest_normal  # computing in fp32, hardware may flush what is smaller to zero
 # The truth is not exact either: float64 leaves nothing of 1 + erf(x) below x = -8.3. Errors below this part of the largest
 # result are not looked at, unless the values are extreme, where the largest says nothing about the rest.
 _UNKNOWN = 2.0**-48
-_TRIALS = 16  # of stochastic arithmetic: the largest of sixteen normal deviations is 0.7 to 3.5 standard deviations
 
 
-def _outcome_of_reference(op: Op, sample: Sample) -> Outcome:
-    return call(op, sample, op.reference)
-
-
-Reference = Callable[[Op, Sample], Outcome]
 DTypes = torch.dtype | Combination  # of the samples: one of the op's combinations, or one dtype for all tensors
 
 
@@ -80,7 +71,7 @@ def verify(
     sample: Sample,
     actual: Outcome,
     extreme: bool = False,
-    reference: Reference = _outcome_of_reference,
+    reference: Reference = outcome_of_reference,
 ) -> None:
     """Fail unless ``actual``, the op's outcome for ``sample``, is as right as the reference.
 
@@ -91,67 +82,22 @@ def verify(
         extreme: the arguments hold extreme values, where the reference is worse.
         reference: makes the outcome to compare with, such as gradients.
     """
-    expected = _expected(op, sample, reference)
-    names = expected.plain.names
+    wanted = expected(op, sample, reference)
+    names = wanted.plain.names
     require(actual.names == names, f"results and written arguments are {actual.names}, expected {names}")
     bounds = _errors(op, device, dtypes, extreme, reference)
-    deviations = None if extreme or not spreads(op, device, dtypes) else expected.deviations
+    deviations = None if extreme or not spreads(op, device, dtypes) else wanted.deviations
     for place, (name, tensor) in enumerate(actual):
-        plain = expected.plain.tensors[place]
+        plain = wanted.plain.tensors[place]
         require(tensor.shape == plain.shape, f"{name}: shape {list(tensor.shape)}, expected {list(plain.shape)}")
         require(tensor.dtype == plain.dtype, f"{name}: {tensor.dtype}, expected {plain.dtype}")
         require(tensor.device == plain.device, f"{name}: on {tensor.device}, expected {plain.device}")
-        truth = expected.true.tensors[place].detach()
+        truth = wanted.true.tensors[place].detach()
         if has_steps(plain):
-            _compare_steps(name, tensor.detach(), truth, plain.detach(), expected.trials, place)
+            _compare_steps(name, tensor.detach(), truth, plain.detach(), wanted.trials, place)
             continue
         truth = truth.double()
         _compare(name, tensor.detach(), truth, plain.detach(), bounds[name], _noise(truth, extreme), deviations, place)
-
-
-@dataclass(frozen=True)
-class _Expected:
-    op: Op
-    sample: Sample
-    reference: Reference
-    plain: Outcome
-    true: Outcome
-    deviations: _Deviations
-    trials: _Trials
-
-    def is_of(self, op: Op, sample: Sample, reference: Reference) -> bool:
-        if (self.op, self.reference, self.sample.kwargs.keys()) != (op, reference, sample.kwargs.keys()):
-            return False
-        mine = (*self.sample.args, *self.sample.kwargs.values())
-        others = (*sample.args, *sample.kwargs.values())
-        return len(mine) == len(others) and all(map(_same, mine, others))
-
-
-def _same(one: Any, other: Any) -> bool:
-    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
-        return type(one) is type(other) and one == other
-    facts = [(x.shape, x.stride(), x.dtype, x.device, x.requires_grad) for x in (one, other)]
-    return facts[0] == facts[1] and torch.equal(bits(one), bits(other))
-
-
-_last: list[_Expected] = []
-
-
-def _expected(op: Op, sample: Sample, reference: Reference) -> _Expected:
-    """What to compare with; of the last sample at no cost, as many tests in a row have the same one in other layouts."""
-    if not _last or not _last[0].is_of(op, sample, reference):
-        plain = reference(op, copy_with_storage(sample))
-        true = in_float64(op, sample, reference)
-        kept = copy_with_storage(sample)
-        trials = _Trials(op, kept, reference)
-        _last[:] = [_Expected(op, kept, reference, plain, true, _Deviations(op, kept, reference, true), trials)]
-    return _last[0]
-
-
-def in_float64(op: Op, sample: Sample, reference: Reference = _outcome_of_reference) -> Outcome:
-    """The outcome of the reference for the same values in float64, unrounded where the reference does not mean to round."""
-    with Unrounded():
-        return reference(op, _widened(sample))
 
 
 def has_steps(tensor: Tensor) -> bool:
@@ -180,17 +126,13 @@ def average_errors(op: Op, device: str, dtypes: DTypes, actual: Callable[[Sample
     return {name: (mine, plain) for name, (mine, plain) in means.items()}
 
 
-def _widened(sample: Sample) -> Sample:
-    return map_tensors(sample, lambda tensor: tensor.detach().double() if tensor.is_floating_point() else tensor.clone())
-
-
 @functools.cache
 def spreads(op: Op, device: str, dtypes: DTypes) -> bool:
     """Whether one element of an argument decides about more than one element of a result."""
     for sample in samples_of(op, device, dtypes):
         for index, tensor in enumerate(tensors_of(sample)):
             if tensor.is_floating_point() and tensor.numel() > 0:
-                wide = _widened(sample)
+                wide = widened(sample)
                 tensors_of(wide)[index].view(-1)[0] = torch.nan
                 if any(int(result.double().isnan().sum()) > 1 for result in call(op, wide, op.reference).tensors):
                     return True
@@ -210,44 +152,6 @@ def largest_extreme(op: Op, device: str, dtypes: DTypes) -> float | None:
 
 def _first(dtypes: DTypes) -> torch.dtype:
     return dtypes if isinstance(dtypes, torch.dtype) else dtypes.first
-
-
-class _Deviations:
-    """The largest deviation from the truth of each element, in as many trials as were asked for."""
-
-    def __init__(self, op: Op, sample: Sample, reference: Reference, true: Outcome) -> None:
-        self._run = lambda: in_float64(op, sample, reference).tensors
-        self._true = [truth.detach().double() for truth in true.tensors]
-        self._trials = 0
-        self.largest = [torch.zeros_like(truth, dtype=torch.float64) for truth in self._true]
-
-    def try_again(self) -> bool:
-        """One more trial, unless there were enough: then False."""
-        if self._trials == _TRIALS:
-            return False
-        with OneRoundingEach(self._trials):
-            trial = self._run()
-        self._trials += 1
-        for place, truth in enumerate(self._true):
-            self.largest[place] = torch.maximum(self.largest[place], (trial[place].detach().double() - truth).abs())
-        return True
-
-
-class _Trials:
-    """What comes of a sample in float64 when operations are off by one fp32 rounding error, or by two: as much as a kernel may
-    be. What is exact in fp32 is exact here."""
-
-    def __init__(self, op: Op, sample: Sample, reference: Reference) -> None:
-        self._run = lambda: in_float64(op, sample, reference).tensors
-        self._made: list[tuple[Tensor, ...]] = []
-
-    def of(self, place: int) -> Iterator[Tensor]:
-        """That tensor of each trial's outcome."""
-        for trial in range(_TRIALS):
-            if trial == len(self._made):
-                with OneRoundingEach(trial, roundings=1 + trial % 2, only_inexact=True):
-                    self._made.append(tuple(tensor.detach() for tensor in self._run()))
-            yield self._made[trial][place]
 
 
 @functools.cache
@@ -311,7 +215,7 @@ def _compare(
     plain: Tensor,
     bounds: Errors,
     noise: float,
-    deviations: _Deviations | None,
+    deviations: Deviations | None,
     place: int,
 ) -> None:
     rounded = truth.to(actual.dtype)
@@ -335,7 +239,7 @@ def _compare(
     _report(name, as_plain & (_error(actual, plain.double(), noise) > 2), actual, truth, plain)
 
 
-def _compare_steps(name: str, actual: Tensor, truth: Tensor, plain: Tensor, trials: _Trials, place: int) -> None:
+def _compare_steps(name: str, actual: Tensor, truth: Tensor, plain: Tensor, trials: Trials, place: int) -> None:
     wrong = _differs(actual, plain) & _differs(actual, truth.to(plain.dtype))
     for trial in trials.of(place) if wrong.any() else ():
         wrong &= _differs(actual, trial.to(plain.dtype))
