@@ -33,48 +33,20 @@ help:
 	@echo "make kernels   compile every CUDA kernel with nvcc for $(ARCHS), without a GPU"
 	@echo "make docs      write the tables of the built-in ops into README.md and docs/ops.md"
 	@echo "make lint      formatters and linters, as CI runs them; make format applies them"
+	@echo "make house     draw the picture of the package's rooms in CONTRIBUTING.md from the imports"
 	@echo "make wheel     build dist/*.whl"
 	@echo "make clean     remove what the targets made"
 
-# Succeeds in an interpreter whose torch is new enough and meets condition $(3).
-HAS_TORCH = -c 'import sys, torch; sys.exit(not (tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11) $(3)))' 2>/dev/null
-
-# $(call venv,folder,what to install,condition): the torch of $(PYTHON) is used if it will do, since it is the one built for the machine.
-# The .pth file shows all that $(PYTHON) sees, also where that is in a virtual environment itself.
-define venv
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
-	  || { echo "torch_jit_ops needs Python 3.10 or newer; set PYTHON=/path/to/python3.x"; exit 1; }
-	@command -v $${CXX:-c++} >/dev/null \
-	  || { echo "no C++ compiler ($${CXX:-c++}): install g++ 11 or newer (Debian, Ubuntu: apt-get install g++), or set CXX to one"; exit 1; }
-	@$(1)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(1)
-	@if $(1)/bin/python $(HAS_TORCH); then \
-	  :; \
-	elif $(PYTHON) $(HAS_TORCH); then \
-	  echo "setting up $(1) on top of the torch of $(PYTHON)"; \
-	  $(PYTHON) -c 'import sys; print("import site; list(map(site.addsitedir,", [p for p in sys.path if p.endswith("-packages")], "))")' \
-	    >"$$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"; \
-	else \
-	  echo "setting up $(1) with $(2), which may take minutes and gigabytes"; \
-	  $(1)/bin/python -m pip install "$(2)" && $(1)/bin/python $(HAS_TORCH) \
-	    || { echo "$(2) will not do: it must be torch >= 2.11 $(3)"; exit 1; }; \
-	fi
-endef
-
-# $(call nvcc,folder): a CUDA compiler from wheels, where there is no other.
-nvcc = $(1)/bin/python -c 'from torch_jit_ops import toolchain; toolchain.cuda_toolkit()' 2>/dev/null \
-  || { echo "there is no CUDA compiler: installing one into $(1)"; $(1)/bin/python -m pip install --quiet --editable '.[nvcc]'; } \
-  || echo "that failed: ops on the GPU will run their PyTorch reference"
-
 $(VENV)/ready: setup.cfg pyproject.toml
-	$(call venv,$(VENV),$(TORCH))
+	@$(PYTHON) tools/setup_env.py $(VENV) --torch "$(TORCH)"
 	@$(BIN)/python -m pip install --quiet --editable '.[test,types]'
-	@! nvidia-smi -L >/dev/null 2>&1 || $(call nvcc,$(VENV))
+	@! nvidia-smi -L >/dev/null 2>&1 || $(PYTHON) tools/setup_env.py $(VENV) --nvcc
 	@touch $@
 
 $(CUDA_VENV)/ready: setup.cfg pyproject.toml
-	$(call venv,$(CUDA_VENV),$(CUDA_TORCH),and torch.version.cuda)
+	@$(PYTHON) tools/setup_env.py $(CUDA_VENV) --torch "$(CUDA_TORCH)" --cuda
 	@$(CUDA_BIN)/python -m pip install --quiet --editable .
-	@$(call nvcc,$(CUDA_VENV))
+	@$(PYTHON) tools/setup_env.py $(CUDA_VENV) --nvcc
 	@touch $@
 
 # Linters run without torch, and from here, even if $(PYTHON) has them too.
@@ -122,6 +94,9 @@ lint: $(VENV)/lint
 
 format: $(VENV)/lint
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format . && $(BIN)/clang-format -i $(CXX_FILES)
+
+house:
+	@$(PYTHON) tools/draw_house.py --write
 
 wheel: $(VENV)/ready
 	@rm -rf build dist && $(BIN)/python -m build --no-isolation --wheel --outdir dist . >/dev/null && ls dist/*.whl

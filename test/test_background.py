@@ -298,10 +298,11 @@ def test_the_out_form_starts_one_too(asked: list[object]) -> None:
 def test_no_more_threads_than_compilers() -> None:
     team = workers.Workers(lambda: 2)
     names: list[str] = []
-    gate, done = threading.Event(), threading.Semaphore(0)
+    gate, begun, done = threading.Event(), threading.Semaphore(0), threading.Semaphore(0)
 
     def job() -> None:
         names.append(str(threading.get_ident()))
+        begun.release()
         gate.wait(60)
         done.release()
         raise RuntimeError("for the call to raise")
@@ -309,6 +310,8 @@ def test_no_more_threads_than_compilers() -> None:
     for what in (1, 2, 3, 3, 4):
         team.once(what, job)
     assert len(team._threads) == 2
+    for _ in range(2):
+        assert begun.acquire(timeout=60)
     gate.set()
     for _ in range(4):
         assert done.acquire(timeout=60)

@@ -15,7 +15,7 @@ from torch import Tensor
 import torch_jit_ops
 from torch_jit_ops import OpLibrary
 from torch_jit_ops.backends import CPU, CUDA, MissingCompiler
-from torch_jit_ops.builder import loader
+from torch_jit_ops.builder.unit import Unit, include_dir
 
 _names = itertools.count()
 
@@ -162,7 +162,7 @@ def test_a_debug_build_is_a_variant_of_its_own(tmp_path: Path, monkeypatch: pyte
     debug = op.declaration.unit("cpu", (torch.float32,), CPU.arch_of())
     assert usual.key() != debug.key()
     assert set(debug.compile_flags()) - set(usual.compile_flags()) == {"-O0", "-g", "-DJITK_DEBUG"}
-    assert {"-G", "-g", "-DJITK_DEBUG"} <= set(loader.Unit("u", "u", CUDA, "9.0a", "", debug=True).compile_flags())
+    assert {"-G", "-g", "-DJITK_DEBUG"} <= set(Unit("u", "u", CUDA, "9.0a", "", debug=True).compile_flags())
 
 
 VECTOR = """
@@ -184,8 +184,8 @@ def test_elements_of_vectors_are_checked(tmp_path: Path, debug: bool) -> None:
     except MissingCompiler as missing:
         pytest.skip(str(missing).splitlines()[0])
     (tmp_path / "vector.cu").write_text(VECTOR)
-    flags = loader.Unit("u", "u", CUDA, "9.0a", "", debug=debug).compile_flags()
-    command = [nvcc, *flags, f"-I{loader.include_dir()}", "-Werror", "all-warnings", "-cubin", "vector.cu"]
+    flags = Unit("u", "u", CUDA, "9.0a", "", debug=debug).compile_flags()
+    command = [nvcc, *flags, f"-I{include_dir()}", "-Werror", "all-warnings", "-cubin", "vector.cu"]
     command += ["-o", "vector.cubin"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

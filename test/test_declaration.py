@@ -215,7 +215,12 @@ def test_a_name_that_is_taken(library: OpLibrary, csrc: Path) -> None:
     declare(library, op)
     with pytest.raises(ValueError) as caught:
         declare(library, op)
-    assert_expected_inline(words(caught, csrc), """lib::op is declared twice; the first is in FILE""")
+    assert_expected_inline(
+        words(caught, csrc),
+        """\
+lib::op is declared twice; the first is in FILE
+  remedy: another name; or, to replace the first, JITK_DEVELOP=1 or library.develop()""",
+    )
 
 
 def test_a_name_that_another_library_has_taken(library: OpLibrary, csrc: Path) -> None:
@@ -225,7 +230,12 @@ def test_a_name_that_another_library_has_taken(library: OpLibrary, csrc: Path) -
     declare(library, op)
     with pytest.raises(ValueError) as caught:
         declare(OpLibrary(library.namespace, csrc=csrc), op)
-    assert_expected_inline(words(caught, csrc), """lib::op is declared twice; the first is in FILE""")
+    assert_expected_inline(
+        words(caught, csrc),
+        """\
+lib::op is declared twice; the first is in FILE
+  remedy: another name; or, to replace the first, JITK_DEVELOP=1 or library.develop()""",
+    )
 
 
 @pytest.mark.parametrize(("backend", "suffix"), [("cpu", "cpp"), ("cuda", "cu")])

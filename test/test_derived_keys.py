@@ -14,8 +14,9 @@ from expecttest import assert_expected_inline
 from torch import Tensor
 from torch.fx.experimental import symbolic_shapes
 
-from torch_jit_ops import Op, OpLibrary, dispatcher, manifest, registry, variant, variant_storm
-from torch_jit_ops.builder import loader
+from torch_jit_ops import Op, OpLibrary, boot, dispatcher, manifest, registry, variant, variant_storm
+from torch_jit_ops.builder import load as builder
+from torch_jit_ops.builder.unit import Unit
 from torch_jit_ops.key_rule import LARGEST, parse_rules
 from torch_jit_ops.signature import signature_of
 
@@ -67,8 +68,8 @@ def _pattern(op: Op) -> variant.VariantPattern:
 def test_sizes_share_kernels(library: OpLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
     op = library.ops["tiled"]
     asked = []
-    load = loader.load
-    monkeypatch.setattr(loader, "load", lambda unit, *rest: asked.append(unit.label) or load(unit, *rest))
+    load = builder.load
+    monkeypatch.setattr(boot, "load", lambda unit, *rest: asked.append(unit.label) or load(unit, *rest))
     for rows, width in ((1, 16), (3, 32), (4, 5), (5, 5), (8, 3), (200, 48), (65, 16), (2000, 1), (0, 16)):
         x = torch.zeros(rows, width)
         with op.kernels_alone():
@@ -220,15 +221,15 @@ def test_a_manifest_has_derived_values(library: OpLibrary) -> None:
 @pytest.fixture
 def one_kernel_for_all(library: OpLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is compiled but the first variant of an op, which serves all keys."""
-    load = loader.load
+    load = builder.load
     first: dict[str, Any] = {}
 
-    def loaded(unit: loader.Unit, *rest: Any) -> Any:
+    def loaded(unit: Unit, *rest: Any) -> Any:
         if unit.name not in first:
             first[unit.name] = load(unit, *rest)
         return first[unit.name]
 
-    monkeypatch.setattr(loader, "load", loaded)
+    monkeypatch.setattr(boot, "load", loaded)
     monkeypatch.setattr(variant_storm, "_seen", {})
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 import torch_jit_ops
 from torch_jit_ops import BuildError, Op, OpLibrary, develop, dispatcher, registry
-from torch_jit_ops.builder import loader
+from torch_jit_ops.builder import load as builder
 
 _names = itertools.count()
 
@@ -316,7 +316,7 @@ def test_an_op_that_was_differentiated_in_cpp_is_differentiated_anew(bench: Benc
         return x.grad.item()
 
     assert gradient() == 6
-    loader.load(dispatcher.autograd_unit())
+    builder.load(dispatcher.autograd_unit())
     dispatcher.differentiate([power.qualified_name])
     assert gradient() == 6
     handed = set(dispatcher._differentiated)

@@ -14,7 +14,7 @@ from child import ROOT
 from torch import Tensor
 
 from torch_jit_ops import MissingCompiler, Op
-from torch_jit_ops.backends import toolchain
+from torch_jit_ops.backends import CUDA
 from torch_jit_ops.builder import load
 from torch_jit_ops.testing import check
 
@@ -28,13 +28,13 @@ def example(name: str) -> ModuleType:
     return __import__(name)
 
 
-def compile_for_hopper(op: Op, dtype: torch.dtype) -> None:
+def compile_for_hopper(op: Op, *values: torch.dtype | int) -> None:
     """Compile, link and load a variant, also where there is no GPU."""
     if torch.version.cuda is None:
         pytest.skip("a CPU build of PyTorch cannot load a CUDA kernel")
     try:
-        toolchain.cuda_toolkit()
-        unit = op.declaration.unit("cuda", (dtype,), "9.0a")
+        CUDA.toolkit()
+        unit = op.declaration.unit("cuda", values, "9.0a")
         unit.key()
     except MissingCompiler as missing:  # no nvcc, or no wheel with the headers
         pytest.skip(str(missing).splitlines()[0])
@@ -81,7 +81,7 @@ def test_cutlass() -> None:
     if _HOPPER:
         check(linear_relu)
     else:
-        compile_for_hopper(linear_relu, torch.float8_e4m3fn)
+        compile_for_hopper(linear_relu, torch.float8_e4m3fn, 64)
 
 
 @pytest.mark.parametrize("name", ["cublaslt", "cutlass_gemm"])

@@ -38,6 +38,7 @@ ORDER = [
         "checks/layout",
         "builder/compiler_jobs",
         "features/planned_out",
+        "key_rule",
     ),
     ("signature", "statistics"),
     ("rows",),
@@ -51,11 +52,11 @@ ORDER = [
     ("builder/compilers", "builder/shared_object", "builder/workers"),
     ("builder/compile",),
     ("builder/load",),
-    ("builder/loader",),
-    ("dispatcher", "manifest"),
+    ("dispatcher", "manifest", "variant_storm"),
+    ("develop",),
     ("per_target", "sources"),
     ("declaration",),
-    ("features/build_while_tracing", "options", "reference"),
+    ("debug", "features/build_while_tracing", "options", "reference"),
     ("boot", "features/autograd", "features/traced"),
     ("op", "jit_module"),
     ("op_library",),
@@ -169,6 +170,33 @@ def test_no_assert_guards_anything(path: Path) -> None:
 def test_only_one_module_reads_the_environment(path: Path) -> None:
     reads = re.findall(r"os\.(?:environ\b|getenv\b)", path.read_text())
     assert reads == [] or path.name in ("environment.py", "new.py")  # new.py holds the text of a test that sets one
+
+
+def test_the_picture_of_the_house_is_true() -> None:
+    """``make house`` draws it anew."""
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    drawn = run_python("import draw_house; print(draw_house.draw(), end='')", PYTHONPATH=ROOT / "tools")
+    assert drawn.startswith("    cli ") and drawn in page
+
+
+def test_rooms_point_one_way() -> None:
+    """A room may stand on modules beside it, such as (an op), whose modules stand on rooms in turn; two rooms never."""
+    above = {room: set(line.split()[1:]) for room, line in _drawn()}
+    order = list(above)
+    for room, below in above.items():
+        lower = {each.strip("/") for each in order[order.index(room) + 1 :]}
+        assert below - {"(an", "op)", "(ground)", "PyTorch"} <= lower, f"{room} stands on a room above it"
+
+
+def _drawn() -> list[tuple[str, str]]:
+    lines = (ROOT / "CONTRIBUTING.md").read_text().partition("drawn by tools/draw_house.py -->")[2].partition("<!-- end -->")[0]
+    found: list[tuple[str, str]] = []
+    for line in lines.splitlines():
+        if line[4:5].strip():
+            found.append((line[4:].split("  ")[0].strip(), ""))
+        elif line.strip().startswith("on "):
+            found[-1] = (found[-1][0], line.strip())
+    return [(room, on) for room, on in found if not room.startswith("(")]
 
 
 def test_the_import_is_light_and_compiles_nothing(tmp_path: Path) -> None:

@@ -18,12 +18,12 @@ from torch import Tensor
 import torch_jit_ops
 from torch_jit_ops import BuildError, MissingCompiler, OpLibrary, include_of, library_of, load_jit
 from torch_jit_ops.ahead import why
-from torch_jit_ops.backends import toolchain, wheels
+from torch_jit_ops.backends import CPU, wheels
 from torch_jit_ops.builder import load, unit
 from torch_jit_ops.store.search_path import search_path
 
 _numbers = itertools.count()
-_ARCH = toolchain.host_isa()
+_ARCH = CPU.arch_of()
 _ADD = """
 #include <jitk/tensor.h>
 

@@ -72,7 +72,7 @@ def forget() -> None:
 
 
 def unit(library: OpLibrary, count: int, way: str = "forth", dtype: torch.dtype = torch.float32) -> Unit:
-    return library.ops["move"].unit("cpu", (dtype, count, way), "x86-64")
+    return library.ops["move"].declaration.unit("cpu", (dtype, count, way), "x86-64")
 
 
 def test_loads_are_counted_by_op(library: OpLibrary) -> None:
@@ -210,7 +210,9 @@ def test_a_run_is_recorded_and_replayed(library: OpLibrary, tmp_path: Path, monk
 
     process.reset()  # as in another process
     library.ops["move"](x, 6)
-    library.ops["move"]._load("cpu", [-1, *library.ops["move"].kernels["cpu"].pattern.key((torch.float32, 5, "back"))])
+    library.ops["move"]._boot.load(
+        "cpu", [-1, *library.ops["move"].declaration.kernels["cpu"].pattern.key((torch.float32, 5, "back"))]
+    )
     assert len(file.read_text().splitlines()) == 3
 
     monkeypatch.delenv("JITK_RECORD")

@@ -186,7 +186,12 @@ class Boot:
         return not unserved.kernels or matcher.refuses(declaration.tensors, unserved.argument, unserved.dtype)
 
     def _answer(self, backend: str, key: Sequence[int]) -> int | dispatcher.Once:
-        """The address of the entry for a key that the dispatcher has for the first time."""
+        """The entry for a key that the dispatcher asks for; in develop mode for this call alone."""
+        entry = self._entry(backend, key)
+        return dispatcher.Once(entry) if develop.is_on(self._declaration.namespace) else entry
+
+    def _entry(self, backend: str, key: Sequence[int]) -> int:
+        """The address of the entry."""
         declaration = self._declaration
         unserved = declaration.unserved(declaration.kernels[backend].pattern.dtypes_of_key(key[1:]))
         if unserved is not None and not self._refuses(unserved):
@@ -201,8 +206,6 @@ class Boot:
             raise
         if loaded is None:
             self._reference.define_ops()
-            none = dispatcher.REFERENCE
-            return dispatcher.Once(none) if develop.is_on(declaration.namespace) else none
+            return dispatcher.REFERENCE
         variant_storm.note(declaration.qualified_name, backend, declaration.kernels[backend].pattern, key[1:])
-        entry = loaded.entry(declaration.checked_export(backend, loaded))
-        return dispatcher.Once(entry) if develop.is_on(declaration.namespace) else entry
+        return loaded.entry(declaration.checked_export(backend, loaded))

@@ -39,7 +39,7 @@ def start(namespace: str) -> None:
     """Switch the mode on for the ops of a namespace, for as long as the process runs."""
     if namespace not in _namespaces:
         _namespaces.add(namespace)
-        dispatcher.forget_all_of(namespace)  # what was loaded before may be older than its sources
+        dispatcher.forget_all(namespace)  # what was loaded before may be older than its sources
 
 
 def is_on(namespace: str) -> bool:

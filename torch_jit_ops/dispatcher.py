@@ -259,8 +259,10 @@ def register(
     plan: str,
     answer: Answer,
 ) -> int:
-    """Have the dispatcher serve an overload from now on, also one that it served as it was declared before: calls of that one
-    that are under way end as they began.
+    """Have the dispatcher serve an overload from now on.
+
+    One that it has served before it serves as it is declared now, with another plan, reference and answer. Calls under way end
+    as they began.
 
     Args:
         who: the overload as errors name it.
@@ -275,16 +277,18 @@ def register(
         The number of the slot.
     """
     place = (f"{namespace}::{overload}", dispatch_key)
-    known = _slots.get(place)
-    asks = next(_numbers if known is None else _replacements)
-    _answers[asks] = answer
-    if known is not None:
-        _checked(library().jitk_replace, known, asks, *(text.encode() for text in (who, reference, plan)))
-        return known
+    number = _slots.get(place)
+    if number is not None:
+        asks = next(_replacements)
+        _answers[asks] = answer
+        _checked(library().jitk_replace, number, asks, *(text.encode() for text in (who, reference, plan)))
+        return number
+    number = next(_numbers)
+    _answers[number] = answer
     texts = (who, namespace, overload, dispatch_key, reference, plan)
-    _checked(library().jitk_register, asks, *(text.encode() for text in texts))
-    _slots[place] = asks
-    return asks
+    _checked(library().jitk_register, number, *(text.encode() for text in texts))
+    _slots[place] = number
+    return number
 
 
 def served(namespace: str, overloads: Iterable[str]) -> list[tuple[str, str]]:
@@ -293,8 +297,8 @@ def served(namespace: str, overloads: Iterable[str]) -> list[tuple[str, str]]:
     return [(wanted[name], key) for name, key in _slots if name in wanted]
 
 
-def forget_all_of(namespace: str) -> None:
-    """Have the ops of the namespace ask for their kernels again."""
+def forget_all(namespace: str) -> None:
+    """Have the ops of the namespace ask for every key again."""
     for (name, _), number in list(_slots.items()):
         if name.partition("::")[0] == namespace:
             forget(number)

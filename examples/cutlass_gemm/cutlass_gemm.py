@@ -35,7 +35,7 @@ def _samples(make: SampleMaker) -> Iterator[Sample]:
 
 @library.op(
     cuda="linear_relu.cu",
-    variant="cutlass_gemm::linear_relu<{x.dtype}>",
+    variant="cutlass_gemm::linear_relu<{x.dtype}, {x.shape[0]:pow2:min64:max128}>",  # tiles of 64 or of 128 tokens
     dtypes=(torch.float8_e4m3fn, torch.bfloat16),
     flags={"cuda": ["-DNDEBUG"]},
     samples=_samples,

@@ -19,15 +19,18 @@ using namespace jitk;
 using cute::_0;
 using cute::_1;
 
-template <typename T>
+// A block works on kTile tokens at a time. Two warpgroups share a tile of 128; tiles of 64 alternate between two warpgroups, of
+// which one computes while the other stores.
+template <typename T, int32_t kTile>
 struct Gemm {
+  static constexpr bool kTogether = kTile == 128;
   using Element = std::conditional_t<sizeof(T) == 1, cutlass::float_e4m3_t, cutlass::bfloat16_t>;
   using Result = cutlass::bfloat16_t;
   using RowMajor = cutlass::layout::RowMajor;
   static constexpr int kAlignment = 16 / sizeof(Element);  // TMA reads 16 bytes at a time
   static constexpr int kResultAlignment = 16 / sizeof(Result);
-  using Tile = cute::Shape<cute::_128, cute::_128, cute::Int<128 / sizeof(Element)>>;
-  using Cluster = cute::Shape<cute::_2, _1, _1>;
+  using Tile = cute::Shape<cute::Int<kTile>, cute::_128, cute::Int<128 / sizeof(Element)>>;
+  using Cluster = cute::Shape<cute::Int<kTile / 64>, _1, _1>;  // blocks that share their loads of the weight
 
   // The epilogue, inside out: scales * accumulator + bias, then relu.
   template <template <typename> class Function, typename To, typename... Inputs>
@@ -41,20 +44,22 @@ struct Gemm {
   using CollectiveEpilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster, cutlass::epilogue::collective::EpilogueTileAuto,
       float, float, void, RowMajor, kResultAlignment, Result, RowMajor, kResultAlignment,
-      cutlass::epilogue::TmaWarpSpecializedCooperative, Epilogue>::CollectiveOp;
+      std::conditional_t<kTogether, cutlass::epilogue::TmaWarpSpecializedCooperative, cutlass::epilogue::TmaWarpSpecialized>,
+      Epilogue>::CollectiveOp;
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, RowMajor, kAlignment, Element, cutlass::layout::ColumnMajor,
       kAlignment, float, Tile, Cluster,
       cutlass::gemm::collective::StageCountAutoCarveout<sizeof(typename CollectiveEpilogue::SharedStorage)>,
-      cutlass::gemm::KernelTmaWarpSpecializedCooperative>::CollectiveOp;
+      std::conditional_t<kTogether, cutlass::gemm::KernelTmaWarpSpecializedCooperative,
+                         cutlass::gemm::KernelTmaWarpSpecializedPingpong>>::CollectiveOp;
   using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop, CollectiveEpilogue>;
   using Device = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
 };
 
-template <typename T>
+template <typename T, int32_t kTile>
 void linear_relu(TensorView x, TensorView weight, TensorView bias, TensorView x_scale, TensorView weight_scale, Output& out) {
   using namespace host;
-  using Gemm = cutlass_gemm::Gemm<T>;
+  using Gemm = cutlass_gemm::Gemm<T, kTile>;
   // 1. Match.
   SymbolicSize tokens{"tokens"}, inputs{"inputs"}, outputs{"outputs"};
   SymbolicDevice device;
