@@ -237,6 +237,8 @@ def test_more_than_2_to_the_31_elements(case: Case) -> None:
     period = 7  # no power of two is a multiple of it, so an index that wraps around meets other values
     few = with_tokens(case.sample(), period)
     expected = call(case.op, copy_with_storage(few))
+    if not any(is_batched(tensor, period) for tensor in expected.tensors):
+        pytest.skip("what it leaves behind has no rows, such as a cache")
     row = max(tensor[0].numel() for tensor in tensors_of(few) if is_batched(tensor, period))
     turns = 2**31 // (row * period) + 2
     needed = turns * sum(t.numel() * t.element_size() for t in (*tensors_of(few), *expected.tensors) if is_batched(t, period))
@@ -252,7 +254,6 @@ def test_more_than_2_to_the_31_elements(case: Case) -> None:
     sample = map_tensors(few, many)
     assert max(tensor.numel() for tensor in tensors_of(sample)) > 2**31
     actual = call(case.op, sample)
-    assert any(is_batched(plain, period) for plain in expected.tensors)
     for (name, tensor), (_, plain) in zip(actual, expected, strict=True):
         if not is_batched(plain, period):  # a sum over tokens: another number of them is another sum
             continue

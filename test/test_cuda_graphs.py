@@ -22,7 +22,7 @@ _START = """
 import os
 os.environ["CUDA_MODULE_LOADING"] = "LAZY"  # the default from CUDA 12.2 on
 import torch
-import user_library
+import trial_library, user_library
 import torch_jit_ops
 from cases import OPS, assert_same_bits, call, copy_with_storage, is_batched, last_dtypes, map_tensors, samples_of
 from torch_jit_ops import Sample
@@ -65,12 +65,12 @@ def test_a_library_knows_its_kernels(name: str) -> None:
     except MissingCompiler as missing:
         pytest.skip(str(missing).splitlines()[0])
     arch = CUDA.arch_of(0) if torch.cuda.is_available() else "9.0a"
-    loaded = load(library.ops[name].unit("cuda", (torch.bfloat16,), arch))
+    loaded = load(library.ops[name].declaration.unit("cuda", (torch.bfloat16,), arch))
     assert loaded.load_kernels(0) > 1
 
 
 def test_a_library_for_the_cpu_has_no_kernels() -> None:
-    loaded = load(library.ops["relu2"].unit("cpu", (torch.float32,), CPU.arch_of()))
+    loaded = load(library.ops["relu2"].declaration.unit("cpu", (torch.float32,), CPU.arch_of()))
     assert loaded.load_kernels(0) == 0
 
 

@@ -190,3 +190,18 @@ def test_elements_of_vectors_are_checked(tmp_path: Path, debug: bool) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (b"an AlignedVector" in (tmp_path / "vector.cubin").read_bytes()) == debug
+
+
+@pytest.mark.usefixtures("debugging")
+def test_an_op_declared_again_is_checked_as_it_is_now(tmp_path: Path) -> None:
+    op = grown(tmp_path)
+    assert op(torch.ones(3)).shape == (4,)
+    library = next(each for each in torch_jit_ops.libraries() if op in each.ops.values())
+    library.develop()
+
+    @library.op(cpu="grow.cpp", variant="grow<{input.dtype}>")
+    def grow(input: Tensor) -> Tensor:
+        return torch.nn.functional.pad(input, (0, 2))
+
+    with pytest.raises(RuntimeError, match=r"result 'out' is not what the fake says\n  expected  \[5\]"):
+        grow(torch.ones(3))

@@ -510,3 +510,36 @@ def test_a_compiled_model_is_compiled_anew_for_an_op_declared_again(bench: Bench
         return x[: x.shape[0] // 4] + 1
 
     assert compiled(torch.ones(8)).tolist() == [4, 4]
+
+
+# --- load_jit --------------------------------------------------------------------------------------
+
+
+def test_a_module_of_load_jit_follows_its_sources(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JITK_DEVELOP", "1")
+
+    def made() -> torch_jit_ops.Module:
+        files = [bench.csrc / "add.cpp"]
+        include = [bench.csrc]
+        wrappers = [("add", "add<float>")]
+        return torch_jit_ops.load_jit("developed", cpp_files=files, cpp_wrappers=wrappers, extra_include_paths=include)
+
+    bench.say("unknown")
+    with pytest.raises(BuildError):
+        made()
+    bench.say(1)
+    module: Any = made()
+    assert added_by(module.add) == 1
+    bench.say(2)
+    assert added_by(module.add) == 2
+    bench.write(ADD.replace("jitk::TensorView x)", "jitk::TensorView x, int64_t n)"))
+    with pytest.raises(RuntimeError) as caught:
+        module.add(torch.zeros(3))
+    assert_expected_inline(
+        str(caught.value),
+        """\
+developed: the arguments of add have changed since load_jit made it
+  expected  void add(TensorView)
+  got       void add(TensorView, int64_t)
+  remedy: start the program again""",
+    )

@@ -103,7 +103,7 @@ def test_random_calls(name: str, device: str) -> None:
                     assert_only_written_inside(new, old, argument.name)
         except AssertionError as error:
             raise AssertionError(f"seed {seed}, {dtypes}, {[_described(value) for value in given.args]}: {error}") from error
-    assert refused < 30, "most calls must reach the kernel"
+    assert refused < len(fuzz.seeds(60)) / 2, "most calls must reach the kernel"
 
 
 @pytest.mark.parametrize("name", [name for name in MAKERS if not writes(OPS[name])])

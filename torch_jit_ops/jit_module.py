@@ -23,10 +23,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from torch_jit_ops import dispatcher, environment, forks, per_target, variant
+from torch_jit_ops import develop, dispatcher, environment, forks, per_target, variant
 from torch_jit_ops.backends import CPU, CUDA, Backend
 from torch_jit_ops.backends.wheels import WheelLibrary
 from torch_jit_ops.builder.load import load
+from torch_jit_ops.builder.shared_object import Loaded
 from torch_jit_ops.builder.unit import Unit, csrc_dir, inlined, line_directive
 from torch_jit_ops.signature import Argument, Result, Signature
 from torch_jit_ops.store.digests import digest_of_record
@@ -257,7 +258,7 @@ class _Part:
     def define(
         self, digest: str, mutates: Mapping[str, Sequence[int]], fakes: Mapping[str, Callable[..., Any]]
     ) -> dict[str, Any]:
-        loaded = load(self.unit(_default_arch(self.backend)))
+        loaded = self._load(_default_arch(self.backend))
         dispatcher.library()
         functions = {}
         with forks.held_off():
@@ -275,16 +276,29 @@ class _Part:
                 if not any(argument.kind == "T" for argument in signature.arguments):
                     dispatch_keys = ("CompositeExplicitAutograd",)  # without a tensor there is no device to go by
                 dispatcher.reserve(f"load_jit({self.name!r})", len(dispatch_keys))
+                answer = functools.partial(self._answer, export, loaded.signature(export))
                 for dispatch_key in dispatch_keys:
-                    dispatcher.register(who, NAMESPACE, op, dispatch_key, "", plan, functools.partial(self._answer, export))
+                    dispatcher.register(who, NAMESPACE, op, dispatch_key, "", plan, answer)
                 functions[export] = getattr(getattr(torch.ops, NAMESPACE), op).default
         return functions
 
-    def _answer(self, export: str, key: Sequence[int]) -> int:
-        arch = self.backend.arch_of(key[0]) if key[0] >= 0 else _default_arch(self.backend)
-        loaded = load(self.unit(arch))
+    def _load(self, arch: str) -> Loaded:
+        unit = self.unit(arch)
+        return develop.load(unit) if develop.is_on(NAMESPACE) else load(unit)
+
+    def _answer(self, export: str, signature: str, key: Sequence[int]) -> int | dispatcher.Once:
+        loaded = self._load(self.backend.arch_of(key[0]) if key[0] >= 0 else _default_arch(self.backend))
+        found = loaded.signature(export)
+        if found != signature:  # edited in develop mode
+            raise RuntimeError(
+                f"{self.label}: the arguments of {export} have changed since load_jit made it\n"
+                f"  expected  {variant.cpp_declaration(signature, export)}\n"
+                f"  got       {variant.cpp_declaration(found, export)}\n"
+                "  remedy: start the program again"
+            )
         loaded.load_kernels(key[0])
-        return loaded.entry(export)
+        entry = loaded.entry(export)
+        return dispatcher.Once(entry) if develop.is_on(NAMESPACE) else entry
 
 
 def _signature(label: str, export: str, text: str, written: Sequence[int] | None) -> Signature:
