@@ -213,8 +213,8 @@ def table(rows: Sequence[Row], results: Sequence[Result]) -> tuple[list[str], li
 def _prepare() -> None:
     """What is compiled in the background, and then serves every later process, is there before anything is timed."""
     try:
-        from torch_jit_ops import dispatcher
         from torch_jit_ops.builder.load import load
+        from torch_jit_ops.calling import dispatcher
 
         load(dispatcher.autograd_unit())
     except Exception as error:  # the rows of the op will say what is wrong with the package

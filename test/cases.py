@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from torch_jit_ops import Op, Sample, libraries
-from torch_jit_ops.dtypes import Combination
+from torch_jit_ops.declaring.dtypes import Combination
 from torch_jit_ops.testing.calls import Outcome as Outcome
 from torch_jit_ops.testing.calls import assert_only_written_inside as assert_only_written_inside
 from torch_jit_ops.testing.calls import assert_same_bits as assert_same_bits

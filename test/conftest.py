@@ -41,9 +41,10 @@ import torch  # noqa: E402
 import trial_library  # noqa: E402, F401  (its ops join the registry, so every generic test covers them)
 import user_library  # noqa: E402, F401  (the same)
 
-from torch_jit_ops import dispatcher, fallback  # noqa: E402
+from torch_jit_ops import fallback  # noqa: E402
 from torch_jit_ops.builder import compiler_jobs  # noqa: E402
 from torch_jit_ops.builder.load import load  # noqa: E402
+from torch_jit_ops.calling import dispatcher  # noqa: E402
 
 pytest_plugins = ["alone", "minimum"]
 

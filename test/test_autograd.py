@@ -37,8 +37,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 import torch_jit_ops
-from torch_jit_ops import Op, OpLibrary, Sample, dispatcher
+from torch_jit_ops import Op, OpLibrary, Sample
 from torch_jit_ops.builder.load import load
+from torch_jit_ops.calling import dispatcher
 from torch_jit_ops.features import autograd, planned_out
 
 _numbers = itertools.count()  # of the namespaces of tests

@@ -16,16 +16,18 @@ from child import ROOT, run_python
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from torch_jit_ops import OpLibrary, dispatcher, registry
+from torch_jit_ops import OpLibrary, registry
 from torch_jit_ops.backends import CPU
 from torch_jit_ops.builder import workers
+from torch_jit_ops.calling import dispatcher
 
 # An op whose kernel no store has, and a record of who asked for it and who built it.
 _PROGRAM = """
 import os, sys, threading
 from pathlib import Path
 import torch
-from torch_jit_ops import OpLibrary, boot, process
+from torch_jit_ops import OpLibrary, process
+from torch_jit_ops.calling import boot
 from torch_jit_ops.builder import load as load_module
 
 folder = Path({folder!r})

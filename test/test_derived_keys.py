@@ -14,11 +14,13 @@ from expecttest import assert_expected_inline
 from torch import Tensor
 from torch.fx.experimental import symbolic_shapes
 
-from torch_jit_ops import Op, OpLibrary, boot, dispatcher, manifest, registry, variant, variant_storm
+from torch_jit_ops import Op, OpLibrary, manifest, registry
 from torch_jit_ops.builder import load as builder
 from torch_jit_ops.builder.unit import Unit
-from torch_jit_ops.key_rule import LARGEST, parse_rules
-from torch_jit_ops.signature import signature_of
+from torch_jit_ops.calling import boot, dispatcher, variant_storm
+from torch_jit_ops.declaring import variant
+from torch_jit_ops.declaring.key_rule import LARGEST, parse_rules
+from torch_jit_ops.declaring.signature import signature_of
 
 _TILED = """
 #include <jitk/result.h>

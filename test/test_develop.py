@@ -22,8 +22,9 @@ from expecttest import assert_expected_inline
 from torch import Tensor
 
 import torch_jit_ops
-from torch_jit_ops import BuildError, Op, OpLibrary, develop, dispatcher, registry
+from torch_jit_ops import BuildError, Op, OpLibrary, registry
 from torch_jit_ops.builder import load as builder
+from torch_jit_ops.calling import develop, dispatcher
 
 _names = itertools.count()
 

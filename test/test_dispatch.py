@@ -25,11 +25,13 @@ from cases import assert_same_bits
 from expecttest import assert_expected_inline
 from torch import Tensor
 
-from torch_jit_ops import OpLibrary, dispatcher, environment, registry, variant
+from torch_jit_ops import OpLibrary, environment, registry
 from torch_jit_ops.builder import compile
 from torch_jit_ops.builder.errors import BuildError, CompileRefused
 from torch_jit_ops.builder.unit import Unit, csrc_dir
-from torch_jit_ops.signature import signature_of
+from torch_jit_ops.calling import dispatcher
+from torch_jit_ops.declaring import variant
+from torch_jit_ops.declaring.signature import signature_of
 
 Order = Literal["ascending", "descending"]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from child import run_python
 
-from torch_jit_ops import dispatcher
 from torch_jit_ops.builder.load import load
+from torch_jit_ops.calling import dispatcher
 
 # A process makes an op's first call in a thread, and forks meanwhile. The child makes the same call.
 _FORK = """

@@ -14,12 +14,13 @@ import store_child
 import torch
 from expecttest import assert_expected_inline
 
-from torch_jit_ops import dispatcher, process
+from torch_jit_ops import process
 from torch_jit_ops.backends import MissingCompiler
 from torch_jit_ops.builder import log as build_log
 from torch_jit_ops.builder.errors import BuildError, CompileRefused
 from torch_jit_ops.builder.load import load
 from torch_jit_ops.builder.unit import Unit
+from torch_jit_ops.calling import dispatcher
 from torch_jit_ops.store import files
 
 _LOGS = {

@@ -21,14 +21,15 @@ from child import run_python
 from expecttest import assert_expected_inline
 
 import torch_jit_ops
-from torch_jit_ops import manifest, process, variant
+from torch_jit_ops import manifest, process
 from torch_jit_ops.ahead import build_ahead
 from torch_jit_ops.ahead.why import explain
 from torch_jit_ops.backends import CUDA
 from torch_jit_ops.builder.errors import BuildError
 from torch_jit_ops.builder.load import load as load_unit
 from torch_jit_ops.builder.unit import Unit
-from torch_jit_ops.signature import Argument, Signature
+from torch_jit_ops.declaring import variant
+from torch_jit_ops.declaring.signature import Argument, Signature
 from torch_jit_ops.store import files, forms, listing, lock
 from torch_jit_ops.store.files import UntrustedCache
 from torch_jit_ops.store.record import RECORD

@@ -22,7 +22,7 @@ from expecttest import assert_expected_inline
 from test_store_attacks import ROOT_ALONE, STRANGER, Here, here  # noqa: F401  (a fixture)
 from torch.utils import cpp_extension
 
-from torch_jit_ops import dispatcher, environment, process
+from torch_jit_ops import environment, process
 from torch_jit_ops.ahead import build_ahead
 from torch_jit_ops.backends import CPU, CUDA, Backend, MissingCompiler, Toolkit, programs
 from torch_jit_ops.backends import cuda as cuda_backend
@@ -30,6 +30,7 @@ from torch_jit_ops.builder import compilers, errors, shared_object, workarounds
 from torch_jit_ops.builder.errors import BuildError, UnknownGpu
 from torch_jit_ops.builder.load import load
 from torch_jit_ops.builder.unit import Unit
+from torch_jit_ops.calling import dispatcher
 from torch_jit_ops.cli import doctor
 from torch_jit_ops.store import files, lock
 from torch_jit_ops.store.files import UntrustedCache

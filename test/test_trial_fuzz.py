@@ -15,7 +15,7 @@ from cases import assert_only_written_inside, call, copy_with_storage, devices, 
 from torch import Tensor
 
 from torch_jit_ops import Op, Sample, SampleMaker
-from torch_jit_ops.dtypes import Combination
+from torch_jit_ops.declaring.dtypes import Combination
 from torch_jit_ops.testing import oracle
 
 OPS = trial_library.library.ops

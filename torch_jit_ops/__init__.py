@@ -17,6 +17,9 @@ from torch_jit_ops.backends.programs import MissingCompiler as MissingCompiler
 from torch_jit_ops.backends.wheels import include_of as include_of
 from torch_jit_ops.backends.wheels import library_of as library_of
 from torch_jit_ops.builder.errors import BuildError as BuildError
+from torch_jit_ops.declaring.rows import Rows as Rows
+from torch_jit_ops.declaring.samples import Sample as Sample
+from torch_jit_ops.declaring.samples import SampleMaker as SampleMaker
 from torch_jit_ops.jit_module import Module as Module
 from torch_jit_ops.jit_module import cache_once as cache_once
 from torch_jit_ops.jit_module import load_jit as load_jit
@@ -25,9 +28,6 @@ from torch_jit_ops.op import Op as Op
 from torch_jit_ops.op_library import OpLibrary as OpLibrary
 from torch_jit_ops.ops.library import library as library
 from torch_jit_ops.registry import libraries as libraries
-from torch_jit_ops.rows import Rows as Rows
-from torch_jit_ops.samples import Sample as Sample
-from torch_jit_ops.samples import SampleMaker as SampleMaker
 from torch_jit_ops.statistics import Statistics as Statistics
 from torch_jit_ops.statistics import Stats as Stats
 from torch_jit_ops.statistics import reset_stats as reset_stats

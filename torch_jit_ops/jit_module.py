@@ -23,13 +23,15 @@ from typing import Any, TypeVar
 
 import torch
 
-from torch_jit_ops import develop, dispatcher, environment, forks, per_target, variant
+from torch_jit_ops import environment, forks
 from torch_jit_ops.backends import CPU, CUDA, Backend
 from torch_jit_ops.backends.wheels import WheelLibrary
 from torch_jit_ops.builder.load import load
 from torch_jit_ops.builder.shared_object import Loaded
 from torch_jit_ops.builder.unit import Unit, csrc_dir, inlined, line_directive
-from torch_jit_ops.signature import Argument, Result, Signature
+from torch_jit_ops.calling import develop, dispatcher
+from torch_jit_ops.declaring import per_target, variant
+from torch_jit_ops.declaring.signature import Argument, Result, Signature
 from torch_jit_ops.store.digests import digest_of_record
 
 NAMESPACE = "jitk_modules"

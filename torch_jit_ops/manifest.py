@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 
 from torch_jit_ops import environment, process
-from torch_jit_ops.signature import Signature
+from torch_jit_ops.declaring.signature import Signature
+from torch_jit_ops.declaring.variant import Placeholder, Value, VariantPattern, cpp_name
 from torch_jit_ops.store import forms
-from torch_jit_ops.variant import Placeholder, Value, VariantPattern, cpp_name
 
 _LOWEST = -(2**63) + 1  # the dispatcher's key has another meaning for the one below
 _LARGEST = 64 << 20

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 from typing_extensions import ParamSpec, TypeVar  # which PyTorch needs, too: plain ``Op`` is any op
 
-from torch_jit_ops import develop, dispatcher, registry
-from torch_jit_ops.boot import Boot
+from torch_jit_ops import registry
+from torch_jit_ops.calling import develop, dispatcher
+from torch_jit_ops.calling.boot import Boot
+from torch_jit_ops.calling.reference import Reference
 from torch_jit_ops.checks import overlap
-from torch_jit_ops.declaration import Declaration
+from torch_jit_ops.declaring.declaration import Declaration
+from torch_jit_ops.declaring.signature import Signature
 from torch_jit_ops.features import autograd, planned_out, vmap
 from torch_jit_ops.features.traced import Fake
-from torch_jit_ops.reference import Reference
-from torch_jit_ops.signature import Signature
 
 Parameters = ParamSpec("Parameters", default=...)
 Results = TypeVar("Results", covariant=True, default=Any)

@@ -24,14 +24,16 @@ from typing import Any
 
 import torch
 
-from torch_jit_ops import develop, options, per_target, registry, sources
+from torch_jit_ops import registry
 from torch_jit_ops.backends.wheels import WheelLibrary
+from torch_jit_ops.calling import develop
 from torch_jit_ops.checks import matcher
-from torch_jit_ops.declaration import Declaration, Samples
-from torch_jit_ops.dtypes import Given
+from torch_jit_ops.declaring import options, per_target, sources
+from torch_jit_ops.declaring.declaration import Declaration, Samples
+from torch_jit_ops.declaring.dtypes import Given
+from torch_jit_ops.declaring.rows import Rows
+from torch_jit_ops.declaring.signature import signature_of
 from torch_jit_ops.op import Op, Parameters, Results
-from torch_jit_ops.rows import Rows
-from torch_jit_ops.signature import signature_of
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 

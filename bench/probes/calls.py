@@ -58,8 +58,8 @@ def in_place() -> None:
 
 @probe("Calls", "no Python in a call without a gradient")
 def no_python() -> None:
-    from torch_jit_ops import dispatcher
     from torch_jit_ops.builder.load import load
+    from torch_jit_ops.calling import dispatcher
 
     load(dispatcher.autograd_unit())  # a thread does it else, at its leisure
     op, x = torch.ops.jitk.relu2.default, torch.randn(8)

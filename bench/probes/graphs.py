@@ -134,8 +134,8 @@ void twice(jitk::TensorView x, jitk::Output& out) {
 
 @probe(COMPILE, "kernels are built in the background meanwhile")
 def background_builds() -> None:
-    from torch_jit_ops import boot
     from torch_jit_ops.builder.unit import Unit
+    from torch_jit_ops.calling import boot
 
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "twice.cpp").write_text(_TWICE)

@@ -21,18 +21,19 @@ from typing import Any
 
 import torch
 
-from torch_jit_ops import backends, dispatcher, environment, fallback, manifest, progress, registry
+from torch_jit_ops import backends, environment, fallback, manifest, progress, registry
 from torch_jit_ops.backends import CPU, CUDA, Backend
 from torch_jit_ops.builder import compiler_jobs, workers
 from torch_jit_ops.builder.errors import BuildError
 from torch_jit_ops.builder.load import load as load_unit
 from torch_jit_ops.builder.shared_object import Loaded
 from torch_jit_ops.builder.unit import Unit
-from torch_jit_ops.dtypes import Combination, shown
+from torch_jit_ops.calling import dispatcher
+from torch_jit_ops.declaring.dtypes import Combination, shown
+from torch_jit_ops.declaring.samples import SampleMaker
+from torch_jit_ops.declaring.variant import Value, VariantPattern
 from torch_jit_ops.op import Op
 from torch_jit_ops.registry import find_ops, nearest
-from torch_jit_ops.samples import SampleMaker
-from torch_jit_ops.variant import Value, VariantPattern
 
 
 @dataclass(frozen=True)

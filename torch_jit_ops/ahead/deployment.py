@@ -20,14 +20,15 @@ from typing import Any
 
 import torch
 
-from torch_jit_ops import backends, dispatcher, registry
+from torch_jit_ops import backends, registry
 from torch_jit_ops.ahead import build_ahead
 from torch_jit_ops.builder.errors import BuildError
 from torch_jit_ops.builder.load import load
 from torch_jit_ops.builder.unit import Unit
-from torch_jit_ops.dtypes import shown
+from torch_jit_ops.calling import dispatcher
+from torch_jit_ops.declaring.dtypes import shown
+from torch_jit_ops.declaring.signature import tensors_of
 from torch_jit_ops.op import Op
-from torch_jit_ops.signature import tensors_of
 from torch_jit_ops.store import files
 
 LIBRARY = "libjitk_ops.so"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from torch_jit_ops.checks import layout
-from torch_jit_ops.signature import Signature
+from torch_jit_ops.declaring.signature import Signature
 
 _TEXT = re.compile(
     r"\[(?P<shape>[^\[\]]*)\](?: (?!rows$|strides )(?P<dtype>\S+))?(?: (?P<layout>rows|strides \[(?P<strides>[^\[\]]*)\]))?"

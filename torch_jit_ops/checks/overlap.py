@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from torch_jit_ops.signature import Argument, Signature
+from torch_jit_ops.declaring.signature import Argument, Signature
 
 _PATIENCE = 10_000
 

@@ -20,8 +20,9 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from torch_jit_ops import backends, dispatcher, environment, registry
+from torch_jit_ops import backends, environment, registry
 from torch_jit_ops.ahead.why import Difference, Finding, explain
+from torch_jit_ops.calling import dispatcher
 from torch_jit_ops.cli import build, screen
 from torch_jit_ops.store import bundle, forms, listing, prune
 from torch_jit_ops.store.search_path import default_store, search_path

@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torch_jit_ops import dispatcher
 from torch_jit_ops.backends import CPU, CUDA
 from torch_jit_ops.builder.load import load
+from torch_jit_ops.calling import dispatcher
 
 # The op of each gated activation, and the activation in plain PyTorch.
 _ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {

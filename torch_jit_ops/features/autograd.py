@@ -16,8 +16,9 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
-from torch_jit_ops import dispatcher, forks
-from torch_jit_ops.signature import Signature, tensors_of
+from torch_jit_ops import forks
+from torch_jit_ops.calling import dispatcher
+from torch_jit_ops.declaring.signature import Signature, tensors_of
 
 
 class Handover:

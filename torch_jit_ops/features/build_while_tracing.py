@@ -12,10 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from torch_jit_ops import backends, dispatcher, environment, progress
+from torch_jit_ops import backends, environment, progress
 from torch_jit_ops.builder import workers
-from torch_jit_ops.signature import tensors_of
-from torch_jit_ops.variant import VariantPattern
+from torch_jit_ops.calling import dispatcher
+from torch_jit_ops.declaring.signature import tensors_of
+from torch_jit_ops.declaring.variant import VariantPattern
 
 
 def start(

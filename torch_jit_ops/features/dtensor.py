@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from torch_jit_ops import forks
-from torch_jit_ops.rows import Rows
-from torch_jit_ops.signature import Argument, Signature
+from torch_jit_ops.declaring.rows import Rows
+from torch_jit_ops.declaring.signature import Argument, Signature
 
 _registered: set[Any] = set()
 _lock = forks.Lock()

@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import Tensor
 
+from torch_jit_ops.calling.reference import Reference, each_tensor
 from torch_jit_ops.checks import overlap
-from torch_jit_ops.declaration import Declaration
+from torch_jit_ops.declaring.declaration import Declaration
 from torch_jit_ops.features import build_while_tracing, dtensor, planned_out
-from torch_jit_ops.reference import Reference, each_tensor
 
 Load = Callable[[str, Sequence[int]], object]
 

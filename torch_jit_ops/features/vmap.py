@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_jit_ops.rows import Rows
-from torch_jit_ops.signature import Signature
+from torch_jit_ops.declaring.rows import Rows
+from torch_jit_ops.declaring.signature import Signature
 
 
 def rule(overload: Any, signature: Signature, rows: Rows) -> Callable[..., Any]:

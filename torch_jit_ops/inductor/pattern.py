@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from torch_jit_ops.declaring.samples import SampleMaker
 from torch_jit_ops.inductor.calls import Function, function_of
 from torch_jit_ops.inductor.effects import Effect, watch
 from torch_jit_ops.inductor.expression import AnyFloat, Call, Expression, Reader
 from torch_jit_ops.op import Op
-from torch_jit_ops.samples import SampleMaker
 
 # Functions of a row, or of an element.
 _BY_ROWS = {"add", "mul", "sub", "div", "to", "silu", "gelu", "sigmoid", "tanh", "pow", "square", "sqrt", "rsqrt", "half"}

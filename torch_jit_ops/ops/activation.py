@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torch_jit_ops.declaring.rows import Rows
+from torch_jit_ops.declaring.samples import Sample, SampleMaker
 from torch_jit_ops.ops import spelling
 from torch_jit_ops.ops.library import FLOATS, library
-from torch_jit_ops.rows import Rows
-from torch_jit_ops.samples import Sample, SampleMaker
 
 _SILU = spelling.gates(F.silu)
 _GELU = spelling.gates(F.gelu)

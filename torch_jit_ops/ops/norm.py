@@ -12,10 +12,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from torch_jit_ops.declaring.rows import Rows
+from torch_jit_ops.declaring.samples import Sample, SampleMaker
 from torch_jit_ops.ops import spelling
 from torch_jit_ops.ops.library import FLOATS, library
-from torch_jit_ops.rows import Rows
-from torch_jit_ops.samples import Sample, SampleMaker
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from torch_jit_ops.backends import CPU
-from torch_jit_ops.dtypes import Combination
+from torch_jit_ops.declaring.dtypes import Combination
+from torch_jit_ops.declaring.samples import Sample, SampleMaker
 from torch_jit_ops.op import Op
-from torch_jit_ops.samples import Sample, SampleMaker
 
 
 def samples_of(op: Op, device: str, dtypes: torch.dtype | Combination, seed: int = 0) -> list[Sample]:

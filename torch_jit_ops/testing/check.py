@@ -10,9 +10,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torch_jit_ops import backends, fallback
-from torch_jit_ops.dtypes import Combination, Given
+from torch_jit_ops.declaring.dtypes import Combination, Given
+from torch_jit_ops.declaring.samples import Sample
 from torch_jit_ops.op import Op
-from torch_jit_ops.samples import Sample
 from torch_jit_ops.testing import oracle
 from torch_jit_ops.testing.calls import (
     Outcome,

@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from torch_jit_ops.samples import Sample
+from torch_jit_ops.declaring.samples import Sample
 from torch_jit_ops.testing.calls import bits, is_8bit_float, tensors_of
 
 _allclose = torch.allclose

@@ -25,9 +25,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torch_jit_ops.dtypes import Combination
+from torch_jit_ops.declaring.dtypes import Combination
+from torch_jit_ops.declaring.samples import Sample
 from torch_jit_ops.op import Op
-from torch_jit_ops.samples import Sample
 from torch_jit_ops.testing.calls import (
     Outcome,
     call,

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_jit_ops.declaring.samples import Sample
 from torch_jit_ops.op import Op
-from torch_jit_ops.samples import Sample
 from torch_jit_ops.testing.arithmetic import OneRoundingEach, Unrounded
 from torch_jit_ops.testing.calls import Outcome, bits, call, copy_with_storage, map_tensors
 

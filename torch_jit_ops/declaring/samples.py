@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_jit_ops.dtypes import Combination
+from torch_jit_ops.declaring.dtypes import Combination
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from torch_jit_ops import variant
+from torch_jit_ops.declaring import variant
 
 Given = Sequence[torch.dtype] | Mapping[str, Sequence[torch.dtype]]
 

@@ -11,16 +11,18 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch_jit_ops import backends, develop, dispatcher, environment, fallback, forks, manifest, variant, variant_storm
+from torch_jit_ops import backends, environment, fallback, forks, manifest
 from torch_jit_ops.backends import MissingCompiler
 from torch_jit_ops.builder.errors import BuildError
 from torch_jit_ops.builder.load import load
 from torch_jit_ops.builder.shared_object import Loaded
 from torch_jit_ops.builder.unit import Unit
+from torch_jit_ops.calling import develop, dispatcher, variant_storm
+from torch_jit_ops.calling.reference import Reference
 from torch_jit_ops.checks import matcher
-from torch_jit_ops.declaration import Declaration
-from torch_jit_ops.reference import Reference
-from torch_jit_ops.signature import tensors_of
+from torch_jit_ops.declaring import variant
+from torch_jit_ops.declaring.declaration import Declaration
+from torch_jit_ops.declaring.signature import tensors_of
 
 _under_way = threading.local()  # .boots: those whose first call this thread is making
 
@@ -81,7 +83,7 @@ class Boot:
                 )
             dispatcher.library(meanwhile=functools.partial(self._prefetch, args, kwargs or {}))
             if environment.debugging() and self.promised is not None:
-                from torch_jit_ops import debug
+                from torch_jit_ops.calling import debug
 
                 self._checked = debug.Checked(self._declaration, self.promised)
             with forks.held_off():  # all of it or nothing, as a second time would be another registration

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_jit_ops.declaration import Declaration
+from torch_jit_ops.declaring.declaration import Declaration
 
 
 class Checked:

@@ -17,11 +17,12 @@ from dataclasses import dataclass
 
 import torch
 
-from torch_jit_ops import environment, forks, process, variant
+from torch_jit_ops import environment, forks, process
 from torch_jit_ops.backends import CPU, MissingCompiler
 from torch_jit_ops.builder import load as builder
 from torch_jit_ops.builder import workers
 from torch_jit_ops.builder.unit import Unit, csrc_dir
+from torch_jit_ops.declaring import variant
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch_jit_ops.signature import Signature
+from torch_jit_ops.declaring.signature import Signature
 
 
 @dataclass(frozen=True, init=False)

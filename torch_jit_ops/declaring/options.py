@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch_jit_ops import dtypes, variant
-from torch_jit_ops.declaration import Kernel
-from torch_jit_ops.signature import Signature
-from torch_jit_ops.sources import SUFFIXES, Source
+from torch_jit_ops.declaring import dtypes, variant
+from torch_jit_ops.declaring.declaration import Kernel
+from torch_jit_ops.declaring.signature import Signature
+from torch_jit_ops.declaring.sources import SUFFIXES, Source
 
 
 def check_lists(who: str, **options: Any) -> None:

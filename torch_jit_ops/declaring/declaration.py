@@ -11,18 +11,19 @@ from typing import Any
 
 import torch
 
-from torch_jit_ops import backends, environment, per_target, variant
+from torch_jit_ops import backends, environment
 from torch_jit_ops.backends.wheels import WheelLibrary
 from torch_jit_ops.builder.shared_object import Loaded
 from torch_jit_ops.builder.unit import Unit
 from torch_jit_ops.checks import matcher
-from torch_jit_ops.dtypes import DTypes
+from torch_jit_ops.declaring import per_target, variant
+from torch_jit_ops.declaring.dtypes import DTypes
+from torch_jit_ops.declaring.rows import Rows
+from torch_jit_ops.declaring.samples import Sample, SampleMaker
+from torch_jit_ops.declaring.signature import Signature
+from torch_jit_ops.declaring.sources import Source
 from torch_jit_ops.fallback import Unserved
 from torch_jit_ops.features import planned_out
-from torch_jit_ops.rows import Rows
-from torch_jit_ops.samples import Sample, SampleMaker
-from torch_jit_ops.signature import Signature
-from torch_jit_ops.sources import Source
 
 Samples = Callable[[SampleMaker], Iterable[Sample]]
 

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 
 from torch_jit_ops import forks
-from torch_jit_ops.variant import VariantPattern
+from torch_jit_ops.declaring.variant import VariantPattern
 
 MOST = 48  # variants of an op on a backend that may differ in one placeholder
 

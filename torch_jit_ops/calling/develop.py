@@ -24,10 +24,11 @@ from typing import Any
 
 import torch
 
-from torch_jit_ops import dispatcher, environment, forks, process
+from torch_jit_ops import environment, forks, process
 from torch_jit_ops.builder import load as builder
 from torch_jit_ops.builder.shared_object import Loaded
 from torch_jit_ops.builder.unit import Unit, include_dir
+from torch_jit_ops.calling import dispatcher
 from torch_jit_ops.store import forms, record
 from torch_jit_ops.store.digests import digest_of_file
 from torch_jit_ops.store.search_path import search_path

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_jit_ops import develop, dispatcher, forks
+from torch_jit_ops import forks
+from torch_jit_ops.calling import develop, dispatcher
 from torch_jit_ops.checks import matcher, overlap
-from torch_jit_ops.declaration import Declaration
-from torch_jit_ops.signature import tensors_of
+from torch_jit_ops.declaring.declaration import Declaration
+from torch_jit_ops.declaring.signature import tensors_of
 
 
 class Reference:

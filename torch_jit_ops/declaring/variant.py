@@ -23,8 +23,8 @@ from dataclasses import dataclass
 
 import torch
 
-from torch_jit_ops.key_rule import Rule, parse_rules
-from torch_jit_ops.signature import Argument, Signature
+from torch_jit_ops.declaring.key_rule import Rule, parse_rules
+from torch_jit_ops.declaring.signature import Argument, Signature
 
 # DLPack's (code, bits) of a dtype, packed as the runtime packs them, beside its names.
 _DTYPES: dict[int, tuple[torch.dtype, str]] = {
