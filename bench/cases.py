@@ -13,7 +13,7 @@ from torch import Tensor
 
 import torch_jit_ops
 from torch_jit_ops import Op
-from torch_jit_ops.checks.matcher import Size, TensorPattern
+from torch_jit_ops.declaring.matcher import Size, TensorPattern
 from torch_jit_ops.ops import spelling
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -24,7 +24,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import torch_jit_ops
 from torch_jit_ops import Op, OpLibrary, Rows, Sample, fallback
-from torch_jit_ops.features import planned_out
+from torch_jit_ops.declaring.signature import OUT_FORMS_RETURN
 
 ops = torch.ops.jitk
 library = OpLibrary("sharded", csrc=Path(__file__).parent)
@@ -239,7 +239,7 @@ def test_out_forms() -> None:
         ops.rmsnorm.out(x, weight, out=given)
         return given
 
-    if not planned_out.PLANNED:
+    if not OUT_FORMS_RETURN:
         said = message(lambda: call(Shard(0)))
         assert said == "NotImplementedError: Operator jitk.rmsnorm.out does not have a sharding strategy registered."
         return

@@ -40,7 +40,8 @@ import torch_jit_ops
 from torch_jit_ops import Op, OpLibrary, Sample
 from torch_jit_ops.builder.load import load
 from torch_jit_ops.calling import dispatcher
-from torch_jit_ops.features import autograd, planned_out
+from torch_jit_ops.declaring.signature import OUT_FORMS_RETURN
+from torch_jit_ops.features import autograd
 
 _numbers = itertools.count()  # of the namespaces of tests
 
@@ -545,7 +546,7 @@ def test_a_dual_level_around_a_graph_of_inductor_is_refused_where_pytorch_drops_
     x, tangent = torch.randn(3, 16), torch.randn(3, 16)
     assert _dual(torch.compile(torch.sin), x, tangent)[1] is None
     compiled = torch.compile(lambda x: op.default(x, weight))
-    if planned_out.PLANNED:
+    if OUT_FORMS_RETURN:
         with pytest.raises(RuntimeError) as caught:
             _dual(compiled, x, tangent)
         assert_expected_inline(

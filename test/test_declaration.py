@@ -18,7 +18,7 @@ from torch import Tensor
 
 import torch_jit_ops
 from torch_jit_ops import Op, OpLibrary, Rows, libraries
-from torch_jit_ops.features import planned_out
+from torch_jit_ops.declaring.signature import OUT_FORMS_RETURN
 
 _numbers = itertools.count()
 # The ends of several messages.
@@ -66,7 +66,7 @@ def schemas(op: Op) -> str:
     if op.declaration.outputs:
         arguments, _, returned = str(op.out._schema).partition(" -> ")
         outputs = [f"Tensor({re.search(rf'(a[0-9]+!). {name}', arguments)[1]})" for name in op.declaration.outputs]
-        outputs = outputs if planned_out.PLANNED else []
+        outputs = outputs if OUT_FORMS_RETURN else []
         assert returned == (outputs[0] if len(outputs) == 1 else f"({', '.join(outputs)})")
         texts.append(f"{arguments} -> RETURNED")
     return "\n".join(re.sub(r"^declared\d+::", "", text).replace(", *, ", ",\n  *, ") for text in texts)

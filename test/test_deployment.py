@@ -25,7 +25,7 @@ from torch_jit_ops import manifest
 from torch_jit_ops.ahead import build_ahead, deployment
 from torch_jit_ops.backends import CPU
 from torch_jit_ops.cli import main
-from torch_jit_ops.features import planned_out
+from torch_jit_ops.declaring.signature import OUT_FORMS_RETURN
 
 EXAMPLE = ROOT / "examples/aot_cpp"
 ON_CPU = [op for op in OPS if "cpu" in op.declaration.kernels and op.declaration.samples is not None]
@@ -474,7 +474,7 @@ def test_the_folder(folder: Path) -> None:
     assert lines[:3] == [
         "jitk 1",
         "op jitk relu2(Tensor input) -> Tensor",
-        f"op jitk relu2.out(Tensor input, *, Tensor(a1!) out) -> {'Tensor(a1!)' if planned_out.PLANNED else '()'}",
+        f"op jitk relu2.out(Tensor input, *, Tensor(a1!) out) -> {'Tensor(a1!)' if OUT_FORMS_RETURN else '()'}",
     ]
     assert [line for line in lines if line.startswith("kernel")] == [
         f"kernel {kernel.name} relu2 {isa} {FLOAT32} jitk::relu2<fp32_t>",

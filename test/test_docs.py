@@ -22,7 +22,7 @@ import torch_jit_ops
 from tools import op_tables
 from torch_jit_ops.backends import CUDA, MissingCompiler
 from torch_jit_ops.builder.unit import Unit, include_dir
-from torch_jit_ops.features import planned_out
+from torch_jit_ops.declaring.signature import OUT_FORMS_RETURN
 
 ROOT = Path(__file__).resolve().parent.parent
 GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -188,7 +188,7 @@ def test_every_overload_has_its_schema_in_the_reference(op: torch_jit_ops.Op) ->
     assert f"## {op.name}\n" in text
     for overload in op.declaration.overloads:
         schema = str(getattr(op.packet, overload or "default")._schema)
-        if overload == "out" and not planned_out.PLANNED:  # the document is that of PyTorch 2.13
+        if overload == "out" and not OUT_FORMS_RETURN:  # the document is that of PyTorch 2.13
             outputs = re.findall(r"Tensor\(a\d+!\)", schema)
             schema = schema.replace("-> ()", f"-> {', '.join(outputs)}" if len(outputs) == 1 else f"-> ({', '.join(outputs)})")
         assert f"    {schema}\n" in text, schema
@@ -219,7 +219,7 @@ def test_a_row_of_the_readme_that_says_something_else_is_found() -> None:
         op_tables.readme_with(text.replace("| op | result |", "| name | result |"), OPS)
 
 
-@pytest.mark.skipif(not planned_out.PLANNED, reason="the document is that of PyTorch 2.13")
+@pytest.mark.skipif(not OUT_FORMS_RETURN, reason="the document is that of PyTorch 2.13")
 def test_the_reference_is_written_from_the_registry() -> None:
     text = (ROOT / "docs/ops.md").read_text()
     assert op_tables.reference_with(text, OPS) == text
@@ -228,7 +228,7 @@ def test_the_reference_is_written_from_the_registry() -> None:
         op_tables.reference_with(text, [op for op in OPS if op.name != "layernorm"])
 
 
-@pytest.mark.skipif(not planned_out.PLANNED, reason="the document is that of PyTorch 2.13")
+@pytest.mark.skipif(not OUT_FORMS_RETURN, reason="the document is that of PyTorch 2.13")
 def test_an_op_without_a_section_gets_one_in_its_place() -> None:
     text = (ROOT / "docs/ops.md").read_text()
     start, end = text.index("## relu2\n"), text.index("## fused_add_relu\n")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from torch_jit_ops import OpLibrary, registry
-from torch_jit_ops.checks import overlap
+from torch_jit_ops.calling import overlap
 
 _TOUCH = """
 #include <jitk/result.h>

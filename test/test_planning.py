@@ -26,9 +26,10 @@ from torch._inductor.utils import run_and_get_code
 
 import torch_jit_ops
 from torch_jit_ops import Sample
+from torch_jit_ops.declaring.signature import OUT_FORMS_RETURN
 from torch_jit_ops.features import planned_out
 
-planned = pytest.mark.skipif(not planned_out.PLANNED, reason="Inductor plans the outputs of custom ops from PyTorch 2.13")
+planned = pytest.mark.skipif(not OUT_FORMS_RETURN, reason="Inductor plans the outputs of custom ops from PyTorch 2.13")
 
 
 @planned
@@ -46,7 +47,7 @@ def test_the_out_form_returns_its_outputs_or_nothing(case: Case) -> None:
     kwargs = dict(zip(case.op.declaration.outputs, outs, strict=True))
     for change in (lambda tensor: tensor, lambda tensor: tensor.double()):  # no kernel serves float64: the reference does
         given = [change(arg) if isinstance(arg, Tensor) else arg for arg in sample.args]
-        if not planned_out.PLANNED:
+        if not OUT_FORMS_RETURN:
             assert case.op.out(*sample.args, **sample.kwargs, **kwargs) is None
             continue
         outs = [torch.empty_like(tensor) for tensor in call(case.op, Sample(tuple(given), sample.kwargs)).tensors]
@@ -70,7 +71,7 @@ def test_generated_code_calls_the_out_form(case: Case, dynamic: bool) -> None:
     compiled = torch.compile(run, fullgraph=True, dynamic=dynamic)
     results, [code] = run_and_get_code(compiled, case.sample().args, dict(case.sample().kwargs))
     name = f"torch.ops.{case.op.declaration.namespace}.{case.op.name}"
-    assert len(re.findall(rf"= {re.escape(name)}\.{'out' if planned_out.PLANNED else 'default'}\(", code)) == 1, code
+    assert len(re.findall(rf"= {re.escape(name)}\.{'out' if OUT_FORMS_RETURN else 'default'}\(", code)) == 1, code
     for tokens in (None, 5, 64) if dynamic else (None,):
         sample = case.sample() if tokens is None else with_tokens(case.sample(), tokens)
         results = compiled(sample.args, dict(sample.kwargs))

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "torch_jit_ops"
 PAGE = ROOT / "CONTRIBUTING.md"
 START, END = "<!-- drawn by tools/draw_house.py -->\n", "<!-- end -->\n"
 OPS, GROUND = "(an op)", "(ground)"  # modules beside the rooms: those that use a room, and those that do not
-_WIDTH, _ROOM = 120, 10
+_WIDTH, _ROOM = 120, 11
 
 
 def imports() -> dict[str, set[str]]:

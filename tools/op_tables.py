@@ -16,7 +16,7 @@ import torch
 
 import torch_jit_ops
 from torch_jit_ops import Op
-from torch_jit_ops.features import planned_out
+from torch_jit_ops.declaring.signature import OUT_FORMS_RETURN
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -93,7 +93,7 @@ def _section(op: Op, written: str | None) -> str:
 
 
 def main() -> int:
-    if not planned_out.PLANNED:
+    if not OUT_FORMS_RETURN:
         print("the documents say what PyTorch 2.13 and newer does; this is", torch.__version__, file=sys.stderr)
         return 1
     ops = list(torch_jit_ops.library.ops.values())

@@ -13,10 +13,9 @@ from torch import Tensor
 from typing_extensions import ParamSpec, TypeVar  # which PyTorch needs, too: plain ``Op`` is any op
 
 from torch_jit_ops import registry
-from torch_jit_ops.calling import develop, dispatcher
+from torch_jit_ops.calling import develop, dispatcher, overlap
 from torch_jit_ops.calling.boot import Boot
 from torch_jit_ops.calling.reference import Reference
-from torch_jit_ops.checks import overlap
 from torch_jit_ops.declaring.declaration import Declaration
 from torch_jit_ops.declaring.signature import Signature
 from torch_jit_ops.features import autograd, planned_out, vmap

@@ -27,8 +27,7 @@ import torch
 from torch_jit_ops import registry
 from torch_jit_ops.backends.wheels import WheelLibrary
 from torch_jit_ops.calling import develop
-from torch_jit_ops.checks import matcher
-from torch_jit_ops.declaring import options, per_target, sources
+from torch_jit_ops.declaring import matcher, options, per_target, sources
 from torch_jit_ops.declaring.declaration import Declaration, Samples
 from torch_jit_ops.declaring.dtypes import Given
 from torch_jit_ops.declaring.rows import Rows

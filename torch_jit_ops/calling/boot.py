@@ -19,8 +19,7 @@ from torch_jit_ops.builder.shared_object import Loaded
 from torch_jit_ops.builder.unit import Unit
 from torch_jit_ops.calling import develop, dispatcher, variant_storm
 from torch_jit_ops.calling.reference import Reference
-from torch_jit_ops.checks import matcher
-from torch_jit_ops.declaring import variant
+from torch_jit_ops.declaring import matcher, variant
 from torch_jit_ops.declaring.declaration import Declaration
 from torch_jit_ops.declaring.signature import tensors_of
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from torch_jit_ops import forks
-from torch_jit_ops.calling import develop, dispatcher
-from torch_jit_ops.checks import matcher, overlap
+from torch_jit_ops.calling import develop, dispatcher, overlap
+from torch_jit_ops.declaring import matcher
 from torch_jit_ops.declaring.declaration import Declaration
 from torch_jit_ops.declaring.signature import tensors_of
 

@@ -15,15 +15,13 @@ from torch_jit_ops import backends, environment
 from torch_jit_ops.backends.wheels import WheelLibrary
 from torch_jit_ops.builder.shared_object import Loaded
 from torch_jit_ops.builder.unit import Unit
-from torch_jit_ops.checks import matcher
-from torch_jit_ops.declaring import per_target, variant
+from torch_jit_ops.declaring import matcher, per_target, variant
 from torch_jit_ops.declaring.dtypes import DTypes
 from torch_jit_ops.declaring.rows import Rows
 from torch_jit_ops.declaring.samples import Sample, SampleMaker
-from torch_jit_ops.declaring.signature import Signature
+from torch_jit_ops.declaring.signature import OUT_FORMS_RETURN, Signature
 from torch_jit_ops.declaring.sources import Source
 from torch_jit_ops.fallback import Unserved
-from torch_jit_ops.features import planned_out
 
 Samples = Callable[[SampleMaker], Iterable[Sample]]
 
@@ -102,7 +100,7 @@ class Declaration:
         """The signature of each overload, ``""`` and ``"out"``."""
         forms = {"": self.signature}
         if self.outputs:
-            forms["out"] = self.signature.with_outputs(self.outputs, returned=planned_out.PLANNED)
+            forms["out"] = self.signature.with_outputs(self.outputs, returned=OUT_FORMS_RETURN)
         return forms
 
     def writes(self, overload: str = "") -> bool:

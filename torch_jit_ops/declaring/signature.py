@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 
+# Before 2.13 functionalisation takes no out form that returns its outputs, and Inductor plans none.
+OUT_FORMS_RETURN = torch.__version__ >= (2, 13)
+
 _SCHEMA_TYPES = {
     "T": "Tensor",
     "i": "SymInt",

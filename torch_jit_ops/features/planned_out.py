@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-# Before 2.13 Inductor does not plan, and functionalisation takes no out form that returns its outputs.
-PLANNED = torch.__version__ >= (2, 13)
-TAGS = (torch.Tag.out,) if PLANNED else ()
+from torch_jit_ops.declaring.signature import OUT_FORMS_RETURN
+
+TAGS = (torch.Tag.out,) if OUT_FORMS_RETURN else ()
 
 _lowered: set[Any] = set()
 
@@ -34,7 +34,7 @@ def lower(overload: Any, out: Any, outputs: Sequence[str]) -> None:
         out: the out form.
         outputs: names of its outputs.
     """
-    if not PLANNED or overload in _lowered or "torch._inductor.lowering" not in sys.modules:
+    if not OUT_FORMS_RETURN or overload in _lowered or "torch._inductor.lowering" not in sys.modules:
         return
     _lowered.add(overload)
     try:

@@ -14,9 +14,10 @@ from typing import Any
 
 from torch import Tensor
 
+from torch_jit_ops.calling import overlap
 from torch_jit_ops.calling.reference import Reference, each_tensor
-from torch_jit_ops.checks import overlap
 from torch_jit_ops.declaring.declaration import Declaration
+from torch_jit_ops.declaring.signature import OUT_FORMS_RETURN
 from torch_jit_ops.features import build_while_tracing, dtensor, planned_out
 
 Load = Callable[[str, Sequence[int]], object]
@@ -57,7 +58,7 @@ class Fake:
         self._check("out", args, kwargs)
         self._reference.check_outputs([kwargs[name] for name in declaration.outputs], self.results(args, given))
         self._build(args, given)
-        if planned_out.PLANNED:  # before, DTensor fails on an out form that returns nothing
+        if OUT_FORMS_RETURN:  # before, DTensor fails on an out form that returns nothing
             dtensor.register(self._overload_of("out"), declaration.overloads["out"], declaration.outputs, declaration.rows)
         return self._reference.returned_outputs(kwargs)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from torch_jit_ops.checks import layout
+from torch_jit_ops.declaring import layout
 from torch_jit_ops.inductor.expression import Expression
 from torch_jit_ops.inductor.match import GraphReader, Match, label_of, tensor_of
 from torch_jit_ops.op import Op

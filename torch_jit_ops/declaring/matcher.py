@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_jit_ops.checks import layout
+from torch_jit_ops.declaring import layout
 from torch_jit_ops.declaring.signature import Signature
 
 _TEXT = re.compile(

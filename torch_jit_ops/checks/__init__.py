@@ -1,1 +1,0 @@
-"""What the function and the fake refuse, as the kernel refuses it."""
