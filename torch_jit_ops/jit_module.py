@@ -19,20 +19,22 @@ import re
 import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from torch_jit_ops import environment, forks
 from torch_jit_ops.backends import CPU, CUDA, Backend
 from torch_jit_ops.backends.wheels import WheelLibrary
-from torch_jit_ops.builder.load import load
-from torch_jit_ops.builder.shared_object import Loaded
+from torch_jit_ops.builder.on_demand import load
 from torch_jit_ops.builder.unit import Unit, csrc_dir, inlined, line_directive
 from torch_jit_ops.calling import develop, dispatcher
 from torch_jit_ops.declaring import per_target, variant
 from torch_jit_ops.declaring.signature import Argument, Result, Signature
 from torch_jit_ops.store.digests import digest_of_record
+
+if TYPE_CHECKING:
+    from torch_jit_ops.builder.shared_object import Loaded
 
 NAMESPACE = "jitk_modules"
 CppArg = int | bool | float | str | torch.dtype

@@ -9,19 +9,21 @@ import functools
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch_jit_ops import backends, environment, fallback, forks, manifest
+from torch_jit_ops import backends, environment, fallback, forks
 from torch_jit_ops.backends import MissingCompiler
 from torch_jit_ops.builder.errors import BuildError
-from torch_jit_ops.builder.load import load
-from torch_jit_ops.builder.shared_object import Loaded
+from torch_jit_ops.builder.on_demand import load
 from torch_jit_ops.builder.unit import Unit
 from torch_jit_ops.calling import develop, dispatcher, variant_storm
 from torch_jit_ops.calling.reference import Reference
 from torch_jit_ops.declaring import matcher, variant
 from torch_jit_ops.declaring.declaration import Declaration
 from torch_jit_ops.declaring.signature import tensors_of
+
+if TYPE_CHECKING:
+    from torch_jit_ops.builder.shared_object import Loaded
 
 _under_way = threading.local()  # .boots: those whose first call this thread is making
 
@@ -172,6 +174,8 @@ class Boot:
             raise
         loaded.load_kernels(key[0])
         if environment.record_file() is not None:
+            from torch_jit_ops import manifest
+
             manifest.record(manifest.entry_of(declaration.qualified_name, backend, pattern, values, arch))
         return loaded
 

@@ -20,18 +20,18 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from torch_jit_ops import environment, forks, process
-from torch_jit_ops.builder import load as builder
-from torch_jit_ops.builder.shared_object import Loaded
+from torch_jit_ops.builder import on_demand as builder
 from torch_jit_ops.builder.unit import Unit, include_dir
 from torch_jit_ops.calling import dispatcher
-from torch_jit_ops.store import forms, record
 from torch_jit_ops.store.digests import digest_of_file
-from torch_jit_ops.store.search_path import search_path
+
+if TYPE_CHECKING:
+    from torch_jit_ops.builder.shared_object import Loaded
 
 _namespaces: set[str] = set()
 
@@ -72,6 +72,8 @@ class Watched:
     @classmethod
     def read_for(cls, loaded: Loaded, unit: Unit) -> Watched | None:
         """The files that a compiler read for a library; None if nobody recorded them."""
+        from torch_jit_ops.store import forms, record
+
         try:
             found = record.parse_record(forms.read(loaded.path.parent / record.RECORD, record.LARGEST_RECORD))
         except (OSError, forms.Malformed):
@@ -113,6 +115,8 @@ def load(unit: Unit) -> Loaded:
     Raises:
         BuildError: they do not compile. The same error is raised again until one of them changes.
     """
+    from torch_jit_ops.store.search_path import search_path
+
     key = (unit, tuple(store.root for store in search_path()))
     with _lock:
         watched = _watched.get(key)

@@ -19,7 +19,7 @@ import torch
 
 from torch_jit_ops import environment, forks, process
 from torch_jit_ops.backends import CPU, MissingCompiler
-from torch_jit_ops.builder import load as builder
+from torch_jit_ops.builder import on_demand as builder
 from torch_jit_ops.builder import workers
 from torch_jit_ops.builder.unit import Unit, csrc_dir
 from torch_jit_ops.declaring import variant

@@ -7,13 +7,12 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from torch_jit_ops import backends, environment
 from torch_jit_ops.backends.wheels import WheelLibrary
-from torch_jit_ops.builder.shared_object import Loaded
 from torch_jit_ops.builder.unit import Unit
 from torch_jit_ops.declaring import matcher, per_target, variant
 from torch_jit_ops.declaring.dtypes import DTypes
@@ -22,6 +21,9 @@ from torch_jit_ops.declaring.samples import Sample, SampleMaker
 from torch_jit_ops.declaring.signature import OUT_FORMS_RETURN, Signature
 from torch_jit_ops.declaring.sources import Source
 from torch_jit_ops.fallback import Unserved
+
+if TYPE_CHECKING:
+    from torch_jit_ops.builder.shared_object import Loaded
 
 Samples = Callable[[SampleMaker], Iterable[Sample]]
 
