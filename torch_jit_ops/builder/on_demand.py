@@ -6,6 +6,8 @@ import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import filelock  # noqa: F401  (on import it registers what waits for forks, which would wait for this thread if they were held off)
+
 from torch_jit_ops import forks
 from torch_jit_ops.builder.unit import Unit
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 # Before 2.13 functionalisation takes no out form that returns its outputs, and Inductor plans none.
-OUT_FORMS_RETURN = torch.__version__ >= (2, 13)
+OUT_FORMS_RETURN: bool = torch.__version__ >= (2, 13)  # type: ignore[operator]
 
 _SCHEMA_TYPES = {
     "T": "Tensor",
