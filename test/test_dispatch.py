@@ -242,7 +242,7 @@ def outer(x: Tensor, how: str) -> Tensor:
     return torch.ops.dispatchlib.fail(x, how)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # a process that comes back to this file cannot declare them again
 def ops(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """The library's ops. Compiled on first use, so each test pays for what it calls."""
     csrc = tmp_path_factory.mktemp("dispatchlib") / "csrc"

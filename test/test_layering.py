@@ -60,6 +60,7 @@ ORDER = [
     ("builder/compilers", "builder/shared_object", "builder/workers"),
     ("builder/compile",),
     ("builder/load",),
+    ("builder/on_demand",),
     ("calling/dispatcher", "manifest", "calling/variant_storm"),
     ("calling/develop",),
     ("declaring/per_target", "declaring/sources"),
