@@ -21,6 +21,7 @@ from expecttest import assert_expected_inline
 from torch import Tensor
 
 from torch_jit_ops import OpLibrary, registry
+from torch_jit_ops.calling import develop
 
 _KERNELS = """
 #include <jitk/dtype.h>
@@ -157,7 +158,9 @@ def ops(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     library.op(cpu="kinds.cpp", variant="converted<{x.dtype}, {dtype}>", dtypes=(torch.float32, torch.int64))(converted)
     library.op(cpu="kinds.cpp", variant="add_up<{total.dtype}>", dtypes=floats, mutates=("total",))(add_up)
     yield SimpleNamespace(**library.ops)
-    registry._libraries.remove(library)
+    registry.remove(library)
+    for op in library.ops.values():
+        develop.withdraw(op._library)
 
 
 _X = torch.arange(6.0)

@@ -17,7 +17,7 @@ from torch.fx.experimental import symbolic_shapes
 from torch_jit_ops import Op, OpLibrary, manifest, registry
 from torch_jit_ops.builder import load as builder
 from torch_jit_ops.builder.unit import Unit
-from torch_jit_ops.calling import boot, dispatcher, variant_storm
+from torch_jit_ops.calling import boot, develop, dispatcher, variant_storm
 from torch_jit_ops.declaring import variant
 from torch_jit_ops.declaring.key_rule import LARGEST, parse_rules
 from torch_jit_ops.declaring.signature import signature_of
@@ -59,7 +59,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpLibrary]:
     made.op(cpu="tiled.cpp", variant="keyed<{n}>")(keyed)
     made.op(cpu="tiled.cpp", variant="grid<{n}, {m}>")(grid)
     yield made
-    registry._libraries.remove(made)
+    registry.remove(made)
+    for op in made.ops.values():
+        develop.withdraw(op._library)
 
 
 def _pattern(op: Op) -> variant.VariantPattern:

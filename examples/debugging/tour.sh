@@ -22,7 +22,8 @@ nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 step "$python" $program
 
 # printf: a line for the thread that is one too many
-sed 's|  if (i <= count) |  if (i >= count) printf("i = %lld of %lld\\n", (long long)i, (long long)count);\n&|' \
+sed '1i #include <cstdio>
+s|  if (i <= count) |  if (i >= count) printf("i = %lld of %lld\\n", (long long)i, (long long)count);\n&|' \
   examples/debugging/differences.cu >"$JITK_CACHE_DIR/differences.cu"
 cp $program "$JITK_CACHE_DIR"
 step "$python" "$JITK_CACHE_DIR/differences.py"
