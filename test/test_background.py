@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -207,6 +208,7 @@ print(twice.default(x).tolist(), *events, sep="\\n")
         text=True,
         check=False,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     assert done.returncode == 0, done.stderr
     said = done.stdout.splitlines()
