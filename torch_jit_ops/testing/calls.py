@@ -1,4 +1,4 @@
-"""What tests of ops are made of: samples in other clothes, calls, and comparisons of what calls leave behind."""
+"""What tests of ops are made of: samples, the same with other strides and layouts, calls, and comparisons of what is left."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def require(condition: bool | Tensor, text: str) -> None:
         raise AssertionError(text)
 
 
-# --- samples in other clothes ---------------------------------------------------------------------
+# --- the same samples with other strides, offsets and layouts --------------------------------------
 
 
 def map_tensors(sample: Sample, change: Callable[[Tensor], Tensor]) -> Sample:
