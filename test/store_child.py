@@ -15,6 +15,7 @@ from typing import Any
 from torch.utils import cpp_extension  # noqa: F401  (imported once, by the process that forks the others)
 
 from torch_jit_ops import progress
+from torch_jit_ops.backends import CPU
 from torch_jit_ops.builder import compile
 from torch_jit_ops.builder.load import load as load_unit
 from torch_jit_ops.builder.shared_object import Loaded
@@ -33,7 +34,7 @@ DEATHS = {
 def unit(number: int = 0, *, include: Sequence[Path] = (), text: str = "", name: str = "store.tiny") -> Unit:
     """A translation unit that compiles in a fifth of a second, and returns ``number``."""
     body = text or f'extern "C" __attribute__((visibility("default"))) int jitk_value() {{ return {number}; }}\n'
-    return Unit(name, f"store::tiny<{number}>", "cpu", "x86-64", body, include=tuple(include))
+    return Unit(name, f"store::tiny<{number}>", CPU, "x86-64", body, include=tuple(include))
 
 
 def value(loaded: Loaded) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from torch_jit_ops.backends import CPU
 from torch_jit_ops.builder import shared_object
 from torch_jit_ops.builder.load import load
 from torch_jit_ops.builder.unit import Unit
@@ -23,7 +24,7 @@ from torch_jit_ops.store.store import Store
 UNIT = Unit(
     "bundled.answer",
     "bundled::answer",
-    "cpu",
+    CPU,
     "x86-64",
     'extern "C" __attribute__((visibility("default"))) int answer() { return 42; }\n',
 )

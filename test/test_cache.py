@@ -18,6 +18,7 @@ from child import ROOT, run_python
 from expecttest import assert_expected_inline
 
 from torch_jit_ops import environment, process
+from torch_jit_ops.backends import CPU, CUDA
 from torch_jit_ops.builder import compilers
 from torch_jit_ops.builder.load import load as load_unit
 from torch_jit_ops.builder.shared_object import Loaded
@@ -58,7 +59,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[Unit], Loaded]:
 
 
 def unit(include: Path, text: str = _TEXT, name: str = "test.answer") -> Unit:
-    return Unit(name=name, label="test::answer", backend="cpu", arch="x86-64", text=text, include=(include,))
+    return Unit(name=name, label="test::answer", backend=CPU, arch="x86-64", text=text, include=(include,))
 
 
 def answer(loaded: Loaded) -> int:
@@ -126,7 +127,7 @@ def test_the_record_says_what_was_built_without_saying_where(root: Path, include
 
 @pytest.mark.parametrize(
     "change",
-    [{"text": _TEXT + "\n"}, {"flags": ("-O0",)}, {"arch": "x86-64-v3"}, {"backend": "cuda", "arch": "9.0a"}, {"torch": True}],
+    [{"text": _TEXT + "\n"}, {"flags": ("-O0",)}, {"arch": "x86-64-v3"}, {"backend": CUDA, "arch": "9.0a"}, {"torch": True}],
     ids=lambda change: next(iter(change)),
 )
 def test_whatever_changes_the_code_changes_the_key(include: Path, change: dict[str, Any]) -> None:

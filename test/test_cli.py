@@ -268,7 +268,7 @@ def built(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stor
 
 def unit(folder: Path, *flags: str, label: str = "clitest::answer<1>", text: str = "") -> Unit:
     text = f'#include "answer.h"\nint answer() {{ return ANSWER; }}\n{text}'
-    return Unit("clitest.answer", label, "cpu", "x86-64", text, include=(folder / "csrc",), flags=flags)
+    return Unit("clitest.answer", label, CPU, "x86-64", text, include=(folder / "csrc",), flags=flags)
 
 
 def why(of: Unit, store: Store) -> list[str]:
@@ -353,7 +353,7 @@ def test_why_names_what_else_differs(built: Store, tmp_path: Path, monkeypatch: 
     assert why(unit(tmp_path, "-DMORE"), built) == ["flags: -DMORE is new"]
     assert why(unit(tmp_path, text="// more\n"), built) == ["translation unit: another text"]
     assert why(unit(tmp_path, label="clitest::answer<2>"), built) == []  # the label is not in the key
-    other = Unit("clitest.answer", "clitest::answer<1>", "cpu", "x86-64-v3", unit(tmp_path).text, (tmp_path / "csrc",))
+    other = Unit("clitest.answer", "clitest::answer<1>", CPU, "x86-64-v3", unit(tmp_path).text, (tmp_path / "csrc",))
     assert why(other, built) == ["architecture: x86-64-v3, was x86-64", "flags: -march=x86-64-v3, was -march=x86-64"]
     monkeypatch.setattr("torch_jit_ops.ahead.why.compiler_of", lambda *_: "c++ 99")
     (line,) = why(unit(tmp_path), built)

@@ -127,7 +127,7 @@ def compile_for_gpu(source: Path, functions: list[str], folder: Path, *include: 
         pytest.skip(str(missing).splitlines()[0])
     exports = [f"JITK_EXPORT(function{number}, {function})" for number, function in enumerate(functions)]
     text = "\n".join(["#include <jitk/export.h>", f'#include "{source}"', "using namespace jitk;", *exports, ""])
-    unit = Unit("docs", "docs", "cuda", "9.0a", text)
+    unit = Unit("docs", "docs", CUDA, "9.0a", text)
     (folder / "unit.cu").write_text(text)
     folders = [f"-I{place}" for place in (source.parent, *include, include_dir())]
     halves = ["-D__CUDA_NO_HALF_OPERATORS__", "-D__CUDA_NO_HALF_CONVERSIONS__", "-D__CUDA_NO_HALF2_OPERATORS__"]

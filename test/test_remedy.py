@@ -15,7 +15,7 @@ import torch
 from expecttest import assert_expected_inline
 
 from torch_jit_ops import process
-from torch_jit_ops.backends import MissingCompiler
+from torch_jit_ops.backends import CPU, CUDA, MissingCompiler
 from torch_jit_ops.builder import log as build_log
 from torch_jit_ops.builder.errors import BuildError, CompileRefused
 from torch_jit_ops.builder.load import load
@@ -186,9 +186,9 @@ def test_no_compile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("JITK_NO_COMPILE", "1")
     monkeypatch.setenv("JITK_CACHE_PATH", "/opt/kernels")
     units = (
-        Unit("jitk.silu_and_mul", "jitk::silu_and_mul<bf16_t>", "cuda", "9.0a", ""),
-        Unit("jitk.silu_and_mul", "jitk::silu_and_mul<bf16_t>", "cpu", "x86-64-v3", ""),
-        Unit("module.norm", "norm<float>", "cuda", "9.0a", ""),
+        Unit("jitk.silu_and_mul", "jitk::silu_and_mul<bf16_t>", CUDA, "9.0a", ""),
+        Unit("jitk.silu_and_mul", "jitk::silu_and_mul<bf16_t>", CPU, "x86-64-v3", ""),
+        Unit("module.norm", "norm<float>", CUDA, "9.0a", ""),
         dispatcher.unit(),
     )
     said = []

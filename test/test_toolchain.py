@@ -188,7 +188,7 @@ def test_the_build_gets_every_part(machine: Machine) -> None:
     asked: dict[str, Any] = {}
     machine.monkeypatch.setattr(cpp_extension, "load", lambda *_, **options: asked.update(options))
     machine.monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
-    unit = Unit("name", "label", "cuda", "9.0a", "", include=(machine.root / "mine",))
+    unit = Unit("name", "label", CUDA, "9.0a", "", include=(machine.root / "mine",))
     compile._run_cpp_extension(unit, machine.root, [machine.root / "unit.cu"], "module")
     assert str(upper) == cpp_extension.CUDA_HOME
     assert asked["extra_include_paths"] == [str(machine.root / "mine"), str(include_dir()), str(lower / "include")]
@@ -210,7 +210,7 @@ def test_folders_that_a_command_would_part(machine: Machine) -> None:
     machine.monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
     machine.monkeypatch.setattr(cpp_extension, "TORCH_LIB_PATH", None)
     machine.monkeypatch.setattr(torch, "__file__", "/my env/torch/__init__.py")
-    unit = Unit("name", "label", "cuda", "9.0a", "")
+    unit = Unit("name", "label", CUDA, "9.0a", "")
     compile._run_cpp_extension(unit, machine.root, [machine.root / "unit.cu"], "module")
     assert cpp_extension.TORCH_LIB_PATH == "'/my env/torch/lib'"
     assert cpp_extension.CUDA_HOME == "links/toolkit"  # ninja runs in the staging folder

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Generic, NoReturn
 
 import torch
@@ -171,8 +171,9 @@ class Op(Generic[Parameters, Results]):
                 self.qualified_name, vmap.rule(self.default, self.signature, declaration.rows), lib=library
             )
 
+        self.packet.__doc__ = _documented(declaration)
         for overload in declaration.overloads:
-            self.overload(overload).__doc__ = self.packet.__doc__ = _documented(declaration)
+            self.overload(overload).__doc__ = self.packet.__doc__
 
     def _autograd_kernel(self, overload: str, signature: Signature) -> Callable[..., Any]:
         function = self.overload(overload)
@@ -206,7 +207,7 @@ class Op(Generic[Parameters, Results]):
     def _write_lazy_views(self, overload: str, *args: Any, **kwargs: Any) -> Any:
         """The call where tensors have the negative or the conjugate bit: by copies that have none, written back."""
         signature = self.declaration.overloads[overload]
-        values: Mapping[str, Any] = {**dict(zip(_names(signature), args, strict=False)), **kwargs}
+        values = self.declaration.by_name(args, kwargs)
         overlap.refuse(self.declaration.who(overload), signature, values)
         plain = {
             name: value.resolve_conj().resolve_neg() if isinstance(value, Tensor) else value for name, value in values.items()
@@ -216,12 +217,7 @@ class Op(Generic[Parameters, Results]):
             for argument in signature.arguments:
                 if argument.written and plain.get(argument.name) is not values.get(argument.name):
                     values[argument.name].copy_(plain[argument.name])
-        returned = tuple(values[name] for name in signature.returned)
-        return returned if len(returned) > 1 else returned[0] if returned else None
-
-
-def _names(signature: Signature) -> Sequence[str]:
-    return [argument.name for argument in signature.arguments]
+        return signature.returned_of(values)
 
 
 def _slots(declaration: Declaration) -> int:

@@ -129,27 +129,19 @@ inline Float e4m3_to_fp32(Word code) {
   return bits_as<Float>(all | (code & 0x80u) << 24);
 }
 
-template <typename Word, typename Float>
-inline Word fp32_to_e4m3(Float x) {
+// To 7 bits below the sign. kShift: bits of an fp32's mantissa that are cut off; kBias: between the exponents; kOverflow: what is too
+// large becomes, infinity or, where there is none, the largest number.
+template <uint32_t kShift, uint32_t kBias, uint32_t kOverflow, typename Word, typename Float>
+inline Word fp32_to_fp8(Float x) {
   const Word bits = bits_as<Word>(x);
   const Word magnitude = bits & 0x7fffffffu;
-  const Word normal = (magnitude + 0x7ffffu + (magnitude >> 20 & 1u) - (120u << 23)) >> 20;
-  // Adding 2^14 leaves a multiple of 2^-9, rounded by the adder itself.
-  const Word subnormal = bits_as<Word>(bits_as<Float>(magnitude) + 0x1p14f) - (141u << 23);
-  const Word finite = magnitude < (121u << 23) ? subnormal : normal;
-  const Word not_finite = (magnitude & 0u) | (magnitude > 0x7f800000u ? 0x7fu : 0x7eu);
-  return (finite < 0x7fu ? finite : not_finite) | (bits >> 24 & 0x80u);
-}
-
-template <typename Word, typename Float>
-inline Word fp32_to_e5m2(Float x) {
-  const Word bits = bits_as<Word>(x);
-  const Word magnitude = bits & 0x7fffffffu;
-  const Word normal = (magnitude + 0xfffffu + (magnitude >> 21 & 1u) - (112u << 23)) >> 21;
-  const Word subnormal = bits_as<Word>(bits_as<Float>(magnitude) + 0x1p7f) - (134u << 23);
-  const Word finite = magnitude < (113u << 23) ? subnormal : normal;
-  const Word not_finite = (magnitude & 0u) | (magnitude > 0x7f800000u ? 0x7fu : 0x7cu);
-  return (finite < 0x7cu ? finite : not_finite) | (bits >> 24 & 0x80u);
+  const Word normal = (magnitude + ((1u << (kShift - 1)) - 1) + (magnitude >> kShift & 1u) - (kBias << 23)) >> kShift;
+  // Adding a number whose last bit is the smallest subnormal leaves a multiple of that, rounded by the adder itself.
+  constexpr uint32_t kStep = (kShift + kBias + 1) << 23;
+  const Word subnormal = bits_as<Word>(bits_as<Float>(magnitude) + bits_as<float>(kStep)) - kStep;
+  const Word finite = magnitude < ((kBias + 1) << 23) ? subnormal : normal;
+  const Word not_finite = (magnitude & 0u) | (magnitude > 0x7f800000u ? 0x7fu : kOverflow);
+  return (finite < kOverflow ? finite : not_finite) | (bits >> 24 & 0x80u);
 }
 
 // The sign is lost, and zero becomes the smallest power, 2^-127.
@@ -190,11 +182,11 @@ inline bf16_t from_float<bf16_t>(float x) {
 }
 template <>
 inline fp8_e4m3_t from_float<fp8_e4m3_t>(float x) {
-  return {static_cast<uint8_t>(rounding::fp32_to_e4m3<uint32_t>(x))};
+  return {static_cast<uint8_t>(rounding::fp32_to_fp8<20, 120, 0x7e, uint32_t>(x))};
 }
 template <>
 inline fp8_e5m2_t from_float<fp8_e5m2_t>(float x) {
-  return {static_cast<uint8_t>(rounding::fp32_to_e5m2<uint32_t>(x))};
+  return {static_cast<uint8_t>(rounding::fp32_to_fp8<21, 112, 0x7c, uint32_t>(x))};
 }
 template <>
 inline fp8_e8m0_t from_float<fp8_e8m0_t>(float x) {

@@ -46,12 +46,12 @@ def _forget_in_child() -> None:
 forks.in_child(_forget_in_child)
 
 
-def load(unit: Unit, meanwhile: Callable[[], object] | None = None) -> Loaded:
+def load(unit: Unit, while_compiling: Callable[[], object] | None = None) -> Loaded:
     """Load the unit's library, compiling it if it is nowhere yet. Threads that ask for the same unit share one build.
 
     Args:
         unit: what to load.
-        meanwhile: called in a thread of its own if the unit has to be compiled.
+        while_compiling: called in a thread of its own if the unit has to be compiled.
 
     Raises:
         BuildError: it does not compile. The same error is raised again without compiling again in this process.
@@ -74,7 +74,7 @@ def load(unit: Unit, meanwhile: Callable[[], object] | None = None) -> Loaded:
             raise forks.Reentered(f"{unit.label} is being built further down the stack of this thread")
     if mine:
         try:
-            loaded = _load(unit, stores, meanwhile)
+            loaded = _load(unit, stores, while_compiling)
             statistics.count(unit.name, compiled=loaded.compiled, seconds=loaded.seconds)
             result.set_result(loaded)
         except BaseException as error:
@@ -87,7 +87,7 @@ def load(unit: Unit, meanwhile: Callable[[], object] | None = None) -> Loaded:
             _builders.pop(result, None)
     error = result.exception()
     if isinstance(error, BuildInterrupted) and not mine:
-        return load(unit, meanwhile)
+        return load(unit, while_compiling)
     if error is not None:
         raise error.with_traceback(None)  # which would grow with every call
     return result.result()
@@ -110,7 +110,7 @@ def find(unit: Unit) -> Loaded | None:
     return _look(unit, unit.key(), stores, compiler, time.monotonic(), repair=False)
 
 
-def _load(unit: Unit, stores: tuple[Store, ...], meanwhile: Callable[[], object] | None) -> Loaded:
+def _load(unit: Unit, stores: tuple[Store, ...], while_compiling: Callable[[], object] | None) -> Loaded:
     """The steps, in their order."""
     key = unit.key()
     store = stores[-1]
@@ -123,8 +123,8 @@ def _load(unit: Unit, stores: tuple[Store, ...], meanwhile: Callable[[], object]
         raise CompileRefused(_not_in_the_cache(unit, stores))
     if missing is not None:
         raise missing
-    if meanwhile is not None:
-        workers.background.submit(meanwhile, at_once=True)
+    if while_compiling is not None:
+        workers.background.submit(while_compiling, at_once=True)
     with contextlib.suppress(OSError):  # a store that cannot be written: staging says so
         store.own_folder("locks")
     with lock.building(store.lock_path(unit.name, key), f"{unit.label} for {unit.target()}") as held:

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from torch_jit_ops.builder.shared_object import Loaded
 
 
-def load(unit: Unit, meanwhile: Callable[[], object] | None = None) -> Loaded:
+def load(unit: Unit, while_compiling: Callable[[], object] | None = None) -> Loaded:
     """``builder.load.load``."""
-    return _loader().load(unit, meanwhile)  # type: ignore[no-any-return]
+    return _loader().load(unit, while_compiling)  # type: ignore[no-any-return]
 
 
 def find(unit: Unit) -> Loaded | None:

@@ -50,10 +50,6 @@ class Unit:
     ldflags: tuple[str | WheelLibrary, ...] = ()
     debug: bool = False
 
-    def __post_init__(self) -> None:  # until the last modules that give a name are merged
-        if isinstance(self.backend, str):
-            object.__setattr__(self, "backend", named(self.backend))
-
     def roots(self) -> dict[str, Path]:
         """The folders by whose names files are recorded."""
         roots = {f"include{index}": folder for index, folder in enumerate(self.include)}

@@ -82,7 +82,7 @@ class Boot:
                 raise forks.Reentered(
                     f"{self._declaration.qualified_name} is being called for the first time further down this thread's stack"
                 )
-            dispatcher.library(meanwhile=functools.partial(self._prefetch, args, kwargs or {}))
+            dispatcher.library(while_compiling=functools.partial(self._prefetch, args, kwargs or {}))
             if environment.debugging() and self.promised is not None:
                 from torch_jit_ops.calling import debug
 
@@ -111,15 +111,7 @@ class Boot:
             self._reference.define_ops()
             return dispatcher.REFERENCE
 
-        dispatcher.register(
-            declaration.who(form),
-            declaration.namespace,
-            overload,
-            key,
-            f"{declaration.namespace}::{self._reference.op_name(form)}",
-            plan.plan(declaration.overloads[form]),
-            answer,
-        )
+        self._serve(form, key, plan, answer)
 
     def withdraw_twin(self) -> None:
         """Take away what debug mode has defined."""
@@ -133,16 +125,22 @@ class Boot:
     def _register(self) -> None:
         declaration = self._declaration
         for backend, kernel in declaration.kernels.items():
-            for overload, signature in declaration.overloads.items():
-                dispatcher.register(
-                    declaration.who(overload),
-                    declaration.namespace,
-                    self._served_name(overload),
-                    backends.named(backend).dispatch_key,
-                    f"{declaration.namespace}::{self._reference.op_name(overload)}",
-                    kernel.pattern.plan(signature),
-                    functools.partial(self._answer, backend),
-                )
+            for overload in declaration.overloads:
+                key = backends.named(backend).dispatch_key
+                self._serve(overload, key, kernel.pattern, functools.partial(self._answer, backend))
+
+    def _serve(self, overload: str, key: str, pattern: variant.VariantPattern, answer: dispatcher.Answer) -> None:
+        """Have the C++ dispatcher serve the overload on a dispatch key."""
+        declaration = self._declaration
+        dispatcher.register(
+            declaration.who(overload),
+            declaration.namespace,
+            self._served_name(overload),
+            key,
+            f"{declaration.namespace}::{self._reference.op_name(overload)}",
+            pattern.plan(declaration.overloads[overload]),
+            answer,
+        )
 
     def _prefetch(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         declaration = self._declaration
@@ -150,7 +148,9 @@ class Boot:
             given = {name: value for name, value in kwargs.items() if name not in declaration.outputs}
             values = declaration.arguments(*args, **given)
             device = next(tensors_of(values)).device
-            backend = next(each for each in backends.ALL if each.serves(device))
+            backend = backends.of_device(device)
+            if backend is None:
+                return
             words = declaration.kernels[backend.name].pattern.words_of(values)
             self.load(backend.name, [backend.index_of(device), *words])
         except Exception:  # the dispatcher will ask for the same and report it where the caller sees it

@@ -117,15 +117,15 @@ def _unit(name: str, label: str, source: str) -> Unit:
 _loaded: ctypes.CDLL | None = None
 
 
-def library(meanwhile: Callable[[], object] | None = None) -> ctypes.CDLL:
-    """The dispatcher in this process. If it has to be compiled first, ``meanwhile`` is called in a thread of its own.
+def library(while_compiling: Callable[[], object] | None = None) -> ctypes.CDLL:
+    """The dispatcher in this process. If it has to be compiled first, ``while_compiling`` is called in a thread of its own.
 
     Raises:
         MissingCompiler: it is not in the cache, and there is no C++ compiler.
     """
     global _loaded
     if _loaded is None:
-        _loaded = _prototyped(builder.load(unit(), meanwhile).library)
+        _loaded = _prototyped(builder.load(unit(), while_compiling).library)
     return _loaded
 
 

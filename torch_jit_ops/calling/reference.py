@@ -67,7 +67,7 @@ class Reference:
 
     def run_out(self, *args: Any, **kwargs: Any) -> Any:
         """The out form."""
-        returned = self.returned_outputs(kwargs)
+        returned = self._declaration.overloads["out"].returned_of(kwargs)
         self.check("out", args, kwargs)
         outs = [kwargs.pop(name) for name in self._declaration.outputs]
         results = self._function(*args, **kwargs)
@@ -76,18 +76,12 @@ class Reference:
             out.copy_(result)
         return returned
 
-    def returned_outputs(self, kwargs: Mapping[str, Any]) -> Any:
-        """The outputs if the out form's schema returns them."""
-        outs = tuple(kwargs[name] for name in self._declaration.overloads["out"].returned)
-        return outs if len(outs) > 1 else outs[0] if outs else None
-
     def call(self, overload: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """A call that the dispatcher, which looks for arguments that overlap, is not on the way of."""
-        if self._declaration.writes(overload):
-            signature = self._declaration.overloads[overload]
-            names = [argument.name for argument in signature.arguments]
-            values = {**dict(zip(names, args, strict=False)), **kwargs}
-            overlap.refuse(self._declaration.who(overload), signature, values)
+        declaration = self._declaration
+        if declaration.writes(overload):
+            values = declaration.by_name(args, kwargs)
+            overlap.refuse(declaration.who(overload), declaration.overloads[overload], values)
         return self.implementation(overload)(*args, **kwargs)
 
     @contextlib.contextmanager

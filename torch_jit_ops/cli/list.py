@@ -15,7 +15,6 @@ examples:
 from __future__ import annotations
 
 import argparse
-import difflib
 import fnmatch
 import json
 import shutil
@@ -79,15 +78,10 @@ def _find(names: list[str]) -> list[Op]:
             continue
         fitting = [op for op in everything if any(fnmatch.fnmatchcase(each, name) for each in (op.name, op.qualified_name))]
         if not fitting:
-            raise ValueError(f"no op fits {name!r}; {_nearest(name, everything)}")
+            known = [op.qualified_name if "::" in name else op.name for op in everything]
+            raise ValueError(f"no op fits {name!r}{registry.nearest(name.strip('*?'), known)}")
         found += fitting
     return list(dict.fromkeys(found)) if names else everything
-
-
-def _nearest(pattern: str, ops: list[Op]) -> str:
-    names = sorted({op.qualified_name if "::" in pattern else op.name for op in ops})
-    near = difflib.get_close_matches(pattern.strip("*?"), names, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
 
 
 def _print_lines(ops: list[Op]) -> None:

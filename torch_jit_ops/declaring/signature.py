@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -138,6 +138,11 @@ class Signature:
         """The ``.out`` form: the results become keyword-only arguments that are written, and returned if that is asked for."""
         outputs = tuple(Argument(name, "T", written=True, keyword_only=True, output=True) for name in names)
         return Signature(self.arguments + outputs, (), tuple(names) if returned else ())
+
+    def returned_of(self, values: Mapping[str, Any]) -> Any:
+        """What a call with these arguments returns of those that it has written."""
+        found = tuple(values[name] for name in self.returned)
+        return found if len(found) > 1 else found[0] if found else None
 
     def index(self, name: str) -> int:
         """The position of the argument."""
