@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import user_library
-from child import run_python
+from child import ROOT, run_python
 from expecttest import assert_expected_inline
 from torch import Tensor
 
@@ -170,7 +171,7 @@ for _ in range(2):
 
 
 def test_a_dtype_without_a_kernel_is_said_once() -> None:
-    printed = run_python(_DTYPES, JITK_FALLBACK="warn", PYTHONPATH=Path(__file__).parent)
+    printed = run_python(_DTYPES, JITK_FALLBACK="warn", PYTHONPATH=f"{ROOT}{os.pathsep}{Path(__file__).parent}")
     assert_expected_inline(
         printed.replace("which is slower: ", "which is slower:\n").replace(" (JITK_FALLBACK", "\n(JITK_FALLBACK"),
         """\

@@ -420,7 +420,7 @@ def test_a_gpu_that_nvcc_does_not_know(here: Here, monkeypatch: pytest.MonkeyPat
     toolkit = nvcc_that_says(here.root, "nvcc fatal   : Unsupported gpu architecture 'compute_130a'")
     monkeypatch.setattr(cuda_backend, "toolkit", lambda: toolkit)
     monkeypatch.setattr(compilers, "identity", lambda *_: ["nvcc"])
-    unit = replace(store_child.unit(1), backend="cuda", arch="13.0a")
+    unit = replace(store_child.unit(1), backend=CUDA, arch="13.0a")
     with pytest.raises(BuildError) as caught:
         here.load(unit)
     assert isinstance(caught.value, MissingCompiler)
@@ -446,7 +446,7 @@ def test_cuda_kernels_without_cuda_are_one_line(here: Here, monkeypatch: pytest.
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(build_ahead, "load_unit", lambda *_: pytest.fail("a compiler was started"))
     with pytest.raises(ValueError) as caught:
-        build_ahead.load_all([replace(store_child.unit(1), backend="cuda", arch="9.0a")])
+        build_ahead.load_all([replace(store_child.unit(1), backend=CUDA, arch="9.0a")])
     assert str(caught.value) == (
         f"PyTorch {torch.__version__} is built without CUDA, so no CUDA kernel can be built with it: "
         "install a PyTorch for CUDA, or choose the backend cpu"
