@@ -219,7 +219,7 @@ def test_headers_that_no_wheel_has(site: Path, csrc: Path) -> None:
     folder = include_of("lib.h", "nobody-has-this", "some-wheel")
     op = add(library(csrc), cpu="add.cpp", include={"cpu": [folder]})  # can be declared
     with pytest.raises(MissingCompiler) as caught:
-        op.declaration.unit("cpu", (), _ARCH)
+        op.declaration.unit("cpu", (), _ARCH).folders()
     assert_expected_inline(
         str(caught.value),
         """\
@@ -229,6 +229,23 @@ no installed wheel has the header <lib.h>
     )
     with pytest.raises(RuntimeError, match=r"no installed wheel has the header <lib\.h>"):
         op(torch.zeros(3, dtype=torch.int64))
+
+
+def test_the_other_kernels_are_built_without_a_wheel(site: Path, csrc: Path) -> None:
+    (csrc / "use.cpp").write_text('#include "add.cpp"\nnamespace linking { int64_t number() { return 9; } }')
+    without = add(library(csrc), cpu="use.cpp", include={"cpu": [include_of("lib.h", "nobody-has-this")]})
+    other = add(library(csrc), cpu="use.cpp")
+    with pytest.raises(BuildError) as caught:
+        torch_jit_ops.build([without, other], backend="cpu")
+    assert_expected_inline(
+        text_of(caught.value),
+        """\
+1 of 4 kernels could not be built
+lib::linking::add (cpu ARCH): no installed wheel has the header <lib.h>
+  looked in nobody-has-this (not installed)
+  remedy: pip install nobody-has-this, or name its folder in include=""",
+    )
+    assert torch_jit_ops.stats().ops[other.qualified_name].builds == 1
 
 
 @pytest.mark.parametrize("ask", [lambda: include_of("lib.h"), lambda: include_of("/lib.h", "w"), lambda: library_of("lib.so")])

@@ -185,7 +185,7 @@ def load_jit(
             linked = per_target.ldflags(who, {backend.name: extra_ldflags}, (backend.name,))[backend.name]
             parts.append(_Part(backend, name, label, found, tuple(texts), tuple(wrappers), include, tuple(flags), linked))
     units = [part.unit(_default_arch(part.backend)) for part in parts]
-    places = [[str(folder) for folder in unit.include] for unit in units]
+    places = [[str(folder) for folder in unit.folders()] for unit in units]
     written = {export: list(positions) for export, positions in (mutates or {}).items()}
     key = digest_of_record([name, [unit.key() for unit in units], places, written])
     with _modules_lock:

@@ -43,6 +43,9 @@ class WheelHeaders(os.PathLike[str]):
         return str(self.folder())
 
 
+Folder = Path | WheelHeaders
+
+
 @dataclass(frozen=True)
 class WheelLibrary:
     """A shared library of an installed wheel, which has no link without a version for the linker to find."""

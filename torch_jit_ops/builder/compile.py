@@ -21,7 +21,7 @@ from torch_jit_ops.backends.backend import Toolkit
 from torch_jit_ops.builder import log, workarounds
 from torch_jit_ops.builder.errors import BuildError, BuildInterrupted, UnknownGpu
 from torch_jit_ops.builder.shared_object import NOEXEC, OF_THIS_MOMENT
-from torch_jit_ops.builder.unit import Unit, file_name, include_dir, inlined_in
+from torch_jit_ops.builder.unit import Unit, file_name, inlined_in
 from torch_jit_ops.store import files
 from torch_jit_ops.store.dependencies import Dependency, dependencies_of
 
@@ -95,7 +95,7 @@ def _run_cpp_extension(unit: Unit, staging: Path, sources: Sequence[Path], modul
         from torch.utils import cpp_extension
     cpp_extension.subprocess = forks.subprocess
 
-    include = [*unit.include, include_dir()]
+    include = [*unit.folders()]
     verbose = environment.verbosity() == 2
     link = ["-Wl,--as-needed", "-Wl,-z,defs"]
     if unit.torch:
@@ -149,7 +149,7 @@ def _failure(unit: Unit, error: Exception, staging: Path) -> BuildError:
             "  remedy: install a newer CUDA toolkit and set CUDA_HOME to its folder"
         )
     file = log.keep(text, staging)
-    names = workarounds.named(staging, (*unit.include, include_dir()))
+    names = workarounds.named(staging, unit.folders())
     where = f"{unit.backend.name}, {unit.target()}"
     inlined = dict(inlined_in("".join((unit.text, *unit.beside))))
     return BuildError(log.distill(text, unit.label, where, names, file, loading=isinstance(error, OSError), inlined=inlined))

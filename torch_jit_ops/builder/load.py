@@ -23,7 +23,7 @@ from torch_jit_ops import environment, forks, process, progress, statistics
 from torch_jit_ops.builder import compilers, errors, shared_object, workers
 from torch_jit_ops.builder.errors import BuildError, BuildInterrupted, CompileRefused
 from torch_jit_ops.builder.shared_object import NOEXEC, OF_THIS_MOMENT, Loaded, nowhere_to_run
-from torch_jit_ops.builder.unit import Unit, include_dir
+from torch_jit_ops.builder.unit import Unit
 from torch_jit_ops.store import lock
 from torch_jit_ops.store.dependencies import states_of
 from torch_jit_ops.store.digests import digest_of_record
@@ -131,7 +131,7 @@ def _load(unit: Unit, stores: tuple[Store, ...], while_compiling: Callable[[], o
         loaded = look(repair=True)
         if loaded is not None:
             return loaded
-        inputs = digest_of_record([compiler, states_of((*unit.include, include_dir()))])
+        inputs = digest_of_record([compiler, states_of(unit.folders())])
         failure = held.failure(inputs)
         if failure is not None:
             raise errors.told(failure)

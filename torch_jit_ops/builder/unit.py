@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from torch_jit_ops.backends import Backend, named
-from torch_jit_ops.backends.wheels import WheelLibrary
+from torch_jit_ops.backends.wheels import Folder, WheelLibrary
 from torch_jit_ops.store.digests import digest_of_record
 
 ABI_VERSION = 2  # kAbiVersion of include/jitk/abi.h
@@ -30,7 +30,7 @@ class Unit:
         backend: where it runs.
         arch: ``"9.0a"`` for CUDA, an x86-64 level for CPU.
         text: the translation unit.
-        include: folders to search, in this order, before the headers of this package.
+        include: folders to search, in this order, before the headers of this package; those of wheels are found when asked for.
         flags: further flags of nvcc or the C++ compiler.
         torch: whether the unit includes PyTorch's headers, and so depends on its version.
         beside: further translation units, compiled at the same time and linked with it.
@@ -43,17 +43,26 @@ class Unit:
     backend: Backend
     arch: str
     text: str
-    include: tuple[Path, ...] = ()
+    include: tuple[Folder, ...] = ()
     flags: tuple[str, ...] = ()
     torch: bool = False
     beside: tuple[str, ...] = ()
     ldflags: tuple[str | WheelLibrary, ...] = ()
     debug: bool = False
 
+    def folders(self) -> tuple[Path, ...]:
+        """The folders to search for headers, this package's last.
+
+        Raises:
+            MissingWheel: one is of a wheel that is not installed.
+        """
+        return (*(Path(folder) for folder in self.include), include_dir())
+
     def roots(self) -> dict[str, Path]:
-        """The folders by whose names files are recorded."""
-        roots = {f"include{index}": folder for index, folder in enumerate(self.include)}
-        return {**roots, "jitk": include_dir(), "system": Path("/")}
+        """The folders by whose names files are recorded. Errors as for ``folders``."""
+        *own, jitk = self.folders()
+        roots = {f"include{index}": folder for index, folder in enumerate(own)}
+        return {**roots, "jitk": jitk, "system": Path("/")}
 
     def compile_flags(self) -> tuple[str, ...]:
         """The flags that decide the machine code; no paths."""

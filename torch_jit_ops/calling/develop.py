@@ -26,7 +26,7 @@ import torch
 
 from torch_jit_ops import environment, forks, process
 from torch_jit_ops.builder import on_demand as builder
-from torch_jit_ops.builder.unit import Unit, include_dir
+from torch_jit_ops.builder.unit import Unit
 from torch_jit_ops.calling import dispatcher
 from torch_jit_ops.store.digests import digest_of_file
 
@@ -123,7 +123,7 @@ def load(unit: Unit) -> Loaded:
         again = key not in _under_way and (watched is None or watched.changed())
         if again:
             # Before the build: what is edited while it runs counts as a change. Other threads wait for this build.
-            _watched[key] = Watched.below((*unit.include, include_dir()))
+            _watched[key] = Watched.below(unit.folders())
             _under_way.add(key)
             builder.forget(unit)
     if not again:

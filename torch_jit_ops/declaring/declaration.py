@@ -6,13 +6,12 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from torch_jit_ops import backends, environment
-from torch_jit_ops.backends.wheels import WheelLibrary
+from torch_jit_ops.backends.wheels import Folder, WheelLibrary
 from torch_jit_ops.builder.unit import Unit
 from torch_jit_ops.declaring import matcher, per_target, variant
 from torch_jit_ops.declaring.dtypes import DTypes
@@ -65,7 +64,7 @@ class Declaration:
     namespace: str
     function: Callable[..., Any]
     signature: Signature
-    folders: tuple[per_target.Folder, ...]
+    folders: tuple[Folder, ...]
     kernels: Mapping[str, Kernel] = field(default_factory=dict)
     dtypes: DTypes = field(default_factory=lambda: DTypes({}, ()))
     outputs: tuple[str, ...] = ()
@@ -75,7 +74,7 @@ class Declaration:
     fake: Callable[..., Any] | None = None
     backward: Callable[..., Any] | None = None
     flags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    include: Mapping[str, tuple[per_target.Folder, ...]] = field(default_factory=dict)
+    include: Mapping[str, tuple[Folder, ...]] = field(default_factory=dict)
     ldflags: Mapping[str, tuple[str | WheelLibrary, ...]] = field(default_factory=dict)
     patterns: tuple[Callable[..., Any], ...] | None = None
 
@@ -135,11 +134,7 @@ class Declaration:
     # --- the C++ of a variant ---------------------------------------------------------------------
 
     def unit(self, backend: str, values: Sequence[variant.Value], arch: str) -> Unit:
-        """The translation unit for the placeholders' values: one function, which serves every overload.
-
-        Raises:
-            MissingWheel: headers are to come from a wheel that is not installed.
-        """
+        """The translation unit for the placeholders' values: one function, which serves every overload."""
         kernel = self.kernels[backend]
         function = kernel.pattern.instantiate(values)
         lines = ["using namespace jitk;", f"JITK_EXPORT({kernel.pattern.export_name()}, {function})"]
@@ -150,7 +145,7 @@ class Declaration:
             backend=backends.named(backend),
             arch=arch,
             text=kernel.sources.opening(backend, self.qualified_name) + "\n".join(lines) + "\n",
-            include=tuple(Path(folder) for folder in (*self.folders, *per_target.pick(self.include, backend, arch))),
+            include=(*self.folders, *per_target.pick(self.include, backend, arch)),
             flags=per_target.pick(self.flags, backend, arch),
             beside=kernel.sources.units_beside(),
             ldflags=per_target.pick(self.ldflags, backend, arch),

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from torch_jit_ops import backends
-from torch_jit_ops.backends.wheels import WheelHeaders, WheelLibrary
+from torch_jit_ops.backends.wheels import Folder, WheelHeaders, WheelLibrary
 
 _LINKS = r"-l(?!ineinfo$)|-L|-Wl,|-Xlinker"
-Folder = Path | WheelHeaders
 
 
 def backend_of(key: str) -> str | None:
