@@ -113,6 +113,25 @@ mylib::grow: result 'out' is not what the fake says
 
 
 @pytest.mark.usefixtures("debugging")
+def test_an_out_tensor_that_the_kernel_alone_takes_is_an_error(tmp_path: Path) -> None:
+    op = grown(tmp_path)
+    strided = torch.zeros(4, 2)[:, 0]
+    op.out(torch.ones(3), out=strided)  # of which the fake says nothing
+    with pytest.raises(RuntimeError) as error:
+        op.out(torch.ones(3), out=torch.empty(6))
+    assert_expected_inline(
+        said(error, op),
+        """\
+mylib::grow: result 'out' is not what the fake says
+  expected  [4]  float32  cpu
+  got       [6]  float32  cpu
+  of the kernel grow in grow.cpp""",
+    )
+    with pytest.raises(RuntimeError, match=r"is not what the fake says\n  expected  \[4\]  float32  cpu\n  got       \[4\]  int32"):
+        op.out(torch.ones(3), out=torch.empty(4, dtype=torch.int32))
+
+
+@pytest.mark.usefixtures("debugging")
 def test_a_result_as_promised_is_none(tmp_path: Path) -> None:
     op = grown(tmp_path)
     x = torch.ones(3, requires_grad=True)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_jit_ops import backends
 from torch_jit_ops.declaring.declaration import Declaration
 
 
@@ -44,10 +45,15 @@ class Checked:
         twin = getattr(getattr(torch.ops, self._declaration.namespace), f"_unchecked_{self._declaration.name}")
         results = getattr(twin, overload or "default")(*args, **kwargs)
         if not overload and self._declaration.is_functional:
-            self._check(results, args, kwargs)
+            self._check(_tuple(results), args, kwargs, _described)
+        elif overload == "out":  # the caller's tensors, of any strides, which the kernel has accepted
+            given = {name: value for name, value in kwargs.items() if name not in self._declaration.outputs}
+            self._check([kwargs[name] for name in self._declaration.outputs], args, given, _described_by_size)
         return results
 
-    def _check(self, results: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    def _check(
+        self, results: Sequence[Any], args: Sequence[Any], kwargs: Mapping[str, Any], described: Callable[[Tensor], str]
+    ) -> None:
         from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
         mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -63,20 +69,24 @@ class Checked:
         except (DataDependentOutputException, DynamicOutputShapeException):
             return  # it promises nothing
         names = self._declaration.outputs or ("result",)
-        for name, got, expected in zip(names, _tuple(results), _tuple(promised), strict=False):
-            if isinstance(got, Tensor) and isinstance(expected, Tensor) and _described(got) != _described(expected):
-                kernel = self._declaration.kernels[got.device.type]
+        for name, got, expected in zip(names, results, _tuple(promised), strict=False):
+            if isinstance(got, Tensor) and isinstance(expected, Tensor) and described(got) != described(expected):
+                kernels = self._declaration.kernels.items()
+                kernel = next(kernel for name, kernel in kernels if backends.named(name).serves(got.device))
                 raise RuntimeError(
                     f"{self._declaration.qualified_name}: result {name!r} is not what the fake says\n"
-                    f"  expected  {_described(expected)}\n"
-                    f"  got       {_described(got)}\n"
+                    f"  expected  {described(expected)}\n"
+                    f"  got       {described(got)}\n"
                     f"  of the kernel {kernel.pattern.export_name()} in {kernel.source}"
                 )
 
 
+def _described_by_size(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)}  {str(tensor.dtype).removeprefix('torch.')}  {tensor.device}"
+
+
 def _described(tensor: Tensor) -> str:
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return f"{list(tensor.shape)}  {dtype}  {tensor.device}  strides {list(tensor.stride())}"
+    return f"{_described_by_size(tensor)}  strides {list(tensor.stride())}"
 
 
 def _tuple(results: Any) -> tuple[Any, ...]:
