@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import trial_library
 from cases import copy_with_storage, map_tensors, samples_of, writes
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
@@ -106,6 +107,32 @@ def test_every_op_on_its_rows() -> None:
                 assert not kept or actual.placements == own, (op, placements, actual.placements)
                 where = f"{op} {placements}, result {place}: "
                 torch.testing.assert_close(actual.full_tensor(), plain, msg=lambda text, where=where: where + text)
+
+
+def test_rows_of_a_token() -> None:
+    """What is one value per token is sharded with the tokens, and whole where rows are sharded by heads."""
+    mesh = dist.init_device_mesh("cpu", (2,))
+    q, k, cache = torch.randn(6, 4, 16), torch.randn(6, 2, 16), torch.rand(9, 16)
+    for kind in (torch.int32, torch.int64):
+        positions = torch.tensor([3, 0, 8, 8, 1, 5], dtype=kind)
+        plain_q, plain_k = q.clone(), k.clone()
+        trial_library.rope(plain_q, plain_k, cache, positions)
+        for rows, of_positions in ((Shard(0), Shard(0)), (Shard(1), Replicate()), (Replicate(), Replicate())):
+            args = (on(mesh, q, rows), on(mesh, k, rows), on(mesh, cache, Replicate()), on(mesh, positions, of_positions))
+            trial_library.rope.default(*args)
+            torch.testing.assert_close(args[0].full_tensor(), plain_q)
+            torch.testing.assert_close(args[1].full_tensor(), plain_k)
+            assert (args[0].placements, args[1].placements) == ((rows,), (rows,))
+        for of_q, of_k, of_positions in (
+            (Shard(0), Shard(0), Replicate()),
+            (Shard(1), Shard(1), Shard(0)),
+            (Shard(0), Shard(1), Shard(0)),
+            (Shard(2), Shard(2), Replicate()),
+        ):
+            args = (on(mesh, q, of_q), on(mesh, k, of_k), on(mesh, cache, Replicate()), on(mesh, positions, of_positions))
+            said = message(lambda args=args: trial_library.rope.default(*args))
+            assert "trial::rope: a DTensor that is written or passed by keyword cannot be redistributed" in said, said
+            torch.testing.assert_close(args[0].full_tensor(), q)
 
 
 def test_gradients() -> None:
