@@ -73,9 +73,12 @@ inline bool launches_block() {
 
 class CheckedIndices {
  public:
-  CheckedIndices(const TensorView& indices, int64_t end, DLDevice device, Skip skip = Skip::kNothing)
+  static constexpr uint32_t kPlaces = 4;
+
+  // `place` tells those of one launch apart, from 0 to kPlaces - 1.
+  CheckedIndices(const TensorView& indices, int64_t end, DLDevice device, Skip skip = Skip::kNothing, uint32_t place = 0)
       : indices_(indices), end_(end), skip_(skip) {
-    if (__builtin_expect(launches_block(), 0)) prepare(device);
+    if (__builtin_expect(launches_block(), 0)) prepare(device, place);
   }
 
   device::Bounds bounds() const { return {end_, skip_, first_}; }
@@ -88,29 +91,29 @@ class CheckedIndices {
  private:
   static constexpr unsigned long long kNone = ~0ull;
 
-  JITK_COLD void prepare(DLDevice device) {
+  JITK_COLD void prepare(DLDevice device, uint32_t place) {
     stream_ = LaunchKernel::resolve_device(device);
     cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
     RuntimeDeviceCheck(cudaStreamIsCapturing(stream_, &capturing));
     if (capturing != cudaStreamCaptureStatusNone) return;  // the graph's launches are not waited for
     thread_local unsigned long long* const shared = [] {
       void* memory = nullptr;
-      RuntimeDeviceCheck(cudaHostAlloc(&memory, sizeof(unsigned long long), cudaHostAllocPortable | cudaHostAllocMapped));
+      RuntimeDeviceCheck(cudaHostAlloc(&memory, kPlaces * sizeof(unsigned long long), cudaHostAllocPortable | cudaHostAllocMapped));
       return static_cast<unsigned long long*>(memory);
     }();
-    *shared = kNone;
-    first_ = shared;
+    RuntimeCheck(place < kPlaces, "one launch checks at most ", kPlaces, " tensors of indices");
+    first_ = shared + place;
+    *first_ = kNone;
   }
 
   JITK_COLD void wait_and_report(DebugInfo where) const {
     RuntimeDeviceCheck(cudaStreamSynchronize(stream_), where);
     if (*first_ == kNone) return;
     const int64_t position = static_cast<int64_t>(*first_);
-    const int64_t step = indices_.dim() == 1 ? indices_.stride(0) : 1;
     const int32_t bytes = indices_.dtype().bits / 8;
     int64_t wide = 0;
     int32_t narrow = 0;
-    const char* from = static_cast<const char*>(indices_.data_ptr()) + position * step * bytes;
+    const char* from = static_cast<const char*>(indices_.data_ptr()) + offset_of(indices_, position) * bytes;
     RuntimeDeviceCheck(
         cudaMemcpy(bytes == 8 ? static_cast<void*>(&wide) : &narrow, from, static_cast<size_t>(bytes), cudaMemcpyDeviceToHost),
         where);

@@ -27,14 +27,23 @@ namespace host {
         skip == Skip::kMinusOne ? ", or -1 to skip" : "", "\n  got       ", index, " at position ", position);
 }
 
-// Of a tensor with one dimension, or dense.
+// Where in memory the element is that comes at this position when the tensor is read row by row.
+inline int64_t offset_of(const TensorView& view, int64_t position) {
+  if (view.dim() == 1) return position * view.stride(0);
+  int64_t offset = 0;
+  for (int32_t dim = view.dim() - 1; dim >= 0; --dim) {
+    offset += position % view.size(dim) * view.stride(dim);
+    position /= view.size(dim);
+  }
+  return offset;
+}
+
 template <typename Index>
 void check_indices(TensorView indices, int64_t end, Skip skip = Skip::kNothing, DebugInfo where = {}) {
   const auto* data = static_cast<const Index*>(indices.data_ptr());
-  const int64_t step = indices.dim() == 1 ? indices.stride(0) : 1;
   const int64_t count = indices.numel();
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t index = data[i * step];
+    const int64_t index = data[offset_of(indices, i)];
     const bool fits = (index >= 0 && index < end) || (skip == Skip::kMinusOne && index == -1);
     if (__builtin_expect(!fits, 0)) refuse_index(indices.name(), i, index, end, skip, where);
   }
