@@ -254,8 +254,12 @@ def _check_apply_rope(
 
 
 @library.op(
+    cuda="rope.cu",
     cpu="rope.cpp",
-    variant={"cpu": "apply_rope<{q.dtype}>"},
+    variant={
+        "cuda": "apply_rope<{q.dtype}, {is_neox}, {positions.dim}>",
+        "cpu": "apply_rope<{q.dtype}>",
+    },
     mutates=("q", "k"),
     tensors=_TURNED,
     rows=Rows("q", "k", per_token=("positions",)),
@@ -297,8 +301,12 @@ def apply_rope(
 
 
 @library.op(
+    cuda="rope.cu",
     cpu="rope.cpp",
-    variant={"cpu": "rope<{input.dtype}>"},
+    variant={
+        "cuda": "rope<{input.dtype}, {is_neox}, {positions.dim}>",
+        "cpu": "rope<{input.dtype}>",
+    },
     tensors={
         "input": f"[rows..., *] {FLOATS} strides [*, 1]",
         "cos_sin_cache": _TURNED["cos_sin_cache"],
@@ -362,8 +370,12 @@ def _check_fused_qknorm_rope(
 
 
 @library.op(
+    cuda="rope.cu",
     cpu="rope.cpp",
-    variant={"cpu": "fused_qknorm_rope<{q.dtype}>"},
+    variant={
+        "cuda": "fused_qknorm_rope<{q.dtype}, {is_neox}, {positions.dim}>",
+        "cpu": "fused_qknorm_rope<{q.dtype}>",
+    },
     mutates=("q", "k"),
     tensors={**_TURNED, **_WEIGHTS},
     rows=Rows("q", "k", per_token=("positions",)),
@@ -488,8 +500,12 @@ def _check_apply_rope_store_kv(
 
 
 @library.op(
+    cuda="rope.cu",
     cpu="rope.cpp",
-    variant={"cpu": "apply_rope_store_kv<{q.dtype}>"},
+    variant={
+        "cuda": "apply_rope_store_kv<{q.dtype}, {k_cache.dtype}, {is_neox}, {positions.dim}>",
+        "cpu": "apply_rope_store_kv<{q.dtype}>",
+    },
     dtypes=_STORED_DTYPES,
     mutates=("q", "k", "k_cache", "v_cache"),
     tensors=_STORED,
@@ -571,8 +587,12 @@ def _check_fused_qknorm_rope_store_kv(
 
 
 @library.op(
+    cuda="rope.cu",
     cpu="rope.cpp",
-    variant={"cpu": "fused_qknorm_rope_store_kv<{q.dtype}>"},
+    variant={
+        "cuda": "fused_qknorm_rope_store_kv<{q.dtype}, {k_cache.dtype}, {is_neox}, {positions.dim}>",
+        "cpu": "fused_qknorm_rope_store_kv<{q.dtype}>",
+    },
     dtypes=_STORED_DTYPES,
     mutates=("q", "k", "k_cache", "v_cache"),
     tensors={**_STORED, **_WEIGHTS},
@@ -746,8 +766,12 @@ def _differentiate_rope_qk_backward(
 
 
 @library.op(
+    cuda="rope.cu",
     cpu="rope.cpp",
-    variant={"cpu": "rope_qk<{q.dtype}>"},
+    variant={
+        "cuda": "rope_qk<{q.dtype}, {is_neox}>",
+        "cpu": "rope_qk<{q.dtype}>",
+    },
     outputs=("q_out", "k_out"),
     tensors=_QK,
     samples=_heads_first,
@@ -781,8 +805,12 @@ def rope_qk(
 
 
 @library.op(
+    cuda="rope.cu",
     cpu="rope.cpp",
-    variant={"cpu": "rope_qk_backward<{grad_q.dtype}>"},
+    variant={
+        "cuda": "rope_qk_backward<{grad_q.dtype}, {is_neox}>",
+        "cpu": "rope_qk_backward<{grad_q.dtype}>",
+    },
     outputs=("q_grad", "k_grad"),
     tensors=_QK_GRADIENT,
     samples=_gradients,

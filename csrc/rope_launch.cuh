@@ -1,0 +1,137 @@
+// Launches a rotation: how wide vectors are, how many lanes have a head, and how many heads a lane has.
+//
+//   Call<F> call = ...;                         where everything is; its plan is made here
+//   launch<F>(call, tokens, rope_dim, places, device);
+#pragma once
+
+#include "rope_kernel.cuh"
+
+#include <jitk/launch.cuh>
+#include <jitk/overlap.cuh>  // choose_trigger
+
+namespace jitk::rotary {
+
+// How heads are spread over lanes, with vectors of 16 bytes. The first line that fits is taken.
+struct Choice {
+  bool few;        // tokens have the GPU to themselves
+  uint32_t units;  // of a head, at most
+  uint32_t items;  // units of a lane
+  uint32_t heads;  // of a team that are in flight
+  uint32_t rounds;
+};
+// Not measured yet. Candidates for many tokens: 2 or 8 heads; 2 rounds, which load a token's angles half as often.
+inline constexpr Choice kWideHeads[] = {
+    {true, 32, 1, 1, 1},
+    {false, 32, 1, 4, 1},
+    {false, 64, 2, 2, 1},
+};
+// Lanes on each SM up to which tokens are few: then a team has one head, and the work is on as many SMs as can be.
+inline constexpr int64_t kFewLanes = 1024;
+
+inline uint32_t log2_ceil(uint32_t n) {
+  uint32_t log2 = 0;
+  while (uint32_t{1} << log2 < n) ++log2;
+  return log2;
+}
+
+// Whether vectors of `vec` elements have a place everywhere.
+template <typename F>
+bool fits(const Call<F>& call, uint32_t vec, Kind angles, uint64_t angle_places) {
+  using T = typename F::T;
+  if (vec == 1) return true;
+  uint64_t places = host::strides_of<T>(int64_t{call.half});
+  uint64_t stored = 0, weights = 0;
+  for (const Side& side : call.sides) {
+    places |=
+        host::places(side.from, side.to) | host::strides_of<T>(side.from_batch, side.from_token, side.from_head, side.to_batch,
+                                                               side.to_token, side.to_head, int64_t{side.width});
+    weights |= host::place(side.weight);
+    if constexpr (F::kStores) {
+      stored |=
+          host::place(side.cache) | host::strides_of<typename F::Stored>(side.cache_block, side.cache_slot, side.cache_head);
+    }
+  }
+  if (places % (vec * sizeof(T)) != 0) return false;
+  if (weights % floats_alignment(call.weight_kind, vec) != 0) return false;
+  if (angle_places % floats_alignment(angles, F::Angles::run(vec)) != 0) return false;
+  if constexpr (F::kStores) {
+    const uint64_t bytes = vec * sizeof(typename F::Stored);
+    if (stored % (bytes < 16 ? bytes : 16) != 0) return false;
+  }
+  return true;
+}
+
+template <typename F>
+auto kernel_for(uint32_t vec, const Choice& choice) -> void (*)(Call<F>) {
+  constexpr uint32_t kWide = 16 / sizeof(typename F::T), kPair = 4 / sizeof(typename F::T);
+  if (vec == kWide && choice.items == 1 && choice.heads == 1) return rope_kernel<F, kWide, 1, 1>;
+  if (vec == kWide && choice.items == 1) return rope_kernel<F, kWide, 1, 4>;
+  if (vec == kWide && choice.items == 2) return rope_kernel<F, kWide, 2, 2>;
+  if (vec == kPair) return rope_kernel<F, kPair, 0, 1>;
+  return rope_kernel<F, 1, 0, 1>;
+}
+
+// Of a head of `width` elements, of which those that turn, 2 * half, come first: how many units are looked at.
+inline uint32_t units_of(uint32_t width, uint32_t half, uint32_t vec, bool rest) {
+  const uint32_t turned = half / vec;
+  return rest ? turned + host::div_ceil(width / vec - 2 * turned, 2u) : turned;
+}
+
+template <typename F>
+void launch(Call<F> call, int64_t tokens, Kind angles, uint64_t angle_places, DLDevice device) {
+  using namespace host;
+  constexpr uint32_t kWide = 16 / sizeof(typename F::T), kPair = 4 / sizeof(typename F::T);
+  uint32_t vec = fits(call, kWide, angles, angle_places) ? kWide : fits(call, kPair, angles, angle_places) ? kPair : 1;
+  const auto count_units = [&] {
+    uint32_t most = 0;
+    for (int32_t i = 0; i < 3; ++i) {
+      Side& side = call.sides[i];
+      const bool turns = i < 2;
+      // What neither turns nor is normed stays where it is, but in results and in slots it has to get.
+      const bool rest = F::kNorm || !F::kInPlace || (F::kStores && i > 0);
+      side.turned = turns ? call.half / vec : 0;
+      side.units = side.heads == 0 ? 0 : units_of(side.width, turns ? call.half : 0, vec, rest);
+      most = max(most, side.units);
+    }
+    return most;
+  };
+  uint32_t units = count_units();
+  if (vec == kWide && vec > kPair && units > kWideHeads[2].units) {
+    vec = kPair;
+    units = count_units();
+  }
+  const int64_t heads = int64_t{call.sides[0].heads} + call.sides[1].heads + call.sides[2].heads;
+  if (tokens == 0 || heads == 0 || units == 0) return;
+
+  const int64_t sms = runtime::get_sm_count(device.device_id);
+  Choice choice{true, units, 0, 1, 1};
+  if (vec == kWide && units <= kWideHeads[2].units) {
+    const bool few = tokens * heads * (int64_t{1} << log2_ceil(min(units, 32u))) <= sms * kFewLanes;
+    for (const Choice& line : kWideHeads) {
+      if (units > line.units || (line.few && !few)) continue;
+      choice = line;
+      break;
+    }
+  }
+  const uint32_t lanes = choice.items == 0 ? min(units, 32u) : div_ceil(units, choice.items);
+  call.lanes_log2 = log2_ceil(lanes);
+  call.rounds = choice.rounds;
+  int64_t teams = 0;
+  for (Side& side : call.sides) {
+    side.teams = div_ceil(side.heads, choice.heads * choice.rounds);
+    teams += side.teams;
+  }
+  call.teams = FastDivisor(static_cast<uint64_t>(teams));
+
+  // Teams are counted in 32 bits.
+  const int64_t tokens_per_launch = max((int64_t{1} << 30) / teams, int64_t{1});
+  for (int64_t done = 0; done < tokens; done += tokens_per_launch) {
+    call.first_token = done;
+    call.tokens = static_cast<uint32_t>(min(tokens - done, tokens_per_launch));
+    const int64_t grid = div_ceil(call.tokens * teams, int64_t{kBlock >> call.lanes_log2});
+    call.trigger = choose_trigger(grid * kBlock, kBlock, sms);
+    LaunchKernel(grid, kBlock, device).enable_pdl()(kernel_for<F>(vec, choice), call);
+  }
+}
+
+}  // namespace jitk::rotary
