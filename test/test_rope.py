@@ -392,7 +392,7 @@ def test_compiled_for_any_number_of_tokens(device: str) -> None:
 
     def block(qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
         q, k, _ = qkv.split([4, 2, 2], 1)
-        q, k = q.clone(), k.clone()
+        q, k = q + 0.5, k + 0.5
         ops.apply_rope(q, k, cache, positions)
         again = ops.rope(q * 2, cache, positions, is_neox=False)
         heads = ops.rope_qk(q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos, sin)

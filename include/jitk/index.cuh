@@ -98,7 +98,8 @@ class CheckedIndices {
     if (capturing != cudaStreamCaptureStatusNone) return;  // the graph's launches are not waited for
     thread_local unsigned long long* const shared = [] {
       void* memory = nullptr;
-      RuntimeDeviceCheck(cudaHostAlloc(&memory, kPlaces * sizeof(unsigned long long), cudaHostAllocPortable | cudaHostAllocMapped));
+      RuntimeDeviceCheck(
+          cudaHostAlloc(&memory, kPlaces * sizeof(unsigned long long), cudaHostAllocPortable | cudaHostAllocMapped));
       return static_cast<unsigned long long*>(memory);
     }();
     RuntimeCheck(place < kPlaces, "one launch checks at most ", kPlaces, " tensors of indices");
