@@ -14,6 +14,7 @@ namespace {
 
 using namespace rotary;
 using host::simd::Floats;
+using host::simd::rounded;
 
 // Elements for each thread, at least.
 constexpr int64_t kGrain = 16384;
@@ -134,12 +135,14 @@ struct Scale {
   }
 };
 
-// Turns a part of a head.
+// Turns a part of a head. Both products are rounded, as in PyTorch: an FMA would leave the rest of one where they cancel.
 template <typename T>
 void turn(const T* from, T* to, const Scale& scale, const Angles& angles, bool is_neox, int64_t pairs, int64_t begin,
           int64_t count) {
   using host::simd::transform;
-  const auto turned = [](Floats x, Floats partner, Floats cos, Floats sin) { return x * cos + partner * sin; };
+  const auto turned = [](Floats x, Floats partner, Floats cos, Floats sin) {
+    return rounded(x * cos) + rounded(partner * sin);
+  };
   float x[2 * kPart], partner[2 * kPart];
   const float *const cos = angles.cos, *const sin = angles.sin;
   const float *const first = x, *const second = is_neox ? x + count : partner;

@@ -69,6 +69,11 @@ JITK_DEVICE int64_t read_index(const void* indices, bool is_wide, int64_t offset
   return is_wide ? static_cast<const int64_t*>(indices)[offset] : static_cast<const int32_t*>(indices)[offset];
 }
 
+// Both products are rounded, as in PyTorch: an FMA would leave the rest of one where they cancel.
+JITK_DEVICE float turned(float x, float cos, float partner, float sin) {
+  return __fadd_rn(__fmul_rn(x, cos), __fmul_rn(partner, sin));
+}
+
 // kSections: each pair goes by one of three positions (PositionRows).
 template <bool kNeoxForm, bool kSections>
 struct OfPositions {
@@ -135,8 +140,8 @@ struct OfPositions {
       float& a = kRun == kVec ? first[e] : e < kRun ? first[2 * e] : second[2 * (e - kRun)];
       float& b = kRun == kVec ? second[e] : e < kRun ? first[2 * e + 1] : second[2 * (e - kRun) + 1];
       const float was = a;
-      a = was * unit.cos[e] - b * unit.sin[e];
-      b = b * unit.cos[e] + was * unit.sin[e];
+      a = turned(was, unit.cos[e], b, -unit.sin[e]);
+      b = turned(b, unit.cos[e], was, unit.sin[e]);
     }
   }
 
@@ -206,8 +211,8 @@ struct OfTokens {
       const float was = a;
       const float back = kAdjoint ? unit.sin[w * kVec + j] : -unit.sin[v * kVec + i];
       const float on = kAdjoint ? -unit.sin[v * kVec + i] : unit.sin[w * kVec + j];
-      a = was * unit.cos[v * kVec + i] + b * back;
-      b = b * unit.cos[w * kVec + j] + was * on;
+      a = turned(was, unit.cos[v * kVec + i], b, back);
+      b = turned(b, unit.cos[w * kVec + j], was, on);
     }
   }
 };

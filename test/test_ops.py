@@ -200,9 +200,9 @@ def test_gradcheck(case: Case) -> None:
 @over(has_gradient, is_first_of_op, takes_two_tensors)
 def test_only_wanted_gradients_are_computed(case: Case) -> None:
     sample = case.sample()
-    for chosen in range(len(tensors_of(sample))):
+    for chosen in range(sum(tensor.is_floating_point() for tensor in tensors_of(sample))):
         again = differentiable(sample)
-        for index, tensor in enumerate(tensors_of(again)):
+        for index, tensor in enumerate(tensor for tensor in tensors_of(again) if tensor.is_floating_point()):
             tensor.requires_grad_(index == chosen)
         grads = gradients(case.op, again)
         assert [grad is not None for grad in grads] == [index == chosen for index in range(len(grads))]

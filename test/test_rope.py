@@ -110,6 +110,17 @@ def test_rope_qk_is_rope_with_the_angles_of_each_token(device: str, is_neox: boo
         torch.testing.assert_close(same[0], ops.rope(x, cache, positions, is_neox=is_neox))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("is_neox", [True, False])
+def test_what_cancels_is_zero(device: str, is_neox: bool) -> None:
+    """An FMA would leave what the rounding of one product took away."""
+    values = randn(5, 2, 32, device=device)
+    x = torch.cat((values, values), -1) if is_neox else values.repeat_interleave(2, -1)
+    cache = torch.rand(8, 32, generator=torch.Generator().manual_seed(1)).repeat(1, 2).to(device)  # angles of 45 degrees
+    turned = ops.rope(x, cache, torch.arange(5, device=device), is_neox=is_neox)
+    assert not (turned[..., :32] if is_neox else turned[..., ::2]).any()
+
+
 def test_as_hugging_face_has_it() -> None:
     """To the two roundings that it makes more of."""
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")

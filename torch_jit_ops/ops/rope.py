@@ -105,7 +105,7 @@ def _gradient_of_angles(
     grads: tuple[Tensor, Tensor], qk: tuple[Tensor, Tensor], cos: Tensor, sin: Tensor, is_neox: bool, unsqueeze_dim: int
 ) -> tuple[Tensor, Tensor]:
     """Sums over the heads that an angle turned, of queries and keys, and over all batches if it turned them all."""
-    of_cos, of_sin = 0, 0
+    of_cos, of_sin = cos.new_zeros(()), sin.new_zeros(())
     for grad, x in zip(grads, qk, strict=True):
         turning, grad_turning = (wide(each[..., : cos.shape[-1]]) for each in (x, grad))
         of_cos = of_cos + (grad_turning * turning).sum(unsqueeze_dim)
@@ -119,8 +119,8 @@ def _differentiate_rope_qk(
     of_angles: tuple[Tensor | None, Tensor | None] = (None, None)
     if cos.requires_grad or sin.requires_grad:
         of_angles = _gradient_of_angles((grad_q, grad_k), (q, k), cos, sin, is_neox, unsqueeze_dim)
-    options = {"is_neox": is_neox, "unsqueeze_dim": unsqueeze_dim}
-    return *rope_qk_backward(_dense(grad_q), _dense(grad_k), cos, sin, **options), *of_angles
+    grads = rope_qk_backward(_dense(grad_q), _dense(grad_k), cos, sin, is_neox=is_neox, unsqueeze_dim=unsqueeze_dim)
+    return *grads, *of_angles
 
 
 def _differentiate_rope_qk_backward(

@@ -68,7 +68,7 @@ def _in_slots(name: str, cache: Tensor, x: Tensor) -> Tensor:
     shape = list(cache.shape)
     if cache.dim() == 2:
         require(shape[1] == heads * head_dim, f"{name} has rows of {shape[1]} elements, expected {heads} heads of {head_dim}")
-        return cache.unflatten(1, (heads, head_dim)).unsqueeze(0)
+        return cache.view(shape[0], heads, head_dim).unsqueeze(0)
     if cache.dim() not in (3, 4):
         raise ValueError(f"{name} must be [slots, heads, head_dim] or [blocks, slots, heads, head_dim], got {shape}")
     require(shape[-2] == heads, f"{name} has {shape[-2]} heads, expected {heads}")
@@ -216,7 +216,7 @@ def _check_fused_qknorm_rope_store_kv(
     mrope_interleaved: bool = False,
 ) -> None:
     heads = _heads_to_store(q, k, v, cos_sin_cache, positions, head_dim, mrope_section)
-    check_weights(*heads[:2], q_weight, k_weight)
+    check_weights(heads[:2], q_weight, k_weight)
     _checked_stores(heads, (k_cache, v_cache), indices, (k_scale, v_scale))
 
 
@@ -281,7 +281,7 @@ def fused_qknorm_rope_store_kv(
         mrope_interleaved: as of ``apply_rope``.
     """
     heads = _heads_to_store(q, k, v, cos_sin_cache, positions, head_dim, mrope_section)
-    check_weights(*heads[:2], q_weight, k_weight)
+    check_weights(heads[:2], q_weight, k_weight)
     slots = _checked_stores(heads, (k_cache, v_cache), indices, (k_scale, v_scale))
     in_range(indices, slots[0].shape[0] * slots[0].shape[1], "indices", skip=True)
     cos, sin = angles(cos_sin_cache, positions, is_neox, mrope_section, mrope_interleaved)

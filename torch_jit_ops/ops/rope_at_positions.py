@@ -178,8 +178,9 @@ def rope(
     return turned(x, cos, sin, is_neox).reshape(input.shape)
 
 
-def check_weights(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor) -> None:
-    for name, weight, x in (("q_weight", q_weight, q), ("k_weight", k_weight, k)):
+def check_weights(heads: list[Tensor], q_weight: Tensor, k_weight: Tensor) -> None:
+    """``heads`` are q and k."""
+    for name, weight, x in zip(("q_weight", "k_weight"), (q_weight, k_weight), heads, strict=True):
         require(weight.shape[0] == x.shape[2], f"{name} has {weight.shape[0]} elements, the heads have {x.shape[2]}")
 
 
@@ -199,7 +200,7 @@ def _check_fused_qknorm_rope(
     mrope_interleaved: bool = False,
 ) -> None:
     heads = checked_heads({"q": q, "k": k}, cos_sin_cache, positions, head_dim, mrope_section)
-    check_weights(*heads, q_weight, k_weight)
+    check_weights(heads, q_weight, k_weight)
 
 
 @library.op(
@@ -250,7 +251,7 @@ def fused_qknorm_rope(
         mrope_interleaved: as of ``apply_rope``.
     """
     heads = checked_heads({"q": q, "k": k}, cos_sin_cache, positions, head_dim, mrope_section)
-    check_weights(*heads, q_weight, k_weight)
+    check_weights(heads, q_weight, k_weight)
     cos, sin = angles(cos_sin_cache, positions, is_neox, mrope_section, mrope_interleaved)
     for x, weight in zip(heads, (q_weight, k_weight), strict=True):
         x.copy_(turned(normed(x, weight, eps, gemma), cos, sin, is_neox))

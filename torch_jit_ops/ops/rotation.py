@@ -59,7 +59,7 @@ def in_heads(name: str, x: Tensor, head_dim: int) -> Tensor:
         raise ValueError(f"{name} must have 3 dimensions, or 2 if heads lie side by side, got {list(x.shape)}")
     if head_dim <= 0 or x.shape[1] % head_dim != 0:
         raise ValueError(f"{name} has rows of {x.shape[1]} elements, which are no heads of {head_dim}")
-    return x.unflatten(1, (x.shape[1] // head_dim, head_dim))
+    return x.view(x.shape[0], x.shape[1] // head_dim, head_dim)
 
 
 def _check_positions(positions: Tensor, tokens: int, cos_sin_cache: Tensor, mrope_section: list[int] | None) -> None:
