@@ -240,9 +240,10 @@ class _Recorder(TorchFunctionMode):
 
     def _write(self, function: Function | None, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         name = function.name if function is not None else ""
-        target: Any = args[0] if args else None
-        shared = [tensor for _, tensor in self._expressions.values() if tensor is not target and _share(tensor, target)]
-        if shared or not _IN_PLACE.fullmatch(name) or "out" in kwargs:
+        if not args or "out" in kwargs or not _IN_PLACE.fullmatch(name):
+            raise Unreadable("writes a part of a tensor")
+        target = args[0]
+        if any(tensor is not target and _share(tensor, target) for _, tensor in self._expressions.values()):
             raise Unreadable("writes a part of a tensor")
         if name == "copy_":
             value = self._known(args[1])
