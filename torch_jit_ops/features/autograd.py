@@ -217,9 +217,12 @@ def _differentiate_in_functorch(
         pairs = zip(_as_tuple(reference(*values)), grads, strict=True)
         return tuple(result for result, grad in pairs if grad is not None and result is not None and result.is_floating_point())
 
-    results, pull_back = torch.func.vjp(run, *[values[i] for i in wanted])
+    results, pull_back = torch.func.vjp(run, *[values[i] for i in wanted])[:2]  # there is a third with has_aux alone
     floating = [grad for grad in grads if grad is not None and grad.is_floating_point()]
-    return pull_back(tuple(grad.to(result.dtype) for result, grad in zip(results, floating, strict=True)))
+    found: Sequence[Tensor | None] = pull_back(
+        tuple(grad.to(result.dtype) for result, grad in zip(results, floating, strict=True))
+    )
+    return found
 
 
 @dataclass(frozen=True)
