@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torch_jit_ops.backends import CPU
+from torch_jit_ops.declaring import signature
 from torch_jit_ops.declaring.dtypes import Combination
 from torch_jit_ops.declaring.samples import Sample, SampleMaker
 from torch_jit_ops.op import Op
@@ -61,6 +62,11 @@ def map_tensors(sample: Sample, change: Callable[[Tensor], Tensor]) -> Sample:
 
 def tensors_of(sample: Sample) -> list[Tensor]:
     return [value for value in (*sample.args, *sample.kwargs.values()) if isinstance(value, Tensor)]
+
+
+def leaves_of(sample: Sample) -> list[Tensor]:
+    """Its tensors, and those of its lists."""
+    return list(signature.tensors_of((*sample.args, *sample.kwargs.values())))
 
 
 def tokens_of(sample: Sample) -> int | None:
