@@ -85,7 +85,7 @@ inline void wait_kv_layer(TensorView k_cache, std::optional<TensorView> v_cache,
   RuntimeCheck(layer >= 0 && layer < layers.unwrap(), "argument 'layer' must be below ", layers.unwrap(),
                ", the layers of 'arrived', got ", layer);
   RuntimeCheck(static_cast<const int32_t*>(arrived.data_ptr())[layer] > 0, "layer ", layer,
-               " has not arrived: on the CPU a transfer ends before its call returns, so none has been made");
+               " has not arrived, and on the CPU no transfer is under way");
 }
 
 }  // namespace jitk

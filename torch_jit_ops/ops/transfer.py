@@ -356,8 +356,6 @@ def wait_kv_layer(k_cache: Tensor, v_cache: Tensor | None, arrived: Tensor, laye
     give_up = time.monotonic() + _PATIENCE
     while int(arrived[layer]) <= 0:
         if arrived.device.type == "cpu":
-            raise RuntimeError(
-                f"layer {layer} has not arrived: on the CPU a transfer ends before its call returns, so none has been made"
-            )
+            raise RuntimeError(f"layer {layer} has not arrived, and on the CPU no transfer is under way")
         if time.monotonic() > give_up:
             raise RuntimeError(f"layer {layer} has not arrived within 60 s: launch the transfer before the wait")
