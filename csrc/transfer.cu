@@ -173,8 +173,8 @@ void* address_on(DLDevice device, const TensorView& view, host::DebugInfo where 
   cudaPointerAttributes attributes;
   host::RuntimeDeviceCheck(cudaPointerGetAttributes(&attributes, view.data_ptr()), where);
   if (__builtin_expect(attributes.type == cudaMemoryTypeUnregistered || attributes.devicePointer == nullptr, 0)) {
-    host::panic(where, "argument '", view.name(), "' is in pageable memory, which kernels do not reach\n  expected  ", device,
-                ", or pinned memory of the CPU\n  got       ", view.shape(), "  ", view.dtype(), "  ", view.device(),
+    host::panic(where, "argument '", view.name(), "' is in pageable memory, which the device does not reach\n  expected  ",
+                device, ", or pinned memory of the CPU\n  got       ", view.shape(), "  ", view.dtype(), "  ", view.device(),
                 "\n  remedy: ", view.name(), ".pin_memory(), or torch.empty(..., pin_memory=True)");
   }
   return attributes.devicePointer;
@@ -341,10 +341,13 @@ void transfer_kv_all_layers(TensorList k_dst, TensorList v_dst, TensorView indic
 
 inline void wait_kv_layer(TensorView k_cache, std::optional<TensorView> v_cache, TensorView arrived, int64_t layer) {
   using namespace host;
-  (void)k_cache, (void)v_cache;
   SymbolicSize layers{"layers"};
   SymbolicDevice device;
   TensorMatcher({layers}).with_dtype<int32_t>().with_device(device).verify(arrived);
+  for (const TensorView* cache : {&k_cache, v_cache ? &*v_cache : &k_cache}) {
+    RuntimeCheck(cache->device() == device.unwrap(), "argument '", cache->name(), "' is on another device\n  expected  ",
+                 device.unwrap(), ", where the flags are\n  got       ", cache->device());
+  }
   RuntimeCheck(layer >= 0 && layer < layers.unwrap(), "argument 'layer' must be below ", layers.unwrap(),
                ", the layers of 'arrived', got ", layer);
   LaunchKernel(1, 1, device.unwrap()).enable_pdl()(wait_kernel, static_cast<const int32_t*>(arrived.data_ptr()) + layer, layer);

@@ -356,7 +356,7 @@ def test_pageable_memory_and_other_devices_are_errors() -> None:
         _said(lambda: ops.transfer_kv_one_layer(k, None, to.cpu(), host.pin_memory(), None, to.cpu())),
     ]
     expected = """\
-jitk::transfer_kv_one_layer: argument 'k_src' is in pageable memory, which kernels do not reach
+jitk::transfer_kv_one_layer: argument 'k_src' is in pageable memory, which the device does not reach
   expected  cuda:0, or pinned memory of the CPU
   got       [6, 8]  float32  cpu
   remedy: k_src.pin_memory(), or torch.empty(..., pin_memory=True)"""
