@@ -29,6 +29,7 @@ from bench import (
     providers,
     report,
     results,
+    transfers,
 )
 from bench.__main__ import INTERRUPTED, OK, TOO_SLOW, USAGE, WRONG, main
 from bench.cases import CASES, OPERATIONS, QUICK, Case, operations_of, select
@@ -134,7 +135,15 @@ def test_slots_hold_the_arguments_and_a_copy_of_the_same_bytes(op):
 
 
 def test_every_op_is_measured_but_the_one_of_the_tutorial():
-    assert set(torch_jit_ops.library.ops) - {case.op for case in CASES} == {"add_constant"}
+    between_memories = {"transfer_kv_one_layer", "transfer_kv_all_layers", "wait_kv_layer"}  # bench.transfers
+    assert set(torch_jit_ops.library.ops) - {case.op for case in CASES} - between_memories == {"add_constant"}
+
+
+def test_transfers_need_a_gpu(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert transfers.main([]) == 2
+    assert capsys.readouterr().err == "there is no GPU to copy to\n"
 
 
 def test_an_op_is_measured_if_sizes_make_its_calls(tmp_path):

@@ -87,6 +87,7 @@ class CheckedIndices {
 
  private:
   static constexpr unsigned long long kNone = ~0ull;
+  static constexpr uint32_t kLists = 8;  // of one launch, which is waited for before the next
 
   JITK_COLD void prepare(DLDevice device) {
     stream_ = LaunchKernel::resolve_device(device);
@@ -95,11 +96,13 @@ class CheckedIndices {
     if (capturing != cudaStreamCaptureStatusNone) return;  // the graph's launches are not waited for
     thread_local unsigned long long* const shared = [] {
       void* memory = nullptr;
-      RuntimeDeviceCheck(cudaHostAlloc(&memory, sizeof(unsigned long long), cudaHostAllocPortable | cudaHostAllocMapped));
+      RuntimeDeviceCheck(
+          cudaHostAlloc(&memory, kLists * sizeof(unsigned long long), cudaHostAllocPortable | cudaHostAllocMapped));
       return static_cast<unsigned long long*>(memory);
     }();
-    *shared = kNone;
-    first_ = shared;
+    thread_local uint32_t taken = 0;
+    first_ = shared + taken++ % kLists;
+    *first_ = kNone;
   }
 
   JITK_COLD void wait_and_report(DebugInfo where) const {

@@ -154,10 +154,9 @@ def writing_kernel(
             else:
                 continue
             raise RuntimeError(f"{refusal}, but argument {name!r} {reason}\n  remedy: {remedies[reason]}")
-        for name in written:
-            tensor = given.get(name)
+        for tensor in tensors_of(_leaves([given.get(name) for name in written])):
             # What autograd has saved of it must not be taken for what it was.
-            if tensor is not None and not tensor.is_inference():
+            if not tensor.is_inference():
                 torch.autograd.graph.increment_version(tensor)
         return _call_below(overload, keys, args, kwargs)
 

@@ -92,6 +92,8 @@ class Expected:
 
 
 def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(_same, one, other))
     if not isinstance(one, Tensor) or not isinstance(other, Tensor):
         return type(one) is type(other) and one == other
     facts = [(x.shape, x.stride(), x.dtype, x.device, x.requires_grad) for x in (one, other)]
