@@ -194,7 +194,7 @@ def make_slot(case: Case, kind: str, dtype: torch.dtype, device: torch.device, s
     """Arguments of ``case``: tensors of tokens as ``INPUTS[kind]`` makes them, weights and biases near one."""
     generator = torch.Generator().manual_seed(seed)
     inputs = []
-    for shape in case.input_shapes:
+    for shape in case.operation.shapes(*case.sizes):
         drawn = torch.randn(shape, generator=generator)
         inputs.append((INPUTS[kind](drawn) if len(shape) > 1 else 1 + drawn / 8).to(device, dtype))
     return slot_of(case, tuple(inputs))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import torch_jit_ops
+from bench.recipes import RECIPES, Make, Recipe
 from torch_jit_ops import Op
 from torch_jit_ops.declaring.matcher import Size, TensorPattern
 from torch_jit_ops.ops import spelling
@@ -30,11 +31,13 @@ class Operation:
         op: of the registry.
         axes: names of the sizes; that of the last dimension comes last.
         baseline: of the inputs, as the op's function is.
+        recipe: makes the inputs where the declared shapes do not say them.
     """
 
     op: Op
     axes: tuple[str, ...]
     baseline: Callable[..., Any]
+    recipe: Recipe | None = None
 
     @property
     def name(self) -> str:
@@ -59,8 +62,32 @@ class Operation:
         """Names of the out arguments."""
         return self.op.declaration.outputs
 
+    def inputs(self, make: Make, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+        """The arguments of a call, floating ones drawn from a normal distribution."""
+        if self.recipe is not None:
+            return self.recipe.inputs(make, sizes)
+        return tuple(make.randn(*shape) for shape in self.shapes(*sizes))
+
+    def elements(self, sizes: Sequence[int]) -> int:
+        """Elements read plus elements written: every argument once, those that are written in place twice.
+
+        Without weights, which are a row of many, and would make the copy of as many bytes an odd one, and so a slow one.
+        """
+        if self.recipe is not None:
+            return self.recipe.moved(sizes)
+        read = self.shapes(*sizes)
+        written = [read[index] for index in self.written] + self.out_shapes(sizes)
+        return sum(math.prod(shape) for shape in read + written if len(shape) > 1)
+
+    def out_shapes(self, sizes: Sequence[int]) -> list[Shape]:
+        """Of the out arguments."""
+        if not self.outs:
+            return []
+        inputs = self.inputs(Make(torch.float32, torch.device("meta")), sizes)
+        return [tuple(made.shape) for made in self.results(*inputs)]
+
     def shapes(self, *sizes: int) -> list[Shape]:
-        """Of the inputs."""
+        """Of the inputs, as they are declared."""
         of = dict(zip(self.axes, sizes, strict=True))
         inputs = [pattern for pattern in self.op.declaration.tensors if pattern.name not in self.op.declaration.outputs]
         return [tuple(size.number * of[size.name] if size.name else size.number for size in _sizes(each)) for each in inputs]
@@ -75,7 +102,7 @@ class Operation:
 
     def _results(self, function: Callable[..., Any], *inputs: Tensor) -> tuple[Tensor, ...]:
         given = [tensor.clone() if index in self.written else tensor for index, tensor in enumerate(inputs)]
-        made = function(*given)
+        made = function(*given, **(self.recipe.keywords if self.recipe is not None else {}))
         if made is None:
             return tuple(given[index] for index in self.written)
         return made if isinstance(made, tuple) else (made,)
@@ -115,8 +142,13 @@ _BASELINES: dict[str, Callable[..., Any]] = {
 
 def operations_of(ops: Iterable[Op]) -> dict[str, Operation]:
     """Those of the ops whose calls can be made from sizes, by name."""
-    axes = {op: _axes(op) for op in ops}
-    return {op.name: Operation(op, names, _BASELINES.get(op.name, op.reference)) for op, names in axes.items() if names}
+    found = {}
+    for op in ops:
+        recipe = RECIPES.get(op.name)
+        axes = _axes(op) if recipe is None else recipe.axes
+        if axes:
+            found[op.name] = Operation(op, axes, _BASELINES.get(op.name, op.reference), recipe)
+    return found
 
 
 OPERATIONS = operations_of(torch_jit_ops.library.ops.values())
@@ -146,27 +178,8 @@ class Case:
     def shape(self) -> str:
         return f"({', '.join(map(str, self.sizes))})"
 
-    @property
-    def input_shapes(self) -> list[Shape]:
-        return self.operation.shapes(*self.sizes)
-
-    @property
-    def out_shapes(self) -> list[Shape]:
-        """Of the out arguments."""
-        inputs = [torch.empty(shape, device="meta") for shape in self.input_shapes]
-        return [tuple(made.shape) for made in self.operation.results(*inputs)] if self.operation.outs else []
-
-    def elements(self) -> int:
-        """Elements read plus elements written: every argument once, those that are written in place twice.
-
-        Without weights, which are a row of many, and would make the copy of as many bytes an odd one, and so a slow one.
-        """
-        read = self.input_shapes
-        written = [read[index] for index in self.operation.written] + self.out_shapes
-        return sum(math.prod(shape) for shape in read + written if len(shape) > 1)
-
     def bytes(self, itemsize: int) -> int:
-        return self.elements() * itemsize
+        return self.operation.elements(self.sizes) * itemsize
 
 
 # Sizes at which the peers' figures are recorded.

@@ -35,7 +35,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def _worst(operation: Operation, slot: Slot, actual: Sequence[Tensor]) -> float:
-    expected = operation.results(*(tensor.double() for tensor in slot.given))
+    expected = operation.results(*(tensor.double() if tensor.is_floating_point() else tensor for tensor in slot.given))
     return max(relative_error(mine, truth) for mine, truth in zip(actual, expected, strict=True))
 
 

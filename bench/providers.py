@@ -18,6 +18,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from bench import cache_peers
 from bench.cases import OPERATIONS, Operation
 from bench.slots import Slot
 
@@ -242,7 +243,19 @@ def sglang_function(name: str) -> Callable[..., Tensor]:
     return functions[name]
 
 
+def _bind_prepared(library: str, operation: Operation) -> Call:
+    """A peer's call of an op on positions or caches."""
+    prepare = cache_peers.PEERS[library].get(operation.name)
+    if prepare is None:
+        raise Unavailable(f"has no {operation.name}")
+    prepared = functools.cache(lambda slot: prepare(*slot.inputs))
+    return lambda slot: prepared(slot)()
+
+
 def _bind_sglang(operation: Operation) -> Call:
+    if operation.recipe is not None:
+        _loaded(_sglang_functions)  # decides whether the package imports or its kernels alone do
+        return _bind_prepared("sglang", operation)
     function = sglang_function(operation.name)
 
     def call(slot: Slot) -> None:
@@ -272,6 +285,9 @@ def flashinfer_function(name: str) -> Callable[..., Tensor]:
 
 
 def _bind_flashinfer(operation: Operation, enable_pdl: bool | None = None) -> Call:
+    if operation.recipe is not None:
+        _require("flashinfer", "pip install flashinfer-python")
+        return _bind_prepared("flashinfer", operation)
     if operation.name == "fused_qknorm":  # two calls, which is how its users normalise queries and keys
         norm = flashinfer_function("rmsnorm")
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.cases import Case
+from bench.recipes import Make
 
 # What the rotating buffers hold in all: four times the L2 of the largest GPU that this was written on.
 ROTATION_BYTES = 256 * 2**20
@@ -73,7 +74,7 @@ def plan(bytes_per_call: int) -> Plan:
 def slot_of(case: Case, inputs: tuple[Tensor, ...], copies: tuple[Tensor, Tensor] | None = None) -> Slot:
     """The arguments of one call with these inputs; outputs are not initialised. ``copies``: to and from."""
     to, source = copies or (inputs[0].new_empty(0), inputs[0].new_empty(0))
-    outs = tuple(inputs[0].new_empty(shape) for shape in case.out_shapes)
+    outs = tuple(inputs[0].new_empty(shape) for shape in case.operation.out_shapes(case.sizes))
     written = case.operation.written
     given = tuple(tensor.clone() if index in written else tensor for index, tensor in enumerate(inputs))
     results = outs or tuple(inputs[index] for index in written)
@@ -85,13 +86,13 @@ def make_slots(case: Case, count: int, dtype: torch.dtype, device: torch.device,
 
     Every tensor is an allocation of its own, as a caller's would be, and so is aligned to 512 bytes.
     """
-    generator = torch.Generator(device=device).manual_seed(seed)
+    make = Make(dtype, device, torch.Generator(device=device).manual_seed(seed))
     half = case.bytes(dtype.itemsize) // 2 // dtype.itemsize
     slots = []
     for _ in range(count):
-        inputs = tuple(torch.randn(shape, dtype=dtype, device=device, generator=generator) for shape in case.input_shapes)
+        inputs = case.operation.inputs(make, case.sizes)
         to, source = (torch.empty(half, dtype=dtype, device=device) for _ in range(2))
         # Zeros are not representative data: some memory systems move them faster.
-        source.normal_(generator=generator)
+        source.normal_(generator=make.generator)
         slots.append(slot_of(case, inputs, (to, source)))
     return slots

@@ -111,7 +111,7 @@ void turn(const TensorView& q, const TensorView& k, const TensorView& cache, con
     call.block_size = FastDivisor(static_cast<uint64_t>(block_size.unwrap()));
   }
   const CheckedIndices checked(positions, rows.max_position, device.unwrap());
-  const CheckedIndices checked_slots(*indices, call.slot_count, device.unwrap(), Skip::kMinusOne, 1);
+  const CheckedIndices checked_slots(*indices, call.slot_count, device.unwrap(), Skip::kMinusOne);
   call.angles.bounds = checked.bounds();
   call.slots = checked_slots.bounds();
   const uint64_t bytes = rows.kind == Kind::kFp32 ? 4 : 2;

@@ -22,6 +22,7 @@ from torch_jit_ops.testing.calls import copy_with_storage as copy_with_storage
 from torch_jit_ops.testing.calls import is_8bit_float as is_8bit_float
 from torch_jit_ops.testing.calls import is_batched as is_batched
 from torch_jit_ops.testing.calls import kept_arguments as kept_arguments
+from torch_jit_ops.testing.calls import leaves_of as leaves_of
 from torch_jit_ops.testing.calls import map_tensors as map_tensors
 from torch_jit_ops.testing.calls import outcome as outcome
 from torch_jit_ops.testing.calls import poisoned as poisoned

@@ -8,12 +8,15 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import random
+import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import fuzz
 import pytest
 import torch
 from cases import assert_same_bits
@@ -21,7 +24,7 @@ from expecttest import assert_expected_inline
 from torch import Tensor
 
 from torch_jit_ops import OpLibrary, registry
-from torch_jit_ops.calling import develop
+from torch_jit_ops.calling import develop, dispatcher
 
 _KERNELS = """
 #include <jitk/dtype.h>
@@ -95,6 +98,19 @@ void converted(TensorView x, Output& out) {
 
 // total = the sum of all, in the place of none of them
 template <typename T>
+void fill_all(TensorList written, TensorView value, std::optional<TensorList> more) {
+  for (const TensorView& x : written) {
+    for (int64_t i = 0; i < x.size(0); ++i) to<T>(x)[i * x.stride(0)] = of<T>(value)[0];
+  }
+  if (!more) return;
+  for (const TensorView& x : *more) {
+    for (int64_t i = 0; i < x.size(0); ++i) to<T>(x)[i * x.stride(0)] = -of<T>(value)[0];
+  }
+}
+
+void touch_all(TensorList) {}
+
+template <typename T>
 void add_up(TensorView total, TensorList all) {
   for (int64_t i = 0; i < total.numel(); ++i) {
     to<T>(total)[i] = 0;
@@ -144,6 +160,17 @@ def add_up(total: Tensor, all: list[Tensor]) -> None:
     total.copy_(torch.stack(all).sum(0))
 
 
+def fill_all(written: list[Tensor], value: Tensor, more: list[Tensor] | None = None) -> None:
+    for x in written:
+        x.fill_(value[0])
+    for x in more or []:
+        x.fill_(-value[0])
+
+
+def touch_all(written: list[Tensor]) -> None:
+    return None
+
+
 @pytest.fixture(scope="module")
 def ops(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     csrc = tmp_path_factory.mktemp("kindlib")
@@ -157,6 +184,8 @@ def ops(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     library.op(cpu="kinds.cpp", variant="described<{x.dtype}>", dtypes=floats)(described)
     library.op(cpu="kinds.cpp", variant="converted<{x.dtype}, {dtype}>", dtypes=(torch.float32, torch.int64))(converted)
     library.op(cpu="kinds.cpp", variant="add_up<{total.dtype}>", dtypes=floats, mutates=("total",))(add_up)
+    library.op(cpu="kinds.cpp", variant="fill_all<{value.dtype}>", dtypes=floats, mutates=("written", "more"))(fill_all)
+    library.op(cpu="kinds.cpp", variant="touch_all", mutates=("written",))(touch_all)
     yield SimpleNamespace(**library.ops)
     registry.remove(library)
     for op in library.ops.values():
@@ -281,6 +310,124 @@ kindlib::add_up: argument 'total' is written, but shares memory with argument 'a
     total = x[:3]
     ops.add_up(total, [x[3:], x[3:]])  # two that are read may be one
     assert total.tolist() == [6.0, 8.0, 10.0]
+
+
+# --- lists of tensors that are written ------------------------------------------------------------
+
+
+def _value(dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.tensor([3.0], dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_lists_that_are_written(ops: SimpleNamespace, dtype: torch.dtype) -> None:
+    """By the kernel, and by the function for a dtype that has none."""
+    assert str(ops.fill_all.default._schema) == (
+        "kindlib::fill_all(Tensor(a0!)[] written, Tensor value, Tensor(a2!)[]? more=None) -> ()"
+    )
+    buffer = torch.zeros(4, 3, dtype=dtype)
+    with ops.fill_all.kernels_alone() if dtype == torch.float32 else contextlib.nullcontext():
+        ops.fill_all(list(buffer.unbind(1))[:2], _value(dtype))
+        assert buffer.tolist() == [[3, 3, 0]] * 4
+        ops.fill_all([], _value(dtype), [buffer[0], buffer[1]])
+        assert buffer.tolist() == [[-3, -3, -3]] * 2 + [[3, 3, 0]] * 2
+        ops.fill_all([], _value(dtype))
+
+
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, torch.no_grad, torch.inference_mode])
+def test_they_count_as_changed(ops: SimpleNamespace, mode: Any) -> None:
+    """With the kernels of autograd in Python and in C++, and by what takes their place in inference mode."""
+    written, read = [torch.zeros(2), torch.zeros(2)], _value()
+    for _ in range(2):
+        before = [x._version for x in (*written, read)]
+        with mode():
+            ops.fill_all.default(written, read, [])
+        after = [x._version for x in (*written, read)]
+        assert [b > a for a, b in zip(before, after, strict=True)] == [True, True, False]
+        while not dispatcher.differentiate(["kindlib::fill_all"]):
+            time.sleep(0.1)
+
+
+def test_they_are_compiled(ops: SimpleNamespace) -> None:
+    torch._dynamo.reset()
+
+    def run(x: Tensor, y: Tensor, value: Tensor) -> Tensor:
+        before = x + y
+        ops.fill_all.default([x, y], value)
+        return before + x + y
+
+    x, y = torch.ones(4), torch.ones(4)
+    assert torch.compile(run, fullgraph=True)(x, y, _value()).tolist() == [8.0] * 4
+    assert (x.tolist(), y.tolist()) == ([3.0] * 4, [3.0] * 4)
+    torch.library.opcheck(ops.fill_all.default, ([torch.ones(4), torch.ones(4)], _value(), [torch.ones(2)]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_their_tensors_have_memory_of_their_own(ops: SimpleNamespace, dtype: torch.dtype) -> None:
+    x, value = torch.zeros(12, dtype=dtype), _value(dtype)
+    ops.fill_all([x[::3], x[1::3]], value, [x[2::3]])
+    assert x.tolist() == [3, 3, -3] * 4
+    calls: list[tuple[Any, ...]] = [
+        ([x[:4], x[3:7]], value),
+        ([x[:4], x[4:7]], x[6:]),
+        ([x[:4]], value, [x[6:8], x[3:5]]),
+        ([x[:4], x[:1].expand(3)], value),
+    ]
+    texts = [_error(ops.fill_all, *call) for call in calls]
+    scale = dtype.itemsize // 4
+    assert_expected_inline(
+        "\n".join(texts).replace(f" {12 * scale} bytes", " 12 bytes").replace(f" {8 * scale} bytes", " 8 bytes"),
+        """\
+kindlib::fill_all: argument 'written[0]' is written, but shares memory with argument 'written[1]'
+  'written[0]' [4] with strides [1] begins 12 bytes before
+  'written[1]' [4] with strides [1]
+  remedy: memory of its own for one of them
+kindlib::fill_all: argument 'written[1]' is written, but shares memory with argument 'value'
+  'written[1]' [3] with strides [1] begins 8 bytes before
+  'value' [6] with strides [1]
+  remedy: memory of its own for one of them
+kindlib::fill_all: argument 'written[0]' is written, but shares memory with argument 'more[1]'
+  'written[0]' [4] with strides [1] begins 12 bytes before
+  'more[1]' [2] with strides [1]
+  remedy: memory of its own for one of them
+kindlib::fill_all: argument 'written[1]' is written, but its elements overlap
+  dimension 0 has size 3 and stride 0""",
+    )
+
+
+def test_a_list_that_is_written_wants_no_gradient(ops: SimpleNamespace) -> None:
+    with pytest.raises(RuntimeError, match="but argument 'written' requires grad"):
+        ops.fill_all([torch.zeros(2), torch.zeros(2, requires_grad=True)], _value())
+
+
+def test_many_layers_of_one_buffer_are_told_apart(ops: SimpleNamespace) -> None:
+    """Their ranges all meet; what lies between the rows of each is the others'."""
+    buffer = torch.zeros(9, 40, 5, 3)
+    layers = list(buffer.view(9, 40, 15).unbind(1))
+    ops.fill_all([layer[:, 0] for layer in layers], _value())
+    assert buffer.sum() == 9 * 40 * 3
+    with pytest.raises(RuntimeError, match=r"argument 'written\[\d+\]' is written, but shares memory with argument 'written"):
+        ops.fill_all([*(layer[:, 0] for layer in layers), buffer.view(-1)[1500:1507]], _value())
+
+
+@pytest.mark.parametrize("seed", fuzz.seeds(200))
+def test_pairs_of_layouts_by_chance(ops: SimpleNamespace, seed: int) -> None:
+    """Of equal rows in equal steps, and nearly so: refused if an element is in both, and else not."""
+    chance = random.Random(seed)
+    buffer, places = torch.zeros(400), torch.arange(400)
+    width, gap, rows = chance.randint(1, 6), chance.randint(0, 8), chance.randint(1, 5)
+    sizes, strides = [rows, width], [width + gap, 1]
+    if chance.random() < 0.4:
+        sizes, strides = [chance.randint(1, 4), *sizes], [rows * (width + gap) + chance.choice([0, 0, 1, 7]), *strides]
+    first = chance.randint(0, 150)
+    other = first + chance.choice([0, width, gap, width + gap, rows * (width + gap), chance.randint(-50, 50)])
+    views = [x.as_strided(sizes, strides, max(0, place)) for place in (first, other) for x in (buffer, places)]
+    if chance.random() < 0.2:
+        part = chance.randint(1, width)
+        views[2:] = [view[..., :part] for view in views[2:]]
+    meet = not set(views[1].flatten().tolist()).isdisjoint(views[3].flatten().tolist())
+    with pytest.raises(RuntimeError, match="shares memory") if meet else contextlib.nullcontext():
+        ops.touch_all([views[0], views[2]])
 
 
 def _error(function: Any, *args: Any) -> str:

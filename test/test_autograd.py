@@ -541,12 +541,13 @@ def test_forward_mode_around_a_graph(op_in_graphs: Op, backend: str, warm: bool)
 
 
 def test_a_dual_level_around_a_graph_of_inductor_is_refused_where_pytorch_drops_the_tangent() -> None:
-    """The op comes first and meets the tangent; Inductor's own kernels lose it, those of a plain function too."""
+    """The op comes first and meets the tangent; Inductor's own kernels lose it, those of a plain function too. PyTorch 2.15
+    runs such a call eagerly."""
     op, weight = ready(torch_jit_ops.ops.norm.rmsnorm), torch.rand(16)
     x, tangent = torch.randn(3, 16), torch.randn(3, 16)
-    assert _dual(torch.compile(torch.sin), x, tangent)[1] is None
+    drops = _dual(torch.compile(torch.sin), x, tangent)[1] is None
     compiled = torch.compile(lambda x: op.default(x, weight))
-    if OUT_FORMS_RETURN:
+    if drops and OUT_FORMS_RETURN:
         with pytest.raises(RuntimeError) as caught:
             _dual(compiled, x, tangent)
         assert_expected_inline(

@@ -29,6 +29,7 @@ from bench import (
     providers,
     report,
     results,
+    transfers,
 )
 from bench.__main__ import INTERRUPTED, OK, TOO_SLOW, USAGE, WRONG, main
 from bench.cases import CASES, OPERATIONS, QUICK, Case, operations_of, select
@@ -126,7 +127,7 @@ def test_plan_refuses_no_bytes():
 def test_slots_hold_the_arguments_and_a_copy_of_the_same_bytes(op):
     case = Case(op, tuple(range(3, 3 + len(OPERATIONS[op].axes))))
     first, second = make_slots(case, 2, torch.bfloat16, CPU)
-    assert [tuple(tensor.shape) for tensor in first.inputs] == case.input_shapes
+    assert all(given.shape == other.shape for given, other in zip(first.inputs, second.inputs, strict=True))
     expected = case.operation.results(*first.inputs)
     assert [result.shape for result in first.results] == [result.shape for result in expected]
     assert first.copy_to.nbytes + first.copy_from.nbytes == case.bytes(2)
@@ -134,7 +135,15 @@ def test_slots_hold_the_arguments_and_a_copy_of_the_same_bytes(op):
 
 
 def test_every_op_is_measured_but_the_one_of_the_tutorial():
-    assert set(torch_jit_ops.library.ops) - {case.op for case in CASES} == {"add_constant"}
+    between_memories = {"transfer_kv_one_layer", "transfer_kv_all_layers", "wait_kv_layer"}  # bench.transfers
+    assert set(torch_jit_ops.library.ops) - {case.op for case in CASES} - between_memories == {"add_constant"}
+
+
+def test_transfers_need_a_gpu(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert transfers.main([]) == 2
+    assert capsys.readouterr().err == "there is no GPU to copy to\n"
 
 
 def test_an_op_is_measured_if_sizes_make_its_calls(tmp_path):

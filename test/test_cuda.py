@@ -16,6 +16,7 @@ from cases import (
     is_batched,
     is_first,
     is_first_of_op,
+    leaves_of,
     map_tensors,
     over,
     poisoned,
@@ -42,7 +43,7 @@ def assert_same_outcome(actual: Outcome, expected: Outcome) -> None:
 
 
 def copy_into(target: Sample, source: Sample) -> None:
-    for to, tensor in zip(tensors_of(target), tensors_of(source), strict=True):
+    for to, tensor in zip(leaves_of(target), leaves_of(source), strict=True):
         to.copy_(tensor)
 
 

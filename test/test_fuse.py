@@ -503,6 +503,11 @@ def own(tmp_path: Path) -> Iterator[OpLibrary]:
     def looks(x: Tensor, cap: float) -> Tensor:
         return x * cap if x.sum() > 0 else x
 
+    @library.op(samples=samples)
+    def writes(x: Tensor, cap: float) -> Tensor:
+        y = x * cap
+        return torch.neg(input=x, out=y)
+
     yield library
     registry.remove(library)
     for op in library.ops.values():
@@ -542,6 +547,9 @@ def test_what_cannot_be_found_says_so(own: OpLibrary) -> None:
     )
     assert message(lambda: fuse(["fuselib::looks"])).startswith(
         "fuselib::looks cannot be found in a model: looks does not run on tensors without values: "
+    )
+    assert message(lambda: fuse(["fuselib::writes"])) == (
+        "fuselib::writes cannot be found in a model: writes writes a part of a tensor"
     )
     said, _, names = message(lambda: decompose("nothing")).partition(" are ")
     assert said == "there is no op 'nothing'; there"

@@ -81,15 +81,17 @@ def ptx(folder: Path) -> dict[str, dict[str, str]]:
 
 
 def test_every_header_compiles_alone(folder: Path) -> None:
-    device = [header.name for header in sorted((INCLUDE / "jitk").glob("*.cuh"))]
+    device = [f"jitk/{header.name}" for header in sorted((INCLUDE / "jitk").glob("*.cuh"))]
     # simd.h is in the host compiler's vector types, which nvcc does not have.
-    everything = [header.name for header in sorted((INCLUDE / "jitk").glob("*.*h")) if header.name != "simd.h"]
+    everything = [f"jitk/{header.name}" for header in sorted((INCLUDE / "jitk").glob("*.*h")) if header.name != "simd.h"]
+    of_kernels = [header.name for header in sorted((ROOT / "csrc").glob("*.cuh"))]
     jobs = []
     # C++20 once for all: what it breaks does not depend on what was included before.
-    for names, standard in [*(([name], "c++17") for name in device), (everything, "c++17"), (everything, "c++20")]:
+    alone = [([name], "c++17") for name in (*device, *of_kernels)]
+    for names, standard in [*alone, (everything, "c++17"), (everything + of_kernels, "c++20")]:
         source = folder / f"headers{len(jobs)}.cu"
-        source.write_text("".join(f"#include <jitk/{name}>\n" for name in names))
-        jobs.append(("90a", "-ptx", f"-std={standard}", str(source), "-o", f"{source}.ptx"))
+        source.write_text("".join(f"#include <{name}>\n" for name in names))
+        jobs.append(("90a", f"-I{ROOT / 'csrc'}", "-ptx", f"-std={standard}", str(source), "-o", f"{source}.ptx"))
     failed = compile_all(jobs)
     assert not failed, failed
 

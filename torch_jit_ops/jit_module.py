@@ -81,9 +81,6 @@ def cache_once(function: Function) -> Function:
     results = types.SimpleNamespace()
     lock = forks.Lock()
 
-    # The compiler takes a name for a constant, and then reads the attribute as it would any other; it could not guard the
-    # module itself.
-    @torch.compiler.assume_constant_result
     def ensure(keywords: tuple[str, ...], values: tuple[Any, ...]) -> str:
         with lock:
             name = names.get((keywords, values))
@@ -95,11 +92,15 @@ def cache_once(function: Function) -> Function:
                 names[keywords, values] = name
             return name
 
+    # The compiler takes a name for a constant, and then reads the attribute as it would any other; it could not guard the
+    # module itself.
+    name_of = torch.compiler.assume_constant_result(ensure)
+
     @functools.wraps(function)
     def cached(*args: Any, **kwargs: Any) -> Any:
         # To the compiler a key of a dict is a constant: this is where a symbolic int becomes one.
         values = tuple(next(iter({value: None})) for value in (*args, *kwargs.values()))
-        return getattr(results, ensure(tuple(kwargs), values))
+        return getattr(results, name_of(tuple(kwargs), values))
 
     return cached  # type: ignore[return-value]
 

@@ -31,6 +31,10 @@ bool wants_gradient(const c10::IValue& value, bool grad_mode) {
   return false;
 }
 
+void count_as_changed(const at::Tensor& written) {
+  if (written.defined() && !written.is_inference()) written.unsafeGetTensorImpl()->bump_version();
+}
+
 void differentiate(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   const std::vector<c10::Argument>& declared = op.schema().arguments();
   const size_t count = declared.size();
@@ -46,9 +50,10 @@ void differentiate(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torc
   // What autograd has saved of a tensor that is written must not be taken for what it was.
   for (size_t i = 0; i < count; ++i) {
     const c10::AliasInfo* alias = declared[i].alias_info();
-    if (alias == nullptr || !alias->isWrite() || !arguments[i].isTensor()) continue;
-    const at::Tensor& written = arguments[i].toTensor();
-    if (written.defined() && !written.is_inference()) written.unsafeGetTensorImpl()->bump_version();
+    if (alias == nullptr || !alias->isWrite()) continue;
+    if (arguments[i].isTensor()) count_as_changed(arguments[i].toTensor());
+    if (!arguments[i].isTensorList()) continue;
+    for (const at::Tensor& written : arguments[i].toTensorVector()) count_as_changed(written);
   }
   const at::AutoDispatchBelowAutograd below;
   op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);

@@ -80,8 +80,17 @@ class Call {
     if (&torch::autograd::impl::bump_version == nullptr || &c10::InferenceMode::is_enabled == nullptr) return;
     if (!c10::InferenceMode::is_enabled()) return;
     for (size_t i = 0; i < slot_.arguments.size(); ++i) {
-      if (slot_.arguments[i].written && tensors(i).size() > 0)
-        torch::autograd::impl::bump_version(*reinterpret_cast<const at::Tensor*>(inner(static_cast<int32_t>(i))));
+      if (!slot_.arguments[i].written || tensors(i).size() == 0) continue;
+      const StableIValue cell = inner(static_cast<int32_t>(i));
+      if (slot_.arguments[i].kind != 'L') {
+        count_as_changed(cell);
+        continue;
+      }
+      for (int64_t at = 0; at < tensors(i).size(); ++at) {
+        StableIValue item;
+        check(torch_list_get_item(reinterpret_cast<StableListHandle>(cell), static_cast<size_t>(at), &item), "read a list");
+        count_as_changed(item);
+      }
     }
   }
 
@@ -100,6 +109,10 @@ class Call {
   }
 
  private:
+  static void count_as_changed(StableIValue tensor) {
+    torch::autograd::impl::bump_version(*reinterpret_cast<const at::Tensor*>(tensor));
+  }
+
   StableIValue inner(int32_t i) const {
     return slot_.arguments[static_cast<size_t>(i)].optional ? *reinterpret_cast<StableIValue*>(stack_[i]) : stack_[i];
   }

@@ -2,6 +2,7 @@
 //
 //   shares_memory(q, k)      any strides and dtypes; without elements a view shares nothing
 //   overlaps_itself(view)    two elements in one place: an expanded tensor, rows that are closer than they are long
+//   alternate(k, v)          no, and told sooner, of equal rows that pass each other
 //   takes_the_place(out, x)  out is x, or one of equal parts of its rows: what a kernel may write that reads a row first
 //
 // Neighbours in torch_jit_ops: overlap.py tells the same of tensors, for calls that run no kernel.
@@ -121,6 +122,30 @@ inline bool shares_memory(const TensorView& a, const TensorView& b) {
   sums.add(b, true, false);
   const int64_t distance = static_cast<const char*>(a.data_) - static_cast<const char*>(b.data_);
   return sums.meet(1 - item_size(a) - distance, item_size(b) - 1 - distance, false);
+}
+
+// Equal rows in equal steps that pass each other, as the layers of one buffer do: told without a search. False says nothing.
+inline bool alternate(const TensorView& a, const TensorView& b) {
+  if (a.ndim_ != b.ndim_ || item_size(a) != item_size(b)) return false;
+  int64_t row = item_size(a), step = 0, count = 1;  // bytes of a row, and from row to row; rows in these steps
+  for (int32_t i = a.ndim_ - 1; i >= 0; --i) {
+    if (a.sizes_[i] != b.sizes_[i]) return false;
+    if (a.sizes_[i] == 1) continue;
+    if (a.strides_[i] != b.strides_[i]) return false;
+    const int64_t stride = a.strides_[i] * item_size(a);
+    if (step == 0 && stride == row) {
+      row *= a.sizes_[i];
+    } else if (step == 0 || stride == step * count) {
+      if (step == 0) step = stride;
+      count *= a.sizes_[i];
+    } else {
+      return false;
+    }
+  }
+  if (step < row) return false;
+  const int64_t distance = static_cast<const char*>(a.data_) - static_cast<const char*>(b.data_);
+  const int64_t behind = (distance < 0 ? -distance : distance) % step;
+  return behind >= row && step - behind >= row;
 }
 
 inline bool overlaps_itself(const TensorView& view) {

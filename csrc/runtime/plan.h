@@ -31,6 +31,7 @@ namespace {
   for (int32_t i = 0; i < named; ++i) argument.words.push_back(argument.name + "[" + std::to_string(i) + "]");
   slot.returned += argument.returned ? 1 : 0;
   slot.writes = slot.writes || argument.written;
+  slot.writes_lists = slot.writes_lists || (argument.written && argument.kind == 'L');
   slot.arguments.push_back(std::move(argument));
 }
 

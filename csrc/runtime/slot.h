@@ -83,6 +83,7 @@ struct Slot {
   std::string reference;  // jitk::_reference_silu_and_mul_out
   bool on_cuda = false;
   bool writes = false;
+  bool writes_lists = false;
   std::vector<Argument> arguments;
   std::vector<KeyPart> key;
   std::vector<KeyRule> rules;

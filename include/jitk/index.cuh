@@ -73,12 +73,9 @@ inline bool launches_block() {
 
 class CheckedIndices {
  public:
-  static constexpr uint32_t kPlaces = 4;
-
-  // `place` tells those of one launch apart, from 0 to kPlaces - 1.
-  CheckedIndices(const TensorView& indices, int64_t end, DLDevice device, Skip skip = Skip::kNothing, uint32_t place = 0)
+  CheckedIndices(const TensorView& indices, int64_t end, DLDevice device, Skip skip = Skip::kNothing)
       : indices_(indices), end_(end), skip_(skip) {
-    if (__builtin_expect(launches_block(), 0)) prepare(device, place);
+    if (__builtin_expect(launches_block(), 0)) prepare(device);
   }
 
   device::Bounds bounds() const { return {end_, skip_, first_}; }
@@ -90,8 +87,9 @@ class CheckedIndices {
 
  private:
   static constexpr unsigned long long kNone = ~0ull;
+  static constexpr uint32_t kLists = 8;  // of one launch, which is waited for before the next
 
-  JITK_COLD void prepare(DLDevice device, uint32_t place) {
+  JITK_COLD void prepare(DLDevice device) {
     stream_ = LaunchKernel::resolve_device(device);
     cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
     RuntimeDeviceCheck(cudaStreamIsCapturing(stream_, &capturing));
@@ -99,11 +97,11 @@ class CheckedIndices {
     thread_local unsigned long long* const shared = [] {
       void* memory = nullptr;
       RuntimeDeviceCheck(
-          cudaHostAlloc(&memory, kPlaces * sizeof(unsigned long long), cudaHostAllocPortable | cudaHostAllocMapped));
+          cudaHostAlloc(&memory, kLists * sizeof(unsigned long long), cudaHostAllocPortable | cudaHostAllocMapped));
       return static_cast<unsigned long long*>(memory);
     }();
-    RuntimeCheck(place < kPlaces, "one launch checks at most ", kPlaces, " tensors of indices");
-    first_ = shared + place;
+    thread_local uint32_t taken = 0;
+    first_ = shared + taken++ % kLists;
     *first_ = kNone;
   }
 

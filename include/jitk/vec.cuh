@@ -116,6 +116,9 @@ class L2Policy {
   uint64_t value_;
 };
 
+// Bytes of the vectors that take a policy.
+inline constexpr uint32_t kPolicyVecBytes = 16;
+
 template <typename T, size_t N>
 class AlignedVector {
   using Words = details::words_t<sizeof(T) * N>;  // in place of the elements, for CUDA's bf16x2_t would be copied one by one
@@ -140,17 +143,17 @@ class AlignedVector {
   JITK_DEVICE void load_ordered(const void* data, int64_t offset = 0) {
     details::load_ordered(words_, static_cast<const Words*>(data) + offset);
   }
-  // With a policy for L2, and loads past L1, where the vector has 16 bytes. Narrower ones are loaded and stored as any: their
+  // With a policy for L2, and loads past L1, where the vector has kPolicyVecBytes. Narrower ones are loaded and stored as any: their
   // neighbours share a line of L1.
   JITK_DEVICE void load_streaming(const void* data, int64_t offset, L2Policy policy) {
-    if constexpr (sizeof(Words) == 16) {
+    if constexpr (sizeof(Words) == kPolicyVecBytes) {
       details::load_streaming(words_, static_cast<const Words*>(data) + offset, policy.value());
     } else {
       load(data, offset);
     }
   }
   JITK_DEVICE void store(void* data, int64_t offset, L2Policy policy) const {
-    if constexpr (sizeof(Words) == 16) {
+    if constexpr (sizeof(Words) == kPolicyVecBytes) {
       details::store_with_policy(words_, static_cast<Words*>(data) + offset, policy.value());
     } else {
       store(data, offset);

@@ -11,6 +11,7 @@
 #include <jitk/overlap.cuh>
 #include <jitk/pointer.cuh>
 #include <jitk/share.cuh>
+#include <jitk/spread.cuh>
 #include <jitk/team.cuh>
 #include <jitk/vec.cuh>
 #include <jitk/warp.cuh>
@@ -227,6 +228,24 @@ __global__ void team_share(Buffers buffers, int64_t count, uint32_t lanes_log2) 
   share.each([&](uint32_t, auto at) { atomicAdd(row + at, 1); });
   team::meet<kTeam>();
 }
+
+// What follows from a line of a table: the grid of so many rows of so many vectors.
+constexpr bool is_grid(Spread spread, int64_t rows, int64_t vectors, RowGrid expected) {
+  const RowGrid grid = host::row_grid(spread, rows, vectors);
+  return grid.blocks == expected.blocks && grid.threads == expected.threads && grid.lanes_log2 == expected.lanes_log2;
+}
+static_assert(is_grid({Team::kLanes, 1, 128}, 9, 16, {2, 128, 4}), "8 teams of 16 lanes to a block");
+static_assert(is_grid({Team::kLanes, 2, 128}, 9, 34, {3, 128, 5}), "17 lanes are 32");
+static_assert(is_grid({Team::kLanes, 0, 128}, 8, 1000, {2, 128, 5}), "at most a warp");
+static_assert(is_grid({Team::kLanes, 4, 64}, 65, 1, {2, 64, 0}), "a lane each");
+static_assert(is_grid({Team::kWarp, 2, 256}, 17, 40, {3, 256, 0}), "8 warps to a block");
+static_assert(is_grid({Team::kBlock, 2, 0}, 7, 64, {7, 32, 0}), "one warp holds 64 vectors");
+static_assert(is_grid({Team::kBlock, 2, 0}, 7, 65, {7, 64, 0}), "but not 65");
+static_assert(is_grid({Team::kBlock, 0, 128}, 7, 100000, {7, 128, 0}), "any number of vectors");
+static_assert(is_grid({Team::kCluster, 4, 0, 8}, 3, 32768, {24, 1024, 0}), "8 blocks to a row");
+static_assert(host::holds({Team::kBlock, 2, 0}, 2048, 1024) && !host::holds({Team::kBlock, 2, 0}, 2049, 1024), "the last row");
+static_assert(host::holds({Team::kLanes, 2, 128}, 64, 1024) && !host::holds({Team::kLanes, 2, 128}, 65, 1024), "of a warp");
+static_assert(host::holds({Team::kWarp, 0, 256}, 100000, 1), "what is read again");
 
 // The first kernel lets the second start at once, and writes late. Named, for the test that reads the PTX.
 extern "C" __global__ void pdl_producer(float* data, int64_t count) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 import torch
 
@@ -31,6 +32,12 @@ def named(name: str) -> Backend:
 def of_key(key: str) -> Backend | None:
     """The backend that a declaration means by ``cuda``, ``sm_90``, ``x86-64-v3``; None if it means none."""
     return next((backend for backend in ALL if key == backend.name or re.fullmatch(backend.target_form, key)), None)
+
+
+def deciding(devices: Iterable[torch.device]) -> list[torch.device]:
+    """Those of a call's devices that decide where it runs, in their order: PyTorch passes over the CPU beside another one."""
+    known = list(devices)
+    return [device for device in known if device.type != CPU.device_type] or known
 
 
 def of_device(device: torch.device) -> Backend | None:

@@ -73,7 +73,7 @@ class Cuda(Backend):
         return self.refusal() is None and torch.cuda.is_available()
 
     def is_in_use(self) -> bool:
-        return torch.cuda.is_initialized()
+        return bool(torch.cuda.is_initialized())
 
 
 # nvcc puts <cmath> before every kernel, and with it, from C++17 on, libstdc++'s Bessel functions and their kin, which four
@@ -144,7 +144,7 @@ def _inspect(parts: tuple[Path, ...], found_by: str) -> Toolkit | str:
     if None not in (version, wanted) and version != wanted:
         return f"it is CUDA {version}, but PyTorch is built with CUDA {torch.version.cuda}"
     # Of headers that are there twice, those beside nvcc are of its version.
-    include = dict.fromkeys(folder for folder in holders.values() if folder not in (None, *folders[:2]))
+    include = dict.fromkeys(folder for folder in holders.values() if folder is not None and folder not in folders[:2])
     return Toolkit(home, nvcc, tuple(include), libraries, found_by)
 
 

@@ -93,7 +93,7 @@ def remove_leftovers(staging: Path) -> None:
 def _run_cpp_extension(unit: Unit, staging: Path, sources: Sequence[Path], module: str) -> None:
     with forks.held_off():
         from torch.utils import cpp_extension
-    cpp_extension.subprocess = forks.subprocess
+    vars(cpp_extension)["subprocess"] = forks.subprocess
 
     include = [*unit.folders()]
     verbose = environment.verbosity() == 2

@@ -85,11 +85,11 @@ def load(unit: Unit, while_compiling: Callable[[], object] | None = None) -> Loa
             result.set_exception(error)
         finally:
             _builders.pop(result, None)
-    error = result.exception()
-    if isinstance(error, BuildInterrupted) and not mine:
+    failure = result.exception()
+    if isinstance(failure, BuildInterrupted) and not mine:
         return load(unit, while_compiling)
-    if error is not None:
-        raise error.with_traceback(None)  # which would grow with every call
+    if failure is not None:
+        raise failure.with_traceback(None)  # which would grow with every call
     return result.result()
 
 

@@ -84,6 +84,7 @@ def started_by(command: Sequence[str], staging: Path) -> Iterator[None]:
 @functools.cache
 def _install() -> None:
     """Other threads, such as a program's own use of ``cpp_extension``, get what they always got."""
+    from torch.torch_version import TorchVersion
     from torch.utils import cpp_extension
 
     def replace(name: str, answer: Any) -> None:
@@ -95,7 +96,7 @@ def _install() -> None:
         return _here.__dict__.get("compiler") or original()
 
     def version(original: Any, program: Any) -> Any:  # doctor tells what is too old
-        return (True, cpp_extension.TorchVersion("0.0.0")) if hasattr(_here, "compiler") else original(program)
+        return (True, TorchVersion("0.0.0")) if hasattr(_here, "compiler") else original(program)
 
     def wrapped(original: Any, program: Any) -> Any:  # by ccache, which the command may begin with
         return [program] if program == _here.__dict__.get("compiler") else original(program)

@@ -52,7 +52,7 @@ class Boot:
 
         On other devices every call: the reference. So are tensors that have the device alone, sparse ones, when they come back.
         """
-        devices = {tensor.device for tensor in tensors_of((*args, *kwargs.values()))}
+        devices = backends.deciding({tensor.device for tensor in tensors_of((*args, *kwargs.values()))})
         served = {backend and backend.name for backend in map(backends.of_device, devices)}
         under_way = _under_way.__dict__.setdefault("boots", [])
         if not served or not served <= self._declaration.kernels.keys() or self in under_way:
@@ -147,7 +147,7 @@ class Boot:
         try:
             given = {name: value for name, value in kwargs.items() if name not in declaration.outputs}
             values = declaration.arguments(*args, **given)
-            device = next(tensors_of(values)).device
+            device = backends.deciding(tensor.device for tensor in tensors_of(values))[0]
             backend = backends.of_device(device)
             if backend is None:
                 return

@@ -27,7 +27,9 @@ from torch_jit_ops.cli import build, screen
 from torch_jit_ops.store import bundle, forms, listing, prune
 from torch_jit_ops.store.search_path import default_store, search_path
 
-_OPS = {"nargs": "*", "metavar": "op", "help": "names, as silu_and_mul or jitk::silu_and_mul (default: all)"}
+
+def _add_ops(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("ops", nargs="*", metavar="op", help="names, as silu_and_mul or jitk::silu_and_mul (default: all)")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     command("dir", _dir, "where the store is")
     listing = command("list", _list, "the variants that are there")
-    listing.add_argument("ops", **_OPS)
+    _add_ops(listing)
     listing.add_argument("--json", action="store_true", help="print JSON")
     why = command("why", _why, "whether an op's kernels are there, and if not, what differs from those that are")
     why.add_argument("op", help="as silu_and_mul, or 'dispatcher'")
@@ -52,10 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pruning.add_argument("--max-size", type=_bytes, metavar="4G", help="keep at most so many bytes (default: JITK_CACHE_SIZE)")
     pruning.add_argument("--max-age", type=float, metavar="DAYS", help="remove what was not used for so long (default: 90)")
     clearing = command("clear", _clear, "remove all variants, or those of some ops")
-    clearing.add_argument("ops", **_OPS)
+    _add_ops(clearing)
     exporting = command("export", _export, "write variants into one file")
     exporting.add_argument("file", type=Path, help="as kernels.tar.gz")
-    exporting.add_argument("ops", **_OPS)
+    _add_ops(exporting)
     importing = command("import", _import, "put the variants of such a file into the store")
     importing.add_argument("file", type=Path, help="as kernels.tar.gz, from somebody whom you would let run a program")
 
@@ -157,7 +159,7 @@ def _bytes(text: str) -> int:
     form = re.fullmatch(r"(\d+)([KMGT]?)(?:i?B)?", text)
     if form is None:
         raise argparse.ArgumentTypeError(f"must be a number of bytes, such as 500M or 4G; got {text!r}")
-    return int(form[1]) * 1024 ** " KMGT".index(form[2] or " ")
+    return int(form[1]) << 10 * " KMGT".index(form[2] or " ")
 
 
 def _clear(options: argparse.Namespace) -> int:

@@ -64,7 +64,8 @@ def _plain(activation: Callable[[Tensor], Tensor]) -> Functions:
 
 def _jitk(gated: Callable[[Tensor], Tensor]) -> Functions:
     def norm(x: Tensor, weight: Tensor) -> Tensor:
-        return torch.ops.jitk.rmsnorm(x, weight)
+        y: Tensor = torch.ops.jitk.rmsnorm(x, weight)
+        return y
 
     def add_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         torch.ops.jitk.fused_add_rmsnorm(x, residual, weight)
@@ -99,7 +100,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in self.qkv(x).split(self.splits, -1))
         y = F.scaled_dot_product_attention(_rotate(q, rotation), _rotate(k, rotation), v, is_causal=True, enable_gqa=True)
-        return self.out(y.transpose(1, 2).flatten(2))
+        out: Tensor = self.out(y.transpose(1, 2).flatten(2))
+        return out
 
 
 def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
@@ -118,7 +120,8 @@ class Mlp(nn.Module):
         self.gated = functions.gated
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.gated(self.gate_up(x)))
+        y: Tensor = self.down(self.gated(self.gate_up(x)))
+        return y
 
 
 class Norm(nn.Module):
@@ -150,6 +153,8 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
+    frequencies: Tensor
+
     def __init__(self, size: Size, functions: Functions) -> None:
         super().__init__()
         self.embedding = nn.Embedding(size.vocabulary, size.hidden)
@@ -166,7 +171,8 @@ class Llama(nn.Module):
         for block in self.blocks:
             x, residual = block(x, residual, rotation)
         x, _ = self.norm(x, residual)
-        return self.head(x)
+        logits: Tensor = self.head(x)
+        return logits
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

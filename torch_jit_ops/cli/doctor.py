@@ -197,7 +197,7 @@ def _nvidia_smi() -> list[list[str]]:
 
 def _archs_of_nvcc() -> list[str]:
     try:
-        command = [CUDA.toolkit().nvcc, "--list-gpu-code"]
+        command: list[str | Path] = [CUDA.toolkit().nvcc, "--list-gpu-code"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     except (MissingCompiler, OSError, subprocess.SubprocessError):
         return []

@@ -90,10 +90,10 @@ def _guarded(condition: Condition) -> bool:
 
 
 def _any_of(*conditions: Condition) -> Condition:
-    found: Condition = False
+    found: torch.SymBool | None = None
     for condition in conditions:
         if condition is True:
             return True
         if condition is not False:
-            found = condition if found is False else found | condition  # type: ignore[assignment]
-    return found
+            found = condition if found is None else found | condition
+    return False if found is None else found

@@ -213,10 +213,10 @@ def verify_output(who: str, name: str, out: Tensor, result: Tensor) -> None:
         RuntimeError: its shape, dtype or device is another.
     """
     fits = out.dim() == result.dim() and out.dtype == result.dtype and out.device == result.device
-    facts = [(_sizes(each.shape), _shown(each.dtype), str(each.device)) for each in (result, out)]
+    expected, got = ((_sizes(each.shape), _shown(each.dtype), str(each.device)) for each in (result, out))
 
     def text() -> str:
-        return _described(who, name, *facts, "the functional form returns what is expected")
+        return _described(who, name, expected, got, "the functional form returns what is expected")
 
     _require(fits, text)
     for one, other in zip(out.shape, result.shape, strict=True):

@@ -14,11 +14,18 @@ from torch_jit_ops.declaring.dtypes import Combination
 
 @dataclass(frozen=True)
 class Sample:
-    """One call of an op. ``note`` says why it is there."""
+    """One call of an op.
+
+    Attributes:
+        note: why it is there.
+        has_tokens: the first dimension of its first tensor counts tokens, of which there may be others. Not so where it is a
+            cache, whose places indices name.
+    """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
+    has_tokens: bool = True
 
 
 class SampleMaker:

@@ -68,7 +68,7 @@ class Argument:
         """The parameter as the dispatcher's schema spells it; ``alias`` names what it writes, if it writes."""
         kind = _SCHEMA_TYPES[self.kind]
         if self.written:
-            kind += f"({alias}!)"
+            kind = kind.replace("Tensor", f"Tensor({alias}!)")
         text = f"{kind}{'?' if self.optional else ''} {self.name}"
         return text if self.default is inspect.Parameter.empty else f"{text}={_literal(self.default)}"
 
@@ -164,7 +164,7 @@ def signature_of(function: Callable[..., Any], mutates: Sequence[str] = (), reus
     Args:
         function: annotated with the types named in ``TypeError``'s text; returns Tensor, ``Tensor | None``,
             ``list[Tensor]``, a tuple of them, or None.
-        mutates: names of the tensors that it writes.
+        mutates: names of the tensors, and of the lists of tensors, that it writes.
         reusable: names of the tensors that it reads and whose place in memory a written one may take.
 
     Raises:
@@ -197,8 +197,8 @@ def signature_of(function: Callable[..., Any], mutates: Sequence[str] = (), reus
                 keyword_only=parameter.kind is parameter.KEYWORD_ONLY,
             )
         )
-    tensors = [argument.name for argument in arguments if argument.kind == "T"]
-    for option, names in (("mutates", mutates), ("reusable", reusable)):
+    for option, names, kinds in (("mutates", mutates, "TL"), ("reusable", reusable, "T")):
+        tensors = [argument.name for argument in arguments if argument.kind in kinds]
         for name in names:
             if name not in tensors:
                 raise ValueError(f"{who}: {option} names {name!r}; its tensor arguments are {', '.join(tensors) or 'none'}")

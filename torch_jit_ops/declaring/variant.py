@@ -20,6 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -261,19 +262,25 @@ def _letter(argument: Argument) -> str:
     return "O" if argument.output else argument.kind
 
 
-def _value_of(part: Placeholder, argument: object) -> Value:
+def _value_of(part: Placeholder, argument: Any) -> Value:
     """The fact itself, before rules."""
+    value: Value
     if argument is None or part.what == "value" or isinstance(argument, torch.dtype):
-        return argument  # type: ignore[return-value]
-    tensor: torch.Tensor = argument  # type: ignore[assignment]
-    return {"dtype": lambda: tensor.dtype, "size": lambda: tensor.shape[part.dim], "dim": tensor.dim}[part.what]()
+        value = argument
+    elif part.what == "dtype":
+        value = argument.dtype
+    elif part.what == "size":
+        value = argument.shape[part.dim]
+    else:
+        value = argument.dim()
+    return value
 
 
 def _derived(part: Placeholder, value: Value) -> Value:
-    if value is None:
-        return None
+    if value is None or isinstance(value, (torch.dtype, str)):
+        return value  # rules are for numbers
     for rule in part.rules:
-        value = rule(int(value))  # type: ignore[arg-type]
+        value = rule(int(value))
     return value
 
 

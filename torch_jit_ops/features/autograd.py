@@ -154,10 +154,9 @@ def writing_kernel(
             else:
                 continue
             raise RuntimeError(f"{refusal}, but argument {name!r} {reason}\n  remedy: {remedies[reason]}")
-        for name in written:
-            tensor = given.get(name)
+        for tensor in tensors_of(_leaves([given.get(name) for name in written])):
             # What autograd has saved of it must not be taken for what it was.
-            if tensor is not None and not tensor.is_inference():
+            if not tensor.is_inference():
                 torch.autograd.graph.increment_version(tensor)
         return _call_below(overload, keys, args, kwargs)
 
@@ -217,9 +216,12 @@ def _differentiate_in_functorch(
         pairs = zip(_as_tuple(reference(*values)), grads, strict=True)
         return tuple(result for result, grad in pairs if grad is not None and result is not None and result.is_floating_point())
 
-    results, pull_back = torch.func.vjp(run, *[values[i] for i in wanted])
+    results, pull_back = torch.func.vjp(run, *[values[i] for i in wanted])[:2]  # there is a third with has_aux alone
     floating = [grad for grad in grads if grad is not None and grad.is_floating_point()]
-    return pull_back(tuple(grad.to(result.dtype) for result, grad in zip(results, floating, strict=True)))
+    found: Sequence[Tensor | None] = pull_back(
+        tuple(grad.to(result.dtype) for result, grad in zip(results, floating, strict=True))
+    )
+    return found
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def start(
         return
     try:
         values = arguments()
-        device = next(tensors_of(values)).device
+        device = backends.deciding(tensor.device for tensor in tensors_of(values))[0]
         backend = backends.of_device(device)
         # Whoever has initialised CUDA has a device, and will not fork and use it there.
         if backend is None or backend.name not in patterns or not backend.is_in_use():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import sys
 import warnings
 from collections.abc import Sequence
@@ -19,7 +20,8 @@ import torch
 
 from torch_jit_ops.declaring.signature import OUT_FORMS_RETURN
 
-TAGS = (torch.Tag.out,) if OUT_FORMS_RETURN else ()
+_tag: Any = torch.Tag  # before PyTorch 2.13 there is no such one
+TAGS: tuple[torch.Tag, ...] = (_tag.out,) if OUT_FORMS_RETURN else ()
 
 _lowered: set[Any] = set()
 
@@ -44,16 +46,19 @@ def lower(overload: Any, out: Any, outputs: Sequence[str]) -> None:
 
 
 def _install(overload: Any, out: Any, outputs: Sequence[str]) -> None:
-    from torch._inductor import ir, lowering
+    from torch._inductor import lowering
     from torch._inductor.virtualized import V
     from torch._library.utils import get_layout_constraint_tag
 
-    class Call(ir.ExternKernelMultiOut):
-        def codegen(self, wrapper: Any) -> None:
-            # A result that nobody reads has been removed, but the out form writes it as well.
-            for result in self.out_variant_output_nodes:
-                V.graph.removed_buffers.discard(result.get_name())
-            super().codegen(wrapper)
+    ir: Any = importlib.import_module("torch._inductor.ir")  # which has other classes in each version of PyTorch
+
+    def codegen(self: Any, wrapper: Any) -> None:
+        # A result that nobody reads has been removed, but the out form writes it as well.
+        for result in self.out_variant_output_nodes:
+            V.graph.removed_buffers.discard(result.get_name())
+        ir.ExternKernelMultiOut.codegen(self, wrapper)
+
+    Call: Any = type("Call", (ir.ExternKernelMultiOut,), {"codegen": codegen})
 
     def planned(*args: Any, **kwargs: Any) -> Any:
         with V.graph.fake_mode:

@@ -12,12 +12,10 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
-
 from torch_jit_ops.calling import overlap
 from torch_jit_ops.calling.reference import Reference, each_tensor
 from torch_jit_ops.declaring.declaration import Declaration
-from torch_jit_ops.declaring.signature import OUT_FORMS_RETURN
+from torch_jit_ops.declaring.signature import OUT_FORMS_RETURN, tensors_of
 from torch_jit_ops.features import build_while_tracing, dtensor, planned_out
 
 Load = Callable[[str, Sequence[int]], object]
@@ -69,8 +67,10 @@ class Fake:
         values = declaration.by_name(args, kwargs)
         for argument in declaration.overloads[overload].arguments:
             value = values.get(argument.name)
-            if argument.written and isinstance(value, Tensor):
-                overlap.refuse_itself(declaration.who(overload), argument.name, value)
+            listed = isinstance(value, (list, tuple))
+            for index, tensor in enumerate(tensors_of([value]) if argument.written else ()):
+                name = f"{argument.name}[{index}]" if listed else argument.name
+                overlap.refuse_itself(declaration.who(overload), name, tensor)
 
     def _build(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         declaration = self._declaration

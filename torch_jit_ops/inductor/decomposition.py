@@ -73,7 +73,8 @@ def _inline(graph: Graph, call: Node, op: Op) -> None:
         call.replace_all_uses_with(results[0])
     else:
         for user in list(call.users):  # a getitem for each result; an op without results has no users
-            user.replace_all_uses_with(results[user.args[1]])
+            place: Any = user.args[1]
+            user.replace_all_uses_with(results[place])
             graph.erase_node(user)
     graph.erase_node(call)
 

@@ -114,7 +114,8 @@ def _may_be_run(target: Any) -> bool:
     if getattr(target, "__module__", None) == operator.add.__module__:
         return True
     name = getattr(target, "__name__", "")
-    owners = (torch._C._VariableFunctions, torch._C._nn, torch._C._special, torch._C._linalg, torch._C._fft)
+    c: Any = torch._C  # whose stubs lack some of these
+    owners = (c._VariableFunctions, c._nn, c._special, c._linalg, c._fft)
     if any(getattr(owner, name, None) is target for owner in owners):
         return True
     return any(target in functions for functions in _overridable().values())
@@ -145,7 +146,7 @@ def _seen(node: Node) -> Effect:
     fake = next((value.fake_mode for value in tensors if isinstance(value, FakeTensor)), None)
     if fake is None:
         return Effect.WRITES
-    function = getattr(torch.Tensor, node.target) if node.op == "call_method" else node.target
+    function = getattr(torch.Tensor, node.target) if isinstance(node.target, str) else node.target
     with contextlib.ExitStack() as stack:
         if fake.shape_env is not None:
             stack.enter_context(fake.shape_env.suppress_guards())
@@ -174,7 +175,7 @@ class _Written(Exception):
 
 class _Watcher(TorchDispatchMode):
     def __init__(self, given: Sequence[Any]) -> None:
-        super().__init__()
+        TorchDispatchMode.__init__(self)
         self.effect = Effect.NONE
         self.seen = False
         self._memory = {_memory(value) for value in given if isinstance(value, Tensor)}
@@ -221,7 +222,7 @@ def _overloads(packet: Any) -> Iterator[Any]:
 
 
 def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _flat(values: Any) -> Iterator[Any]:

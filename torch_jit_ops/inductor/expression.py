@@ -444,7 +444,7 @@ def is_view(whole: Tensor, part: Tensor) -> bool:
     """Whether two tensors of one dtype lie in the same memory."""
     if whole.dtype != part.dtype or whole.layout is not torch.strided or part.layout is not torch.strided:
         return False
-    return whole.untyped_storage()._cdata == part.untyped_storage()._cdata
+    return bool(whole.untyped_storage()._cdata == part.untyped_storage()._cdata)
 
 
 def _all(facts: Any) -> bool:

@@ -23,7 +23,7 @@ Bindings = dict[Any, Any]
 def tensor_of(node: Node) -> Any:
     """The fake tensor that Dynamo, or an export, saw as the value of ``node``; None if it saw something else, such as a tensor
     of another kind, which computes as it likes."""
-    value = node.meta.get("example_value", node.meta.get("val"))
+    value: Any = node.meta.get("example_value", node.meta.get("val"))
     plain = type(value) in (FakeTensor, Tensor, torch.nn.Parameter) and value.layout is torch.strided
     return value if plain else None
 
@@ -96,9 +96,11 @@ class GraphReader:
     def _read(self, node: Node, tensor: Tensor, effect: Effect) -> Expression:
         if node.op not in ("call_function", "call_method") or effect is not Effect.NONE:
             return self._reader.argument(tensor, node)
-        call, index = node, None
+        call: Node = node
+        index: int | None = None
         if label_of(node) == "getitem" and isinstance(node.args[0], Node) and tensor_of(node.args[0]) is None:
-            call, index = node.args  # a part of a chunk or a split
+            parts: Any = node.args
+            call, index = parts  # a part of a chunk or a split
             known = call.op in ("call_function", "call_method") and type(index) is int
             if not known or self._epochs[call] != self._epochs[node] or self._effects[call] is not Effect.NONE:
                 return self._reader.argument(tensor, node)

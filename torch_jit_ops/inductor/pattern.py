@@ -128,15 +128,16 @@ def _distinct_samples(op: Op) -> Iterator[list[Any]]:
 def _trace(op: Op, spelling: Callable[..., Any], sample: list[Any]) -> Pattern:
     recorder = _Recorder()
     names = list(inspect.signature(op.reference).parameters)
-    values, arguments = [], []
+    values: list[Any] = []
+    arguments: list[Any] = []
     for index, (name, value) in enumerate(zip(names, sample, strict=True)):
         if isinstance(value, Tensor):
             value = value.clone()
             arguments.append(recorder.argument(value, name))
         elif isinstance(value, float):
-            arguments.append(AnyFloat(name))
             value = 0.0123456789 + index  # a number that no spelling holds
-            recorder.floats[value] = arguments[-1]
+            recorder.floats[value] = AnyFloat(name)
+            arguments.append(recorder.floats[value])
         else:
             arguments.append(value)
         values.append(value)
@@ -161,7 +162,8 @@ def _trace(op: Op, spelling: Callable[..., Any], sample: list[Any]) -> Pattern:
     roots = [output for output in outputs if all(_contains(output, other) for other in outputs)]
     if not roots:
         raise Unreadable("makes several results of which none is computed from the others")
-    missing = [argument for argument in arguments if isinstance(argument, Expression) and not _contains(roots[0], argument)]
+    missing: list[Expression | AnyFloat] = []
+    missing += [argument for argument in arguments if isinstance(argument, Expression) and not _contains(roots[0], argument)]
     missing += [argument for argument in arguments if isinstance(argument, AnyFloat) and not _holds(roots[0], argument)]
     if missing:
         raise Unreadable(f"does not use {missing[0].source if isinstance(missing[0], Expression) else missing[0].name}")
@@ -238,9 +240,10 @@ class _Recorder(TorchFunctionMode):
 
     def _write(self, function: Function | None, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         name = function.name if function is not None else ""
-        target = args[0] if args else None
-        shared = [tensor for _, tensor in self._expressions.values() if tensor is not target and _share(tensor, target)]
-        if shared or not _IN_PLACE.fullmatch(name) or "out" in kwargs:
+        if not args or "out" in kwargs or not _IN_PLACE.fullmatch(name):
+            raise Unreadable("writes a part of a tensor")
+        target = args[0]
+        if any(tensor is not target and _share(tensor, target) for _, tensor in self._expressions.values()):
             raise Unreadable("writes a part of a tensor")
         if name == "copy_":
             value = self._known(args[1])
@@ -257,4 +260,4 @@ _IN_PLACE = re.compile(r"[a-z]\w*_")
 
 
 def _share(one: Tensor, other: Tensor) -> bool:
-    return one.untyped_storage()._cdata == other.untyped_storage()._cdata
+    return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)

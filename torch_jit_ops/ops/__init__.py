@@ -3,4 +3,5 @@
 from torch_jit_ops.ops import activation as activation
 from torch_jit_ops.ops import norm as norm
 from torch_jit_ops.ops import rope as rope
+from torch_jit_ops.ops import transfer as transfer
 from torch_jit_ops.ops.library import library as library

@@ -19,7 +19,7 @@ import tarfile
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from torch_jit_ops.store import files, forms, prune, record
 from torch_jit_ops.store.dependencies import Dependency
@@ -125,7 +125,7 @@ def _unpack(file: Path, work: Path) -> dict[str, dict[str, Any]]:
     return {place: _record(file, work / place, place) for place in sorted(places)}
 
 
-def _next(file: Path, archive: IO[bytes]) -> tarfile.TarInfo | None:
+def _next(file: Path, archive: gzip.GzipFile) -> tarfile.TarInfo | None:
     """The header of the next member, None at the end. A long name or size may come before it, and nothing else."""
     longer: dict[str, str] = {}
     while True:
@@ -156,7 +156,7 @@ def _pax(file: Path, text: bytes) -> dict[str, str]:
     return found
 
 
-def _read(file: Path, archive: IO[bytes], member: tarfile.TarInfo, largest: int) -> bytes:
+def _read(file: Path, archive: gzip.GzipFile, member: tarfile.TarInfo, largest: int) -> bytes:
     if member.size > largest:
         raise BundleError(f"{file}: {member.name} has {member.size >> 20} MiB, more than any kernel")
     size = -(-member.size // _BLOCK) * _BLOCK

@@ -132,7 +132,7 @@ def owner(path: Path) -> Owner | None:
 
 def _acquire(path: Path) -> tuple[filelock.BaseFileLock | None, Owner | None]:
     """The lock, None where locks do not work, and who held it when this process came."""
-    try:
+    with contextlib.suppress(OSError, NotImplementedError):
         files.make_private(path.parent)
         lock = filelock.FileLock(path)
         first = told = None
@@ -155,8 +155,7 @@ def _acquire(path: Path) -> tuple[filelock.BaseFileLock | None, Owner | None]:
             if holder is not None and holder != told:
                 progress.waiting(forms.printable(holder.label), holder.pid, forms.printable(holder.host), holder.start)
                 told = holder
-    except (OSError, NotImplementedError):
-        return None, None
+    return None, None  # locks do not work here
 
 
 def _write(note: Path, content: dict[str, object]) -> None:

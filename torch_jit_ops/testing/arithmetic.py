@@ -19,6 +19,9 @@ class Unrounded(TorchDispatchMode):
     half, to 8 bits or to an integer is meant.
     """
 
+    def __init__(self) -> None:
+        TorchDispatchMode.__init__(self)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         wide = any(isinstance(arg, Tensor) and arg.dtype == torch.float64 for arg in args)
@@ -39,7 +42,7 @@ class OneRoundingEach(TorchDispatchMode):
     """
 
     def __init__(self, seed: int, roundings: int = 1, only_inexact: bool = False) -> None:
-        super().__init__()
+        TorchDispatchMode.__init__(self)
         self._seed = seed
         self._roundings = roundings
         self._only_inexact = only_inexact

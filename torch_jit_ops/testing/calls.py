@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torch_jit_ops.backends import CPU
+from torch_jit_ops.declaring import signature
 from torch_jit_ops.declaring.dtypes import Combination
 from torch_jit_ops.declaring.samples import Sample, SampleMaker
 from torch_jit_ops.op import Op
@@ -51,19 +52,27 @@ def require(condition: bool | Tensor, text: str) -> None:
 
 def map_tensors(sample: Sample, change: Callable[[Tensor], Tensor]) -> Sample:
     def apply(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [apply(item) for item in value]
         return change(value) if isinstance(value, Tensor) else value
 
-    return Sample(tuple(map(apply, sample.args)), {name: apply(value) for name, value in sample.kwargs.items()}, sample.note)
+    kwargs = {name: apply(value) for name, value in sample.kwargs.items()}
+    return replace(sample, args=tuple(map(apply, sample.args)), kwargs=kwargs)
 
 
 def tensors_of(sample: Sample) -> list[Tensor]:
     return [value for value in (*sample.args, *sample.kwargs.values()) if isinstance(value, Tensor)]
 
 
+def leaves_of(sample: Sample) -> list[Tensor]:
+    """Its tensors, and those of its lists."""
+    return list(signature.tensors_of((*sample.args, *sample.kwargs.values())))
+
+
 def tokens_of(sample: Sample) -> int | None:
     """The size that all tensors with tokens share: the first dimension of the first one, if it is not its only one."""
     first = tensors_of(sample)[0]
-    return first.shape[0] if first.dim() > 1 else None
+    return first.shape[0] if sample.has_tokens and first.dim() > 1 else None
 
 
 def is_batched(tensor: Tensor, tokens: int | None) -> bool:
@@ -204,9 +213,14 @@ def outcome(op: Op, sample: Sample, results: Any) -> Outcome:
     made = () if results is None else results if isinstance(results, (tuple, list)) else (results,)
     arguments = op.signature.arguments
     given = {**{argument.name: value for argument, value in zip(arguments, sample.args, strict=False)}, **sample.kwargs}
-    written = [argument.name for argument in arguments if argument.written and given.get(argument.name) is not None]
+    written: dict[str, Tensor] = {}
+    for name in (argument.name for argument in arguments if argument.written):
+        value = given.get(name)
+        listed = value if isinstance(value, (list, tuple)) else ()
+        written |= {f"{name}[{index}]": item for index, item in enumerate(listed)}
+        written |= {name: value} if isinstance(value, Tensor) else {}
     names = (*(f"result {index}" for index in range(len(made))), *written)
-    return Outcome(names, (*made, *(given[name] for name in written)))
+    return Outcome(names, (*made, *written.values()))
 
 
 def call(op: Op, sample: Sample, function: Callable[..., Any] | None = None) -> Outcome:

@@ -78,6 +78,9 @@ def _check_sample(op: Op, device: str, dtypes: Combination, index: int, *, thoro
     def sample() -> Sample:
         return samples_of(op, device, dtypes)[index]
 
+    def with_few(tokens: int) -> Callable[[], object]:
+        return lambda: _right(op, device, dtypes, with_tokens(sample(), tokens))
+
     differentiable = not writes(op) and any(map(may_want_gradient, tensors_of(sample())))
 
     checks: list[tuple[str, Callable[[], object]]] = [
@@ -90,7 +93,7 @@ def _check_sample(op: Op, device: str, dtypes: Combination, index: int, *, thoro
     if first and tokens_of(sample()) is not None:
         for tokens in (0, 1):
             few = f"{tokens} token{'s' * (tokens != 1)}"
-            checks.append((few, lambda n=tokens: _right(op, device, dtypes, with_tokens(sample(), n))))
+            checks.append((few, with_few(tokens)))
     if first:
         checks.append(("rounding", lambda: _rounds(op, device, dtypes)))
     if first or thorough:
@@ -183,7 +186,7 @@ def _more_rows(op: Op, given: Sample) -> None:
     dims = tuple(0 if i in places else None for i in range(len(given.args)))
     actual = torch.func.vmap(lambda *args: op.default(*args, **given.kwargs), in_dims=dims)(*stacked)
     each = [op.default(*args, **given.kwargs) for args in calls]
-    pairs = zip(*each, strict=True) if isinstance(actual, tuple) else [each]
+    pairs = [list(pair) for pair in zip(*each, strict=True)] if isinstance(actual, tuple) else [each]
     for place, (result, expected) in enumerate(zip(actual if isinstance(actual, tuple) else (actual,), pairs, strict=True)):
         torch.testing.assert_close(result, torch.stack(expected), equal_nan=True, msg=f"result {place} is not that of each row")
 

@@ -228,10 +228,10 @@ def _compare(
     allowed = allowed.clamp(min=0.5 + 2.0**-8)
     error = _error(actual, truth, noise)
     # Another trial only allows more, and most errors are within what the first ones show.
-    is_enough = deviations is None
-    while not is_enough and (as_truth & (error > allowed)).any():
+    while deviations is not None and (as_truth & (error > allowed)).any():
         allowed = torch.maximum(allowed, 0.5 + 2 * _units(deviations.largest[place], actual.dtype, truth))
-        is_enough = not (as_truth & (error > allowed)).any() or not deviations.try_again()
+        if not (as_truth & (error > allowed)).any() or not deviations.try_again():
+            break
     worst = torch.where(as_truth, error - allowed, -torch.inf)
     _report(name, worst > 0, actual, truth, plain, worst, error, allowed)
     # Finite like the reference, where the truth rounds to infinity: there is no error to measure but the distance between them.

@@ -16,6 +16,7 @@ from torch_jit_ops.testing.calls import Outcome, bits, call, copy_with_storage, 
 
 _TRIALS = 16  # of stochastic arithmetic: the largest of sixteen normal deviations is 0.7 to 3.5 standard deviations
 Reference = Callable[[Op, Sample], Outcome]
+Run = Callable[[], tuple[Tensor, ...]]
 
 
 def outcome_of_reference(op: Op, sample: Sample) -> Outcome:
@@ -36,7 +37,7 @@ class Deviations:
     """The largest deviation from the truth of each element, in as many trials as were asked for."""
 
     def __init__(self, op: Op, sample: Sample, reference: Reference, true: Outcome) -> None:
-        self._run = lambda: in_float64(op, sample, reference).tensors
+        self._run: Run = lambda: in_float64(op, sample, reference).tensors
         self._true = [truth.detach().double() for truth in true.tensors]
         self._trials = 0
         self.largest = [torch.zeros_like(truth, dtype=torch.float64) for truth in self._true]
@@ -58,7 +59,7 @@ class Trials:
     be. What is exact in fp32 is exact here."""
 
     def __init__(self, op: Op, sample: Sample, reference: Reference) -> None:
-        self._run = lambda: in_float64(op, sample, reference).tensors
+        self._run: Run = lambda: in_float64(op, sample, reference).tensors
         self._made: list[tuple[Tensor, ...]] = []
 
     def of(self, place: int) -> Iterator[Tensor]:
@@ -91,6 +92,8 @@ class Expected:
 
 
 def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(_same, one, other))
     if not isinstance(one, Tensor) or not isinstance(other, Tensor):
         return type(one) is type(other) and one == other
     facts = [(x.shape, x.stride(), x.dtype, x.device, x.requires_grad) for x in (one, other)]

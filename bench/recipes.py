@@ -1,0 +1,111 @@
+"""Calls of ops whose arguments are more than floating tensors of declared shapes: positions, indices, caches.
+
+A recipe makes the arguments as an engine has them: queries, keys and values are slices of one projection, slots are in no
+order, and a cache has twice as many as are written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Sizes = Sequence[int]
+
+
+@dataclass(frozen=True)
+class Make:
+    """Draws tensors for one call. On the device ``meta`` there are no values to draw, and no generator."""
+
+    dtype: torch.dtype
+    device: torch.device
+    generator: torch.Generator | None = None
+
+    def randn(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.randn(shape, dtype=dtype or self.dtype, device=self.device, generator=self.generator)
+
+    def projection(self, tokens: int, *heads: int, head_dim: int) -> tuple[Tensor, ...]:
+        """Queries, keys and values of ``heads`` each, side by side in a row."""
+        row = self.randn(tokens, sum(heads) * head_dim)
+        return tuple(part.unflatten(1, (-1, head_dim)) for part in row.split([each * head_dim for each in heads], 1))
+
+    def angles(self, positions: int, rope_dim: int) -> Tensor:
+        """Cosines and sines of Llama's angles, fp32."""
+        frequencies = 500_000.0 ** -torch.arange(0, 1, 2 / rope_dim, dtype=torch.float64)
+        angles = torch.outer(torch.arange(positions), frequencies)
+        return torch.cat((angles.cos(), angles.sin()), 1).to(torch.float32).to(self.device)
+
+    def below(self, end: int, count: int) -> Tensor:
+        """int64, none of them twice."""
+        return torch.randperm(end, device=self.device, generator=self.generator)[:count].clone()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How calls of an op are made from sizes.
+
+    Attributes:
+        axes: names of the sizes, tokens first.
+        inputs: the arguments.
+        moved: elements that a call reads and writes: a row of cosines is small beside a token's heads, and is not counted.
+        keywords: of every call.
+    """
+
+    axes: tuple[str, ...]
+    inputs: Callable[[Make, Sizes], tuple[Tensor, ...]]
+    moved: Callable[[Sizes], int]
+    keywords: Mapping[str, Any] = field(default_factory=dict)
+
+
+_POSITIONS = 8192
+_HEADS = ("tokens", "q_heads", "k_heads", "head_dim")
+
+
+def _rope(make: Make, sizes: Sizes) -> tuple[Tensor, ...]:
+    tokens, q_heads, k_heads, head_dim = sizes
+    q, k, _ = make.projection(tokens, q_heads, k_heads, k_heads, head_dim=head_dim)
+    return q, k, make.angles(_POSITIONS, head_dim), make.below(_POSITIONS, tokens)
+
+
+def _of_heads(sizes: Sizes) -> int:
+    tokens, q_heads, k_heads, head_dim = sizes
+    return tokens * (q_heads + k_heads) * head_dim
+
+
+def _normed_rope(make: Make, sizes: Sizes) -> tuple[Tensor, ...]:
+    q, k, angles, positions = _rope(make, sizes)
+    return q, k, make.randn(sizes[3]), make.randn(sizes[3]), angles, positions
+
+
+def _caches(make: Make, tokens: int, heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    slots = 2 * tokens
+    return make.randn(slots, heads, head_dim), make.randn(slots, heads, head_dim), make.below(slots, tokens)
+
+
+def _rope_store(make: Make, sizes: Sizes) -> tuple[Tensor, ...]:
+    tokens, q_heads, k_heads, head_dim = sizes
+    q, k, v = make.projection(tokens, q_heads, k_heads, k_heads, head_dim=head_dim)
+    k_cache, v_cache, slots = _caches(make, tokens, k_heads, head_dim)
+    return q, k, v, k_cache, v_cache, make.angles(_POSITIONS, head_dim), make.below(_POSITIONS, tokens), slots
+
+
+def _of_rope_store(sizes: Sizes) -> int:
+    tokens, _, k_heads, head_dim = sizes
+    return 2 * _of_heads(sizes) + 3 * tokens * k_heads * head_dim
+
+
+def _store(make: Make, sizes: Sizes) -> tuple[Tensor, ...]:
+    tokens, heads, head_dim = sizes
+    k, v = make.projection(tokens, heads, heads, head_dim=head_dim)
+    return k, v, *_caches(make, tokens, heads, head_dim)
+
+
+RECIPES: dict[str, Recipe] = {
+    "apply_rope": Recipe(_HEADS, _rope, lambda sizes: 2 * _of_heads(sizes)),
+    "fused_qknorm_rope": Recipe(_HEADS, _normed_rope, lambda sizes: 2 * _of_heads(sizes)),
+    "apply_rope_store_kv": Recipe(_HEADS, _rope_store, _of_rope_store),
+    "store_kv_cache": Recipe(("tokens", "heads", "head_dim"), _store, lambda sizes: 4 * sizes[0] * sizes[1] * sizes[2]),
+}
