@@ -74,10 +74,12 @@ def results_of(op: Op, args: Sequence[Any]) -> list[Tensor]:
 
 
 def placed(op: Op, sample: Sample, mesh: dist.DeviceMesh, *placements: Placement) -> list[Any]:
-    """The arguments; ``placements`` are those of rows, and the others are replicated."""
+    """The arguments; ``placements`` are those of rows, also of what has a value per token, and the others are replicated."""
     args = []
     for argument, arg in zip(op.signature.arguments, sample.args, strict=False):
         own = placements if argument.name in op.declaration.rows.arguments else [Replicate()] * mesh.ndim
+        if argument.name in op.declaration.rows.per_token:
+            own = [p if isinstance(p, Shard) and p.dim < arg.dim() else Replicate() for p in placements]
         args.append(on(mesh, arg, *own) if isinstance(arg, Tensor) else arg)
     return args
 
@@ -86,7 +88,7 @@ def test_every_op_on_its_rows() -> None:
     """In float64, where all is the function's own arithmetic. Sharded as no rule says: right all the same, or refused."""
     line, square = dist.init_device_mesh("cpu", (2,)), dist.init_device_mesh("cpu", (1, 2))
     for op in (op for op in torch_jit_ops.library.ops.values() if op.declaration.rows.arguments):
-        sample = map_tensors(samples_of(op, "cpu", torch.float32)[0], lambda tensor: tensor.double())
+        sample = map_tensors(samples_of(op, "cpu", torch.float32)[0], lambda x: x.double() if x.is_floating_point() else x)
         expected = results_of(op, copy_with_storage(sample).args)
         ndim = sample.args[op.signature.index(op.declaration.rows.arguments[0])].dim()
         dims = range(ndim if op.declaration.rows.elementwise else ndim - 1)

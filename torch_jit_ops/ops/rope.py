@@ -101,16 +101,20 @@ def _dense(grad: Tensor) -> Tensor:
     return grad if grad.stride(-1) == 1 else grad.contiguous()
 
 
+def _of_batches(grad: Tensor, angles: Tensor) -> Tensor:
+    return (grad if grad.shape[0] == angles.shape[0] else grad.sum(0, keepdim=True)).to(angles.dtype)
+
+
 def _gradient_of_angles(
     grads: tuple[Tensor, Tensor], qk: tuple[Tensor, Tensor], cos: Tensor, sin: Tensor, is_neox: bool, unsqueeze_dim: int
 ) -> tuple[Tensor, Tensor]:
     """Sums over the heads that an angle turned, of queries and keys, and over all batches if it turned them all."""
     of_cos, of_sin = cos.new_zeros(()), sin.new_zeros(())
     for grad, x in zip(grads, qk, strict=True):
-        turning, grad_turning = (wide(each[..., : cos.shape[-1]]) for each in (x, grad))
+        turning, grad_turning = (wide(each.narrow(-1, 0, cos.shape[-1])) for each in (x, grad))
         of_cos = of_cos + (grad_turning * turning).sum(unsqueeze_dim)
         of_sin = of_sin + (grad_turning * partners(turning, is_neox)).sum(unsqueeze_dim)
-    return of_cos.sum_to_size(cos.shape).to(cos.dtype), of_sin.sum_to_size(sin.shape).to(sin.dtype)
+    return _of_batches(of_cos, cos), _of_batches(of_sin, sin)
 
 
 def _differentiate_rope_qk(

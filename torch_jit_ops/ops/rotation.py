@@ -24,9 +24,9 @@ def partners(x: Tensor, is_neox: bool) -> Tensor:
 def turned(x: Tensor, cos: Tensor, sin: Tensor, is_neox: bool) -> Tensor:
     """``cos`` and ``sin`` have an entry for each element; what is behind the last of them passes through."""
     rope_dim = cos.shape[-1]
-    turning = wide(x[..., :rope_dim])
+    turning = wide(x.narrow(-1, 0, rope_dim))  # not by an index: of all elements that is an alias, which vmap refuses
     turning = turning * cos + partners(turning, is_neox) * sin
-    return torch.cat((turning.to(x.dtype), x[..., rope_dim:]), -1)
+    return torch.cat((turning.to(x.dtype), x.narrow(-1, rope_dim, x.shape[-1] - rope_dim)), -1)
 
 
 def normed(x: Tensor, weight: Tensor, eps: float, gemma: bool) -> Tensor:
