@@ -2,5 +2,6 @@
 
 from torch_jit_ops.ops import activation as activation
 from torch_jit_ops.ops import norm as norm
+from torch_jit_ops.ops import radix_tree as radix_tree
 from torch_jit_ops.ops import transfer as transfer
 from torch_jit_ops.ops.library import library as library
