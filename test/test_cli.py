@@ -161,7 +161,7 @@ def test_list_of_a_pattern_that_fits_nothing(call: Call) -> None:
     assert call("list", "jitk::sillu_mul?", code=2) == "error: no op fits 'jitk::sillu_mul?'; did you mean 'jitk::silu_mul'?\n"
     text = call("list", "nothing::*", code=2)
     assert text.startswith("error: no op fits 'nothing::*'; there are ")
-    assert "jitk::add_constant, jitk::fused_add_relu, " in text
+    assert "jitk::add_constant, jitk::downcast_fp8, " in text
 
 
 def test_list(call: Call, store: Store) -> None:
