@@ -262,6 +262,22 @@ _HEADS = (
 )
 
 
+# Stores: (tokens, heads, head_dim). The first rows are those at which the peers' figures are recorded.
+_STORES = (
+    (1, 8, 128),
+    (128, 8, 128),
+    (2048, 8, 128),
+    (16384, 8, 128),
+    (2048, 1, 128),  # narrow: several rows to a warp
+    (3, 8, 128),
+    (77, 8, 128),
+    (5000, 8, 64),
+    (5000, 8, 96),  # no power of two
+    (5000, 8, 256),  # Gemma 3
+)
+_MLA = ((1, 512, 64), (128, 512, 64), (5000, 512, 64), (16384, 512, 64))  # DeepSeek
+_DOWNCASTS = ((1, 8, 128), (128, 8, 128), (8192, 32, 128))
+
 # Beside these, each op that has two sizes is measured at one of each regime.
 _SIZES: dict[str, Sequence[tuple[int, ...]]] = {
     "silu_and_mul": _TARGETS + _OTHERS,
@@ -272,6 +288,10 @@ _SIZES: dict[str, Sequence[tuple[int, ...]]] = {
     "layernorm": _FEW + _NORM_TARGETS[-1:],
     "rmsnorm_backward": _GRADIENTS,
     "layernorm_backward": _GRADIENTS,
+    "store_kv_cache": _STORES,
+    "store_mla_cache": _MLA,
+    "gather_kv_cache": _STORES,
+    "downcast_fp8": _DOWNCASTS,
 }
 
 CASES: tuple[Case, ...] = tuple(

@@ -103,9 +103,35 @@ def _store(make: Make, sizes: Sizes) -> tuple[Tensor, ...]:
     return k, v, *_caches(make, tokens, heads, head_dim)
 
 
+def _store_mla(make: Make, sizes: Sizes) -> tuple[Tensor, ...]:
+    tokens, latent, rope = sizes
+    slots = 2 * tokens
+    parts = make.randn(tokens, latent), make.randn(tokens, rope)
+    return *parts, make.randn(slots, latent + rope), make.below(slots, tokens)
+
+
+def _gather(make: Make, sizes: Sizes) -> tuple[Tensor, ...]:
+    tokens, heads, head_dim = sizes
+    return make.randn(2 * tokens, heads, head_dim), make.below(2 * tokens, tokens)
+
+
+def _downcast(make: Make, sizes: Sizes) -> tuple[Tensor, ...]:
+    tokens, heads, head_dim = sizes
+    k, v = (make.randn(tokens, heads, head_dim) for _ in range(2))
+    outs = [torch.zeros(2 * tokens, heads, head_dim, dtype=torch.uint8, device=make.device) for _ in range(2)]
+    scales = [torch.full((1,), 0.37, device=make.device) for _ in range(2)]
+    return k, v, *outs, *scales, make.below(2 * tokens, tokens)
+
+
+_ROWS = ("tokens", "heads", "head_dim")
+
 RECIPES: dict[str, Recipe] = {
     "apply_rope": Recipe(_HEADS, _rope, lambda sizes: 2 * _of_heads(sizes)),
     "fused_qknorm_rope": Recipe(_HEADS, _normed_rope, lambda sizes: 2 * _of_heads(sizes)),
     "apply_rope_store_kv": Recipe(_HEADS, _rope_store, _of_rope_store),
-    "store_kv_cache": Recipe(("tokens", "heads", "head_dim"), _store, lambda sizes: 4 * sizes[0] * sizes[1] * sizes[2]),
+    "store_kv_cache": Recipe(_ROWS, _store, lambda sizes: 4 * sizes[0] * sizes[1] * sizes[2]),
+    "store_mla_cache": Recipe(("tokens", "latent", "rope"), _store_mla, lambda sizes: 2 * sizes[0] * (sizes[1] + sizes[2])),
+    "gather_kv_cache": Recipe(_ROWS, _gather, lambda sizes: 2 * sizes[0] * sizes[1] * sizes[2]),
+    # A byte is written for each half that is read.
+    "downcast_fp8": Recipe(_ROWS, _downcast, lambda sizes: 3 * sizes[0] * sizes[1] * sizes[2]),
 }

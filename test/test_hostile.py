@@ -36,6 +36,7 @@ from torch import Tensor
 
 from torch_jit_ops import Sample
 from torch_jit_ops.testing import oracle
+from torch_jit_ops.testing.calls import is_8bit_float
 
 # --- layouts ---------------------------------------------------------------------------------------
 
@@ -102,8 +103,9 @@ class Layout:
         return self.make.__name__
 
     def fits(self, tensor: Tensor, written: bool = False) -> bool:
-        if self.make is lazily_negated and (written or not tensor.is_floating_point()):
-            return False  # PyTorch has no fallback for such a tensor that a custom op writes: MathBitsFallback.h
+        if self.make is lazily_negated and (written or not tensor.is_floating_point() or is_8bit_float(tensor.dtype)):
+            # PyTorch negates no 8-bit floats, and has no fallback for a tensor that a custom op writes: MathBitsFallback.h
+            return False
         return tensor.dim() >= self.needs_dims
 
 

@@ -27,6 +27,7 @@ from torch_jit_ops.jit_module import make_cpp_args as make_cpp_args
 from torch_jit_ops.op import Op as Op
 from torch_jit_ops.op_library import OpLibrary as OpLibrary
 from torch_jit_ops.ops.library import library as library
+from torch_jit_ops.ops.radix_tree import RadixTree as RadixTree
 from torch_jit_ops.registry import libraries as libraries
 from torch_jit_ops.statistics import Statistics as Statistics
 from torch_jit_ops.statistics import Stats as Stats

@@ -4,6 +4,7 @@
 
 ``JITK_RECORD=FILE`` has every variant that a process loads or compiles written there, once each, whatever number of processes
 writes; ``python -m torch_jit_ops build --manifest FILE`` compiles them. Functions of ``load_jit`` are not ops and not recorded.
+The line of a Python module has its name for the op, and no values.
 """
 
 from __future__ import annotations

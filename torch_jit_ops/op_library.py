@@ -18,6 +18,7 @@ from __future__ import annotations
 import inspect
 import keyword
 import os
+import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,9 @@ from torch_jit_ops.declaring.declaration import Declaration, Samples
 from torch_jit_ops.declaring.dtypes import Given
 from torch_jit_ops.declaring.rows import Rows
 from torch_jit_ops.declaring.signature import signature_of
+from torch_jit_ops.declaring.sources import of_module
 from torch_jit_ops.op import Op, Parameters, Results
+from torch_jit_ops.python_module import LazyModule, ModuleDeclaration
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -73,11 +76,13 @@ class OpLibrary:
         self._folders = per_target.folders(f"OpLibrary({namespace!r})", (*of_files, *include))
         self.include = self._folders[len(of_files) :]
         self.ops: dict[str, Op] = {}
+        self.modules: dict[str, ModuleDeclaration] = {}
         registry.add(self)
 
     def __repr__(self) -> str:
         csrc = None if self.csrc is None else str(self.csrc)
-        return f"OpLibrary({self.namespace!r}, csrc={csrc!r}, {len(self.ops)} ops)"
+        modules = f", {len(self.modules)} modules" if self.modules else ""
+        return f"OpLibrary({self.namespace!r}, csrc={csrc!r}, {len(self.ops)} ops{modules})"
 
     def op(
         self,
@@ -145,6 +150,7 @@ class OpLibrary:
         def declare(function: Callable[..., Any]) -> Op:
             name = function.__name__
             who = f"{self.namespace}::{name}"
+            self._refuse_taken(name, registry.module(who), "module")
             known = registry.declared(self.namespace, name)
             if known is not None and not develop.is_on(self.namespace):
                 first = inspect.getfile(known.declaration.function)
@@ -190,6 +196,66 @@ class OpLibrary:
 
         # To mypy the variables of a result that is itself generic are others than these.
         return declare  # type: ignore[return-value]
+
+    def module(
+        self,
+        name: str,
+        *,
+        sources: str | Sequence[str] | None = None,
+        source: str | None = None,
+        include: Sequence[str | os.PathLike[str]] = (),
+        flags: Sequence[str] = (),
+        ldflags: Sequence[str | WheelLibrary] = (),
+        summary: str = "",
+    ) -> types.ModuleType:
+        """C++ classes and functions as a Python module, bound with pybind11, for what has a state: a cache, an allocator.
+
+        Nothing is compiled or loaded until the first of its attributes is asked for. Then it is built, kept and loaded as
+        kernels are: the same cache, locks, errors, ``JITK_NO_COMPILE`` and ``JITK_DEVELOP``; ``build`` and ``list`` know it.
+
+        Args:
+            name: of the module, an identifier; the source says ``PYBIND11_MODULE(TORCH_EXTENSION_NAME, m)``.
+            sources: the file with that line, in the library's ``csrc``; or a list of files, of which the first has it, and the
+                others are compiled at the same time and linked with it.
+            source: the source itself in place of a file, for notebooks and tests.
+            include: further folders for ``#include``; also those of wheels, ``include_of(...)``, such as another pybind11.
+            flags: of the C++ compiler, behind those that CPU kernels get: ``["-O2"]``.
+            ldflags: what to link: ``["-lz"]``, ``[library_of(...)]``.
+            summary: one line for ``list`` and ``help``.
+
+        Returns:
+            The module, to be asked for its classes and functions where they are used, not where it is declared.
+
+        Raises:
+            TypeError: an option is of another type.
+            ValueError: the name is taken or no identifier, a source is missing, or a flag or a folder cannot be used.
+        """
+        who = f"{self.namespace}::{name}"
+        if not name.isidentifier() or keyword.iskeyword(name) or name.startswith("_"):
+            raise ValueError(f"the name of the module {who} must be an identifier that does not begin with _")
+        self._refuse_taken(name, registry.declared(self.namespace, name), "op")
+        known = registry.module(who)
+        if known is not None and not develop.is_on(self.namespace):
+            raise ValueError(
+                f"the module {who} is declared twice\n"
+                "  remedy: another name; or, to replace the first, JITK_DEVELOP=1 or library.develop()"
+            )
+        declaration = ModuleDeclaration(
+            namespace=self.namespace,
+            name=name,
+            sources=of_module(who, name, self.csrc, sources, source),
+            folders=(*self._folders, *per_target.include(who, {"cpu": include}, ("cpu",))["cpu"]),
+            flags=per_target.flags(who, {"cpu": flags}, ("cpu",))["cpu"],
+            ldflags=per_target.ldflags(who, {"cpu": ldflags}, ("cpu",))["cpu"],
+            summary=summary,
+        )
+        registry.move_module(declaration, self)
+        self.modules[name] = declaration
+        return LazyModule(declaration)
+
+    def _refuse_taken(self, name: str, other: object | None, kind: str) -> None:
+        if other is not None:
+            raise ValueError(f"{self.namespace}::{name} is the name of a{'n' * (kind == 'op')} {kind} already: choose another")
 
     def develop(self) -> None:
         """Switch on the editing loop for the ops of this namespace, as ``JITK_DEVELOP=1`` does for all.

@@ -1,14 +1,15 @@
-"""Which ops this process has declared, and finding them by name."""
+"""Which ops and modules this process has declared, and finding them by name."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch_jit_ops.op import Op
     from torch_jit_ops.op_library import OpLibrary
+    from torch_jit_ops.python_module import ModuleDeclaration
 
 _libraries: list[OpLibrary] = []
 
@@ -27,8 +28,19 @@ def move(op: Op, to: OpLibrary) -> None:
     """Take the op from other libraries. One that had no other goes: a module that is reloaded makes a new one."""
     for library in [library for library in _libraries if library is not to and library.ops.get(op.name) is op]:
         del library.ops[op.name]
-        if not library.ops:
-            remove(library)
+        _remove_if_empty(library)
+
+
+def move_module(declaration: ModuleDeclaration, to: OpLibrary) -> None:
+    """The same of a module that is declared again."""
+    for library in [library for library in _libraries if library is not to and library.namespace == to.namespace]:
+        if library.modules.pop(declaration.name, None) is not None:
+            _remove_if_empty(library)
+
+
+def _remove_if_empty(library: OpLibrary) -> None:
+    if not library.ops and not library.modules:
+        remove(library)
 
 
 def libraries() -> tuple[OpLibrary, ...]:
@@ -58,6 +70,36 @@ def find_ops(names: str | Op | Iterable[str | Op] | None = None) -> list[Op]:
             raise ValueError(f"there is no op {str(name)!r}{nearest(str(name), known)}")
         chosen += found
     return list(dict.fromkeys(chosen))
+
+
+def modules() -> list[ModuleDeclaration]:
+    """Every module of this process."""
+    return [module for library in _libraries for module in library.modules.values()]
+
+
+def module(qualified_name: str) -> ModuleDeclaration | None:
+    """The module ``mylib::block_allocator``, or None."""
+    return next((module for module in modules() if module.qualified_name == qualified_name), None)
+
+
+Names = str | Any | Iterable[Any] | None  # of ops and modules, or ops
+
+
+def parted(names: Names) -> tuple[list[Any] | None, list[ModuleDeclaration]]:
+    """What the names leave for ``find_ops``, and the modules of these names; all modules for None."""
+    if names is None:
+        return None, modules()
+    listed = [names] if isinstance(names, str) or not isinstance(names, Iterable) else list(names)
+    asked = {name for name in listed if isinstance(name, str)}
+    found = [module for module in modules() if asked & {module.name, module.qualified_name}]
+    of_modules: set[str] = set()
+    for module in found:
+        of_modules |= {module.name, module.qualified_name}
+    return [name for name in listed if not isinstance(name, str) or name not in of_modules or _is_op(name)], found
+
+
+def _is_op(name: str) -> bool:
+    return any(name in (op.qualified_name, op.name) for op in ops())
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -4,14 +4,17 @@
 It is never run.
 """
 
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 from torch import Tensor
 from typing_extensions import assert_type
 
 import torch_jit_ops
-from torch_jit_ops import Op, OpLibrary, Sample, SampleMaker
+from torch_jit_ops import Op, OpLibrary, RadixTree, Sample, SampleMaker
 from torch_jit_ops.ops.activation import silu_and_mul
 from torch_jit_ops.ops.norm import fused_add_rmsnorm, layernorm, rmsnorm, rmsnorm_backward
 
@@ -59,3 +62,26 @@ def calls(x: Tensor, weight: Tensor) -> None:
     library.op("scale.cu")  # refused
     OpLibrary(3)  # refused
     assert_type(pick(x, 3), Tensor)  # refused
+
+
+def trees(tokens: Tensor) -> None:
+    tree = RadixTree(page_size=16)
+    assert_type(tree.insert([1, 2], np.array([1, 2]), extra_key="adapter"), int)
+    assert_type(tree.insert(array("q", [1]), range(1), counted=1), int)
+    values, node, length = tree.match_prefix(tokens, lock=True)
+    assert_type(values, Tensor)
+    assert_type(length, int)
+    assert_type(tree.evict(5, "lfu"), Tensor)
+    assert_type([entry.extra_key for entry in tree.leaves()], list[str | None])
+    assert_type(RadixTree.load("file"), RadixTree)
+    tree.unlock(node)
+    assert_type(library.module("native", source="..."), ModuleType)
+    print(library.module("native", source="...").anything)
+
+    tree.match_prefix(3)  # refused
+    tree.match_prefix(["a"])  # refused
+    tree.insert([1])  # refused
+    tree.evict(5, "mru")  # refused
+    tree.lock(5)  # refused
+    RadixTree("16")  # refused
+    library.module("native", sources=3)  # refused

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from torch_jit_ops import backends, environment, fallback, manifest, progress, registry
+from torch_jit_ops.ahead import modules_ahead
 from torch_jit_ops.backends import CPU, CUDA, Backend
 from torch_jit_ops.builder import compiler_jobs, workers
 from torch_jit_ops.builder.errors import BuildError
@@ -75,7 +76,7 @@ def build(
     """Compile kernels, several at a time, and load them, so that no call has to. What is in the store is only loaded.
 
     Args:
-        ops: names (``"silu_and_mul"``, ``"mylib::scale"``) or ops; default all.
+        ops: names (``"silu_and_mul"``, ``"mylib::scale"``) or ops, and names of Python modules; default all.
         dtypes: of the tensors; default all that the op has kernels for. Of an op that declares them by argument, each argument
             takes those of them that it has, and one that has none takes all of its own.
         arguments: values of the variant's placeholders, one or a list each: ``{"constant": [5, 7]}``,
@@ -92,18 +93,32 @@ def build(
         BuildError: some kernels do not compile, or have no compiler; the others are built all the same.
         ValueError: an op, dtype, placeholder or architecture is unknown; or ``cuda`` has no architecture, or PyTorch no CUDA.
     """
-    if manifest is not None:
-        if dtypes is not None or arguments is not None:
-            raise ValueError("build takes dtypes and arguments, or a manifest, which holds them")
-        wanted = replayed(Path(manifest), ops, arch, backend)
-    else:
-        wanted = needed(ops, dtypes, arguments, arch, backend)
-    report = load_all([each.unit() for each in wanted], jobs)
+    if manifest is not None and (dtypes is not None or arguments is not None):
+        raise ValueError("build takes dtypes and arguments, or a manifest, which holds them")
+    units = units_of(ops, dtypes, arguments, arch, backend, None if manifest is None else Path(manifest))
+    report = load_all(units, jobs)
     if report.failures:
         raise BuildError(
             f"{len(report.failures)} of {report.kernels} kernels could not be built\n" + "\n".join(report.failures)
         )
     return report
+
+
+def units_of(
+    ops: Names = None,
+    dtypes: torch.dtype | Sequence[torch.dtype] | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    arch: str | Sequence[str] | None = None,
+    backend: str | Sequence[str] | None = None,
+    manifest: Path | None = None,
+) -> list[Unit]:
+    """What ``build``'s arguments ask for: variants of ops, and modules."""
+    names, _ = registry.parted(ops)
+    if manifest is not None:
+        variants = replayed(manifest, names, arch, backend)
+        return [*(each.unit() for each in variants), *modules_ahead.replayed(manifest, ops, backend)]
+    variants = needed(names, dtypes, arguments, arch, backend)
+    return [*(each.unit() for each in variants), *modules_ahead.needed(ops, dtypes, arguments, backend)]
 
 
 def load_all(units: Iterable[Unit], jobs: int | None = None) -> Report:
@@ -199,7 +214,7 @@ def replayed(
 ) -> list[Wanted]:
     """The variants that a manifest lists; CUDA kernels for ``arch`` where it is given, else for what they were recorded for."""
     chosen = {op.qualified_name: op for op in find_ops(ops)}
-    everything = {op.qualified_name for op in registry.ops()}
+    everything = {op.qualified_name for op in registry.ops()} | {module.qualified_name for module in registry.modules()}
     archs = _listed(arch) if arch is not None else []
     wanted = []
     for entry in manifest.read(file):

@@ -61,9 +61,15 @@ def _rank(differences: Sequence[Difference], variant: Variant | None) -> tuple[b
 def _differences(unit: Unit, variant: Variant, compiler: str | None) -> Iterator[Difference]:
     record = variant.record
     facts = unit.facts()
-    for what, field in (("architecture", "arch"), ("instantiation", "label"), ("PyTorch", "torch"), ("ABI version", "abi")):
-        if record.get(field) != facts[field]:
-            yield Difference(what, str(record.get(field)), str(facts[field]))
+    for what, field in (
+        ("architecture", "arch"),
+        ("instantiation", "label"),
+        ("PyTorch", "torch"),
+        ("ABI version", "abi"),
+        ("Python", "python"),
+    ):
+        if record.get(field) != facts.get(field):
+            yield Difference(what, str(record.get(field)), str(facts.get(field)))
     if compiler is not None and record.get("compiler") != compiler:
         yield Difference("compiler", record.get("compiler"), compiler)
     was, now = list(record.get("flags", ())), list(facts["flags"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import sysconfig
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -97,7 +98,8 @@ def _run_cpp_extension(unit: Unit, staging: Path, sources: Sequence[Path], modul
 
     include = [*unit.folders()]
     verbose = environment.verbosity() == 2
-    link = ["-Wl,--as-needed", "-Wl,-z,defs"]
+    # What a module leaves undefined, Python has: it is not linked with Python's own library, which need not be there.
+    link = ["-Wl,--as-needed", *([] if unit.python else ["-Wl,-z,defs"])]
     if unit.torch:
         # The dispatcher needs it for a weak symbol alone (csrc/runtime/call.h), for which the linker keeps no library.
         link = ["-Wl,--no-as-needed", "-lc10", *link]
@@ -178,8 +180,10 @@ def _depfile(staging: Path) -> list[Path]:
 
 
 def _system_folders(unit: Unit) -> list[Path]:
-    """Headers in here are known by the compiler's, or PyTorch's, version."""
+    """Headers in here are known by the compiler's, PyTorch's or Python's version."""
     folders = [Path("/usr"), Path(torch.__file__).resolve().parent]
+    if unit.python:
+        folders.append(Path(sysconfig.get_path("include")).resolve())
     toolkit = unit.backend.toolkit()
     if toolkit is not None:
         folders += [folder.resolve() for folder in (toolkit.home, *toolkit.include)]

@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ class Unit:
         include: folders to search, in this order, before the headers of this package; those of wheels are found when asked for.
         flags: further flags of nvcc or the C++ compiler.
         torch: whether the unit includes PyTorch's headers, and so depends on its version.
+        python: whether it is a module that Python imports: it depends on Python's ABI, and on the version of PyTorch, whose
+            wheel brings the headers of pybind11.
         beside: further translation units, compiled at the same time and linked with it.
         ldflags: what to link: flags of the linker, and libraries of wheels.
         debug: build it for debuggers: unoptimised, and with checks of indices.
@@ -49,6 +52,7 @@ class Unit:
     beside: tuple[str, ...] = ()
     ldflags: tuple[str | WheelLibrary, ...] = ()
     debug: bool = False
+    python: bool = False
 
     def folders(self) -> tuple[Path, ...]:
         """The folders to search for headers, this package's last.
@@ -101,7 +105,7 @@ class Unit:
 
     def key(self) -> str:
         """Digest of all that is known before compiling."""
-        versions = [ABI_VERSION, torch.__version__ if self.torch else None]
+        versions = [ABI_VERSION, self._torch_version(), *([python_abi()] if self.python else [])]
         texts = [self.text, *self.beside]
         return digest_of_record([self.backend.name, texts, self.compile_flags(), self.linked(), versions])
 
@@ -114,8 +118,17 @@ class Unit:
             "arch": self.arch,
             "flags": (*self.compile_flags(), *self.linked()),
             "abi": ABI_VERSION,
-            "torch": torch.__version__ if self.torch else None,
+            "torch": self._torch_version(),
+            **({"python": python_abi()} if self.python else {}),
         }
+
+    def _torch_version(self) -> str | None:
+        return torch.__version__ if self.torch or self.python else None
+
+
+def python_abi() -> str:
+    """What an extension module must have been built for to be imported here: ``cpython-311-x86_64-linux-gnu``."""
+    return EXTENSION_SUFFIXES[0].strip(".").removesuffix(".so")
 
 
 def file_name(name: str, backend: Backend) -> str:

@@ -1,4 +1,4 @@
-"""Compile kernels ahead of their first call: by default every variant that the ops' samples need.
+"""Compile kernels ahead of their first call: by default every variant that the ops' samples need, and every Python module.
 
 Without a GPU name its architecture: 8.0 (A100), 9.0a (H100, H200), 10.0a (B200). What is in the store already is not compiled
 again. JITK_RECORD=FILE makes any program list what it needs; --manifest FILE compiles that, here or on another machine.
@@ -23,10 +23,13 @@ import torch
 from torch_jit_ops.ahead import build_ahead
 from torch_jit_ops.backends import NAMES
 from torch_jit_ops.builder import compiler_jobs
+from torch_jit_ops.builder.unit import Unit
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("ops", nargs="*", metavar="op", help="names, as silu_and_mul or jitk::silu_and_mul (default: all)")
+    parser.add_argument(
+        "ops", nargs="*", metavar="op", help="of ops and modules, as silu_and_mul or jitk::silu_and_mul (default: all)"
+    )
     add_choice(parser)
     parser.add_argument("--manifest", type=Path, metavar="FILE", help="compile what this file lists (JITK_RECORD writes one)")
     parser.add_argument(
@@ -55,9 +58,10 @@ def add_choice(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def chosen(ops: list[str], options: argparse.Namespace) -> list[build_ahead.Wanted]:
+def chosen(ops: list[str], options: argparse.Namespace) -> list[Unit]:
     """The kernels of these ops, all for none, that the options of ``add_choice`` ask for."""
-    return build_ahead.needed(ops or None, *chosen_values(options), options.arch, options.backend)
+    dtypes, arguments = chosen_values(options)
+    return build_ahead.units_of(ops or None, dtypes, arguments or None, options.arch, options.backend)
 
 
 def chosen_values(options: argparse.Namespace) -> tuple[list[torch.dtype] | None, dict[str, list[str]]]:
@@ -70,10 +74,10 @@ def run(options: argparse.Namespace) -> int:
     if options.manifest is not None:
         if options.dtype or options.set:
             raise ValueError("--dtype and --set do not go with --manifest, which holds them")
-        wanted = build_ahead.replayed(options.manifest, options.ops or None, options.arch, options.backend)
+        units = build_ahead.units_of(options.ops or None, None, None, options.arch, options.backend, options.manifest)
     else:
-        wanted = chosen(options.ops, options)
-    report = build_ahead.load_all([each.unit() for each in wanted], options.jobs)
+        units = chosen(options.ops, options)
+    report = build_ahead.load_all(units, options.jobs)
     for failure in report.failures:
         print(failure, file=sys.stderr)
     if options.json:

@@ -99,7 +99,7 @@ def _list(options: argparse.Namespace) -> int:
 def _why(options: argparse.Namespace) -> int:
     """Say of each kernel that an op needs whether it is in the store. If it is not: which input of its key (a file, the
     compiler, a flag, the architecture, the ABI, PyTorch) differs from the variant that comes nearest."""
-    units = [dispatcher.unit()] if options.op == "dispatcher" else [each.unit() for each in build.chosen([options.op], options)]
+    units = [dispatcher.unit()] if options.op == "dispatcher" else build.chosen([options.op], options)
     findings = [explain(unit, search_path()) for unit in units]
     if options.json:
         print(json.dumps([_plain(finding) for finding in findings], indent=1))
@@ -181,7 +181,7 @@ def _clear(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     """Write the variants in the store, or those of the named ops and the dispatcher, into one .tar.gz."""
-    registry.find_ops(options.ops or None)
+    registry.find_ops(registry.parted(options.ops or None)[0])
     wanted = [*options.ops, "(dispatcher)"] if options.ops else []
     count = bundle.export_variants(options.file, listing.variants(default_store(), wanted))
     print(f"{options.file}: {count} variants, {screen.size(options.file.stat().st_size)}")

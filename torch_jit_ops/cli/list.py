@@ -1,5 +1,5 @@
-"""List the ops, a line each. Of those that are named: the schema of each overload, the dtypes of the kernels, where they
-are, and which are compiled.
+"""List the ops, a line each, and the Python modules. Of those that are named: the schema of each overload, the dtypes of the
+kernels, where they are, and which are compiled.
 
 A name may be a pattern, in which * stands for anything: quote it. Elsewhere, and for other dtypes, an op runs its PyTorch
 function.
@@ -25,7 +25,9 @@ from typing import Any
 import torch
 
 from torch_jit_ops import registry
+from torch_jit_ops.backends import CPU
 from torch_jit_ops.op import Op
+from torch_jit_ops.python_module import ModuleDeclaration
 from torch_jit_ops.store import listing
 from torch_jit_ops.store.search_path import search_path
 
@@ -38,14 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    ops = _find(options.ops)
+    found = _find(options.ops)
     if not options.json and (not options.ops or any(map(_is_pattern, options.ops))):
-        _print_lines(ops)
+        _print_lines(found)
         return 0
     compiled: dict[str, list[str]] = {}
     for variant in (variant for store in search_path() for variant in listing.variants(store)):
         compiled.setdefault(variant.op, []).append(f"{variant.record['label']} {variant.record['arch']}")
-    rows = [_row(op, compiled.get(op.qualified_name, [])) for op in ops]
+    rows = [_row(each, compiled.get(each.qualified_name, [])) for each in found]
     if options.json:
         print(json.dumps(rows, indent=1))
         return 0
@@ -53,7 +55,8 @@ def run(options: argparse.Namespace) -> int:
         print(*row["schemas"], sep="\n")
         if row["summary"]:
             print("    what     ", row["summary"])
-        print("    dtypes   ", _listed(row["dtypes"]))
+        if row["dtypes"]:
+            print("    dtypes   ", _listed(row["dtypes"]))
         print("    kernels  ", ", ".join(f"{backend}: {source}" for backend, source in row["kernels"].items()) or "none")
         print("    compiled ", ", ".join(row["compiled"]) or "none")
         print()
@@ -64,28 +67,34 @@ def _is_pattern(name: str) -> bool:
     return any(sign in name for sign in "*?[")
 
 
-def _find(names: list[str]) -> list[Op]:
-    """The ops of these names and patterns; all for none.
+Listed = Op | ModuleDeclaration
+
+
+def _find(names: list[str]) -> list[Listed]:
+    """The ops and modules of these names and patterns; all for none.
 
     Raises:
-        ValueError: one of them fits no op.
+        ValueError: one of them fits none.
     """
-    everything = registry.find_ops()
-    found: list[Op] = []
+    everything: list[Listed] = [*registry.ops(), *registry.modules()]
+    found: list[Listed] = []
     for name in names:
         if not _is_pattern(name):
-            found += registry.find_ops([name])
+            ops, modules = registry.parted([name])
+            found += [*registry.find_ops(ops), *modules]
             continue
-        fitting = [op for op in everything if any(fnmatch.fnmatchcase(each, name) for each in (op.name, op.qualified_name))]
+        fitting = [
+            each for each in everything if any(fnmatch.fnmatchcase(text, name) for text in (each.name, each.qualified_name))
+        ]
         if not fitting:
-            known = [op.qualified_name if "::" in name else op.name for op in everything]
+            known = [each.qualified_name if "::" in name else each.name for each in everything]
             raise ValueError(f"no op fits {name!r}{registry.nearest(name.strip('*?'), known)}")
         found += fitting
     return list(dict.fromkeys(found)) if names else everything
 
 
-def _print_lines(ops: list[Op]) -> None:
-    """Name and summary of each op; what a terminal has no room for is left out."""
+def _print_lines(ops: list[Listed]) -> None:
+    """Name and summary of each; what a terminal has no room for is left out."""
     room = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     width = max((len(op.qualified_name) for op in ops), default=0)
     for op in ops:
@@ -93,13 +102,25 @@ def _print_lines(ops: list[Op]) -> None:
         print(line if room is None or len(line) <= room else f"{line[: room - 3]}...")
 
 
-def _summary(op: Op) -> str:
+def _summary(op: Listed) -> str:
     """The first paragraph of the docstring, in one line."""
+    if isinstance(op, ModuleDeclaration):
+        return f"Python module: {op.summary}" if op.summary else "Python module"
     paragraph, _, _ = (op.reference.__doc__ or "").strip().partition("\n\n")
     return " ".join(paragraph.replace("``", "").split())
 
 
-def _row(op: Op, compiled: list[str]) -> dict[str, Any]:
+def _row(op: Listed, compiled: list[str]) -> dict[str, Any]:
+    if isinstance(op, ModuleDeclaration):
+        sources = {CPU.name: op.sources.name}
+        return {
+            "name": op.qualified_name,
+            "summary": _summary(op),
+            "schemas": [op.qualified_name],
+            "dtypes": [],
+            "kernels": sources,
+            "compiled": sorted(set(compiled)),
+        }
     return {
         "name": op.qualified_name,
         "summary": _summary(op),

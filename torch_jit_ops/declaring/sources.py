@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torch_jit_ops import backends
+from torch_jit_ops.backends import CPU
 from torch_jit_ops.builder import unit
 
 SUFFIXES = {backend.name: backend.suffixes for backend in backends.ALL}
@@ -73,13 +74,32 @@ def of(
     return found
 
 
-def _listed(who: str, backend: str, given: Any) -> list[str]:
+def of_module(who: str, name: str, csrc: Path | None, files: str | Sequence[str] | None, text: str | None) -> Source:
+    """The sources of a Python module: files, or a text.
+
+    Raises:
+        TypeError: a source is neither.
+        ValueError: there is none, or both; or a file is missing or no C++.
+    """
+    if (files is None) == (text is None):
+        raise ValueError(f"{who} needs either sources= or source=, the text itself")
+    if text is not None:
+        if not isinstance(text, str) or not text.strip():
+            raise TypeError(f"{who}: source must be the text of a source, got {text!r}")
+        return Source(f"{name}.source", text)
+    first, *beside = [files] if isinstance(files, str) else _listed(who, "sources", files)
+    for file in (first, *beside):
+        _check(who, CPU.name, file, csrc)
+    return Source(first, beside=tuple(beside))
+
+
+def _listed(who: str, option: str, given: Any) -> list[str]:
     is_list = isinstance(given, Sequence) and not isinstance(given, (bytes, bytearray))
     if not is_list or not given or not all(isinstance(file, str) for file in given):
-        raise TypeError(f"{who}: {backend} must be a file or a list of files, got {given!r}")
+        raise TypeError(f"{who}: {option} must be a file or a list of files, got {given!r}")
     twice = [file for index, file in enumerate(given) if file in given[:index]]
     if twice:
-        raise ValueError(f"{who}: {backend} names {twice[0]!r} twice")
+        raise ValueError(f"{who}: {option} names {twice[0]!r} twice")
     return list(given)
 
 

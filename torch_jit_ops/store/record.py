@@ -70,8 +70,9 @@ _RECORD = forms.fields(
     abi=forms.whole(),
     torch=forms.optional(forms.text(r".+")),
     seconds=forms.seconds,
+    python=forms.text(r"[\w.-]+", 100),
     imported=forms.one_of(True),
-    missing=("imported",),
+    missing=("imported", "python"),
 )
 
 

@@ -1,0 +1,277 @@
+// Moves rows of tokens into the slots of a cache or out of it, two tensors in one launch: what ops on KV caches have in common.
+//
+//   struct StoreKV { static constexpr bool kGathers = false; ... };                       see move_kernel
+//   move_rows<StoreKV, Index>({first, second, indices, rows, 1, stored, device, checked}, k.dtype());
+//
+// A row is copied by its bytes, or cast to 8-bit floats and back. Teams of lanes have it, each thread `kItems` vectors at once
+// of one of the tensors; the slot of the row is read meanwhile. So widths are free: a narrow row takes a part of a warp, a wide
+// one several warps.
+// From top to bottom: where a vector is, the kernel, its launch.
+// Left out: arithmetic on rows before they are stored.
+#pragma once
+
+#include <jitk/row_teams.h>  // spread_rows
+#include <jitk/slots.h>      // TokenRows, Slots, join
+
+#include <jitk/index.cuh>           // CheckedIndices
+#include <jitk/launch.cuh>          // LaunchKernel
+#include <jitk/overlap.cuh>         // Trigger
+#include <jitk/stored_vectors.cuh>  // Copy, Cast
+#include <jitk/vec.cuh>             // L2Policy, places
+
+#include <jitk/fast_divisor.h>
+
+namespace jitk {
+namespace moves {
+
+using host::RowTeams;
+
+// --- where a vector is ----------------------------------------------------------------------------
+
+// Rows of one tensor, in bytes: from a row to the next, and within a row from a segment to the next.
+struct Side {
+  char* data;
+  int64_t row_stride;
+  int64_t segment_stride;
+};
+
+// The rows of one tensor of tokens and their places in a cache.
+struct Part {
+  Side tokens;
+  Side slots;
+  int64_t block_gap;       // in bytes, from the end of a block of slots to the next
+  FastDivisor block_size;  // of slots
+  FastDivisor segment;     // of vectors
+  uint32_t vectors;        // of a row
+  const float* scale;
+
+  JITK_DEVICE char* slot(int64_t slot) const {
+    char* const place = slots.data + slot * slots.row_stride;
+    return block_gap == 0 ? place : place + static_cast<int64_t>(static_cast<uint64_t>(slot) / block_size) * block_gap;
+  }
+};
+
+struct Move {
+  Part parts[2];
+  const void* indices;
+  int64_t index_stride;
+  int64_t first_row;  // of this launch
+  uint32_t rows;      // of this launch
+  uint32_t split;     // of a row's teams, how many have the first part
+  uint32_t lanes_log2;
+  FastDivisor teams;  // of a row
+  FastDivisor page;   // rows that one index stands for
+  Stored stored;
+  bool segmented;  // a row is more than one segment
+  Trigger trigger;
+};
+
+// --- the kernel -----------------------------------------------------------------------------------
+
+constexpr uint32_t kMostThreads = host::kMostWarps * device::kWarpThreads;
+
+// Op::kGathers says which way; Op::indices() names them in the line that is printed of one that is out of range; without
+// Op::kCopies there are casts alone.
+template <typename Op, typename Kind, uint32_t kItems, typename Index>
+__global__ void __launch_bounds__(kMostThreads)
+    move_kernel(const __grid_constant__ Move move, const __grid_constant__ device::Bounds bounds) {
+  using namespace device;
+  const uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x;
+  const auto at = move.teams.divide(thread >> move.lanes_log2);
+  if (at.quotient >= move.rows) return;
+  const int64_t row = move.first_row + at.quotient;
+  const bool second = at.remainder >= move.split;
+  const Part& part = move.parts[second ? 1 : 0];
+  const uint32_t lanes = 1u << move.lanes_log2;
+  const uint32_t first = (second ? at.remainder - move.split : at.remainder) * lanes * kItems + (thread & (lanes - 1));
+  const auto is_there = [&](uint32_t i) { return first + i * lanes < part.vectors; };
+
+  const auto in_row = [&](uint32_t i, int64_t segment_stride, uint32_t bytes) {
+    const uint32_t vector = first + i * lanes;
+    if (!move.segmented) return static_cast<int64_t>(vector) * bytes;
+    const auto at = part.segment.divide(vector);
+    return at.quotient * segment_stride + static_cast<int64_t>(at.remainder) * bytes;
+  };
+  char* const tokens = part.tokens.data + row * part.tokens.row_stride;
+  int64_t in_tokens[kItems];
+#pragma unroll
+  for (uint32_t i = 0; i < kItems; ++i) in_tokens[i] = in_row(i, part.tokens.segment_stride, Kind::kTokenBytes);
+  compute_here(tokens);
+  int64_t position = row;  // of the index
+  int64_t row_of_page = 0;
+  if constexpr (Op::kGathers) {
+    const auto page = move.page.divide(static_cast<uint64_t>(row));
+    position = static_cast<int64_t>(page.quotient);
+    row_of_page = static_cast<int64_t>(page.remainder);
+  }
+  const Index* const index_place = static_cast<const Index*>(move.indices) + position * move.index_stride;
+  compute_here(index_place);
+  wait_and_trigger<true>(move.trigger);
+
+  const L2Policy policy = L2Policy::evict_unchanged();
+  const int64_t index = *index_place;
+  if constexpr (Op::kGathers) {
+    typename Kind::Slot x[kItems];
+    const bool admitted = bounds.admit(index, position, Op::indices());
+    if (admitted) {
+      const char* const slot = part.slot(index * static_cast<int64_t>(move.page.divisor()) + row_of_page);
+#pragma unroll
+      for (uint32_t i = 0; i < kItems; ++i) {
+        if (is_there(i)) x[i].load_streaming(slot + in_row(i, part.slots.segment_stride, Kind::kSlotBytes), 0, policy);
+      }
+    }
+#pragma unroll
+    for (uint32_t i = 0; i < kItems; ++i) {
+      const auto out = admitted ? Kind::load(x[i], move.stored, part.scale) : Kind::zeros();
+      if (is_there(i)) out.store(tokens + in_tokens[i]);
+    }
+  } else {
+    typename Kind::Token x[kItems];
+#pragma unroll
+    for (uint32_t i = 0; i < kItems; ++i) {
+      if (is_there(i)) x[i].load_streaming(tokens + in_tokens[i], 0, policy);
+    }
+    if (!bounds.admit(index, position, Op::indices())) return;
+    char* const slot = part.slot(index);
+    // Attention reads the cache soon: it is stored as any memory.
+#pragma unroll
+    for (uint32_t i = 0; i < kItems; ++i) {
+      if (is_there(i))
+        Kind::store(x[i], move.stored, part.scale).store(slot + in_row(i, part.slots.segment_stride, Kind::kSlotBytes));
+    }
+  }
+  PDLTriggerSecondary<true>();
+}
+
+// --- its launch -----------------------------------------------------------------------------------
+
+// One tensor of tokens and its cache. Strides count elements here, and bytes in a Part.
+struct Tensors {
+  TensorView tokens;
+  TensorView cache;
+  host::TokenRows rows;
+  host::Slots slots;
+  const float* scale;
+  int64_t column = 0;  // of the cache, where the first slot's row begins
+
+  int64_t width() const { return rows.heads.elements(); }
+  // A slot may be wider than the part of it that these tokens have.
+  host::Segments segments() const {
+    if (slots.heads.elements() != width()) return {1, width(), 0, 0};
+    return join(rows.heads, slots.heads);
+  }
+  // All that vectors start at (vec.cuh).
+  uint64_t token_places(int64_t bytes) const {
+    const host::Segments all = segments();
+    const int64_t strides = rows.stride | all.first_stride | all.width;
+    return width() == 0 ? 0 : host::places(tokens.data_ptr(), static_cast<uint64_t>(strides * bytes));
+  }
+  uint64_t slot_places(int64_t bytes) const {
+    const host::Segments all = segments();
+    const int64_t strides = slots.stride | slots.block_gap | column | all.second_stride | all.width;
+    return width() == 0 ? 0 : host::places(cache.data_ptr(), static_cast<uint64_t>(strides * bytes));
+  }
+  template <typename Kind>
+  int64_t vectors(int64_t slot_bytes) const {
+    return width() * slot_bytes / Kind::kSlotBytes;
+  }
+  template <typename Kind>
+  Part part(int64_t token_bytes, int64_t slot_bytes) const {
+    const host::Segments all = segments();
+    return {
+        {static_cast<char*>(tokens.data_ptr()), rows.stride * token_bytes, all.first_stride * token_bytes},
+        {static_cast<char*>(cache.data_ptr()) + column * slot_bytes, slots.stride * slot_bytes, all.second_stride * slot_bytes},
+        slots.block_gap * slot_bytes,
+        FastDivisor(static_cast<uint64_t>(slots.block_size)),
+        FastDivisor(static_cast<uint64_t>(all.width * slot_bytes / Kind::kSlotBytes)),
+        static_cast<uint32_t>(vectors<Kind>(slot_bytes)),
+        scale};
+  }
+};
+
+struct Work {
+  Tensors first;
+  Tensors second;  // without elements, where there is but one
+  TensorView indices;
+  int64_t rows;
+  int64_t page;  // rows that one index stands for
+  Stored stored;
+  DLDevice device;
+  const host::CheckedIndices& checked;
+};
+
+template <typename Op, typename Kind, typename Index>
+auto kernel_of(uint32_t items) {
+  if constexpr (Kind::kTokenBytes == kWideBytes) {
+    if (items == 1) return move_kernel<Op, Kind, 1, Index>;
+    if (items == 2) return move_kernel<Op, Kind, 2, Index>;
+  }
+  return move_kernel<Op, Kind, RowTeams::kMostItems, Index>;
+}
+
+// Bytes are those of an element.
+template <typename Op, typename Kind, typename Index>
+void launch(const Work& work, int64_t token_bytes, int64_t slot_bytes) {
+  using namespace host;
+  const int64_t first = work.first.vectors<Kind>(slot_bytes), second = work.second.vectors<Kind>(slot_bytes);
+  if (work.rows == 0 || first + second == 0) return;
+  RuntimeCheck((first | second) < int64_t{1} << 30, "a row has at most 1073741823 vectors, got ", max(first, second));
+  const int64_t sms = runtime::get_sm_count(work.device.device_id);
+  const uint32_t least = Kind::kTokenBytes == kWideBytes ? 1 : RowTeams::kMostItems;
+  const RowTeams teams = spread_rows(work.rows, first, second, least, sms);
+
+  Move move{{work.first.part<Kind>(token_bytes, slot_bytes), work.second.part<Kind>(token_bytes, slot_bytes)},
+            work.indices.data_ptr(),
+            work.indices.stride(0),
+            0,
+            0,
+            teams.first,
+            teams.lanes_log2,
+            FastDivisor(teams.first + teams.second),
+            FastDivisor(static_cast<uint64_t>(work.page)),
+            work.stored,
+            work.first.segments().count > 1 || work.second.segments().count > 1,
+            Trigger::kAtEnd};
+  for (; move.first_row < work.rows; move.first_row += teams.rows_of_launch()) {
+    const int64_t some = min(work.rows - move.first_row, teams.rows_of_launch());
+    move.rows = static_cast<uint32_t>(some);
+    const int64_t grid = teams.blocks(some);
+    const uint32_t block = teams.warps * device::kWarpThreads;
+    move.trigger = choose_trigger(grid * block, block, sms);
+    LaunchKernel(grid, block, work.device).enable_pdl()(kernel_of<Op, Kind, Index>(teams.items), move, work.checked.bounds());
+  }
+}
+
+template <typename Op, typename Index>
+void copy(const Work& work, int64_t bytes) {
+  const uint64_t all = work.first.token_places(bytes) | work.first.slot_places(bytes) | work.second.token_places(bytes) |
+                       work.second.slot_places(bytes);
+  if (all % 16 == 0) return launch<Op, Copy<16>, Index>(work, bytes, bytes);
+  if (all % 8 == 0) return launch<Op, Copy<8>, Index>(work, bytes, bytes);
+  if (all % 4 == 0) return launch<Op, Copy<4>, Index>(work, bytes, bytes);
+  if (all % 2 == 0) return launch<Op, Copy<2>, Index>(work, bytes, bytes);
+  launch<Op, Copy<1>, Index>(work, bytes, bytes);
+}
+
+template <typename Op, typename Index, typename T>
+void cast_from(const Work& work) {
+  constexpr uint32_t kVec = kWideBytes / sizeof(T);
+  const uint64_t tokens = work.first.token_places(sizeof(T)) | work.second.token_places(sizeof(T));
+  const uint64_t slots = work.first.slot_places(1) | work.second.slot_places(1);
+  if (tokens % kWideBytes == 0 && slots % kVec == 0) return launch<Op, Cast<T, kVec>, Index>(work, sizeof(T), 1);
+  launch<Op, Cast<T, 1>, Index>(work, sizeof(T), 1);
+}
+
+// `wide` is the dtype of the tokens.
+template <typename Op, typename Index>
+void move_rows(const Work& work, DLDataType wide) {
+  if constexpr (Op::kCopies) {
+    if (work.stored == Stored::kCopy) return copy<Op, Index>(work, wide.bits / 8);
+  }
+  if (wide == dtype_of<bf16_t>()) return cast_from<Op, Index, bf16_t>(work);
+  if (wide == dtype_of<fp16_t>()) return cast_from<Op, Index, fp16_t>(work);
+  cast_from<Op, Index, fp32_t>(work);
+}
+
+}  // namespace moves
+}  // namespace jitk

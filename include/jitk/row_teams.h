@@ -1,0 +1,69 @@
+// Which threads of a GPU move which vectors of rows: a team of neighbouring lanes has a row, or a part of one.
+//
+//   const RowTeams teams = spread_rows(rows, k_vectors, v_vectors, 1, sms);
+//   grid = teams.blocks(rows), block = teams.warps * 32
+//
+// A row has two parts, K and V, each with teams of its own, so that a thread deals with one tensor. A thread moves `items`
+// vectors at once: enough bytes in flight to keep memory busy, and one where vectors are few, as then only latency counts.
+// Nothing here depends on CUDA: the choice is tested without a GPU. Left out: rows that are reduced (share.cuh).
+#pragma once
+
+#include <cstdint>  // uint32_t
+
+namespace jitk {
+namespace host {
+
+struct RowTeams {
+  static constexpr uint32_t kMostItems = 4;
+
+  uint32_t items;       // vectors of a thread
+  uint32_t lanes_log2;  // of a team
+  uint32_t first;       // teams for the first part of a row
+  uint32_t second;
+  uint32_t warps;  // of a block
+
+  int64_t threads(int64_t rows) const { return rows * (int64_t{first} + second) << lanes_log2; }
+  int64_t blocks(int64_t rows) const {
+    const int64_t block = int64_t{warps} * 32;
+    return (threads(rows) + block - 1) / block;
+  }
+  // Threads are counted in 32 bits.
+  int64_t rows_of_launch() const {
+    const int64_t rows = (int64_t{1} << 31) / threads(1);
+    return rows > 0 ? rows : 1;
+  }
+};
+
+// The first line that is not exceeded, in vectors for each multiprocessor. Not measured yet.
+struct ItemsChoice {
+  int64_t vectors_of_sm;
+  uint32_t items;
+};
+inline constexpr ItemsChoice kItemsChoices[] = {
+    {1024, 1},              // half of the threads that fit: all of it is in flight at once
+    {4096, 2},              // a wave of threads
+    {int64_t{1} << 62, 4},  // many waves: 64 bytes a thread
+};
+inline constexpr uint32_t kMostWarps = 8;
+
+// For rows of `first` and `second` vectors, of which one has some.
+inline RowTeams spread_rows(int64_t rows, int64_t first, int64_t second, uint32_t least_items, int64_t sms) {
+  RowTeams teams{RowTeams::kMostItems, 0, 0, 0, 1};
+  for (const ItemsChoice& choice : kItemsChoices) {
+    if (rows * (first + second) <= choice.vectors_of_sm * sms) {
+      teams.items = choice.items > least_items ? choice.items : least_items;
+      break;
+    }
+  }
+  const int64_t wider = first > second ? first : second;
+  while (teams.lanes_log2 < 5 && int64_t{teams.items} << teams.lanes_log2 < wider) ++teams.lanes_log2;
+  const int64_t team = int64_t{teams.items} << teams.lanes_log2;
+  teams.first = static_cast<uint32_t>((first + team - 1) / team);
+  teams.second = static_cast<uint32_t>((second + team - 1) / team);
+  // Few warps go to as many multiprocessors as there are.
+  while (teams.warps < kMostWarps && teams.threads(rows) > sms * teams.warps * 32) teams.warps *= 2;
+  return teams;
+}
+
+}  // namespace host
+}  // namespace jitk
