@@ -281,9 +281,11 @@ TRANSFORMS: dict[str, Callable[..., Any]] = {
 
 
 def small(case: Case) -> tuple[list[Tensor], Callable[[Callable[..., Any]], Callable[..., Any]]]:
-    """A few elements of a case in float64, and what makes a function of tensors alone of an op."""
+    """A few elements of a case in float64, and what makes a function of these alone of an op. Indices are into two rows."""
 
     def cut(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor[:2] % 2
         return tensor.double()[(slice(2), ..., slice(8)) if tensor.dim() > 1 else slice(8)].contiguous()
 
     sample = map_tensors(case.sample(), cut)
@@ -291,13 +293,13 @@ def small(case: Case) -> tuple[list[Tensor], Callable[[Callable[..., Any]], Call
     def of_tensors(function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*tensors: Tensor) -> Any:
             rest = iter(tensors)
-            again = map_tensors(sample, lambda _: next(rest))
+            again = map_tensors(sample, lambda tensor: next(rest) if tensor.is_floating_point() else tensor)
             results = tree_leaves(function(*again.args, **again.kwargs))
             return tuple(tensor for tensor in results if tensor.is_floating_point())
 
         return run
 
-    return tensors_of(sample), of_tensors
+    return [tensor for tensor in tensors_of(sample) if tensor.is_floating_point()], of_tensors
 
 
 @over(has_gradient, is_first_of_op)
@@ -308,6 +310,8 @@ def test_transforms_are_those_of_the_reference(case: Case) -> None:
         actual = tree_leaves(transform(of_tensors(case.op.default), *tensors))
         expected = tree_leaves(transform(of_tensors(case.op.reference), *tensors))
         for result, plain in zip(actual, expected, strict=True):
+            if plain is None and result is not None:  # an op with two results depends on all that makes the other
+                plain = torch.zeros_like(result)
             torch.testing.assert_close(result, plain, msg=lambda text, name=name: f"{name}: {text}")
 
 
@@ -320,11 +324,11 @@ def test_checkpoint(case: Case, reentrant: bool) -> None:
         results = tree_leaves(case.op.default(*(arg * 1 if isinstance(arg, Tensor) else arg for arg in args)))
         return sum(tensor.sin().sum() for tensor in results if tensor.is_floating_point())
 
-    samples = [map_tensors(case.sample(), lambda tensor: tensor.detach().clone().requires_grad_()) for _ in range(2)]
+    samples = [wanting(case.sample()) for _ in range(2)]
     checkpoint(run, *samples[0].args, use_reentrant=reentrant).backward()
     run(*samples[1].args).backward()
     for actual, expected in zip(*map(tensors_of, samples), strict=True):
-        assert torch.equal(actual.grad, expected.grad)
+        assert not actual.requires_grad or torch.equal(actual.grad, expected.grad)
 
 
 def test_vmap_is_one_call_where_the_batch_is_more_rows() -> None:
@@ -409,7 +413,7 @@ def test_an_out_form_refuses_to_be_differentiated(case: Case) -> None:
     with torch.no_grad():
         case.op.out(*sample.args, **kwargs)
     with pytest.raises(RuntimeError, match="don't support automatic differentiation"), forward_ad.dual_level():
-        given = map_tensors(case.sample(), lambda tensor: forward_ad.make_dual(tensor, tensor))
+        given = map_tensors(case.sample(), lambda t: forward_ad.make_dual(t, t) if t.is_floating_point() else t)
         case.op.out(*given.args, **kwargs)
 
 
