@@ -984,6 +984,100 @@ def sizes(program: Program, rng: Rng) -> str:
     return f"sizes: {given.name} is large"
 
 
+# --- rotary embeddings --------------------------------------------------------------------------------------
+
+_ANGLES = (
+    "v.unsqueeze(2)",
+    "v.unsqueeze(0)",
+    "v.unsqueeze(-2)",
+    "v[:, None].transpose(1, 2)",
+    "v[:, :1].unsqueeze(1)",
+    "v[:1].unsqueeze(1)",
+    "v[..., :1].unsqueeze(1)",
+    "v.flip(1).unsqueeze(1)",
+    "v.flip(-1).unsqueeze(1)",
+    "v.transpose(0, 1).unsqueeze(1)",
+    "v.unsqueeze(1).expand(-1, 2, -1, -1)",
+    "v.unsqueeze(1).expand(2, -1, -1, -1)",
+    "v.unsqueeze(1).squeeze(0)",
+    "v[0]",
+    "v[0, 0]",
+    "v.unsqueeze(1).repeat_interleave(2, -1)[..., ::2]",
+    "v.unsqueeze(1)[..., : v.shape[-1] // 2].repeat_interleave(2, -1)",
+    "v.unsqueeze(1)[..., : v.shape[-1] // 2].repeat(1, 1, 1, 2)",
+    "torch.cat((v[..., :2], v[..., 2:]), -1).unsqueeze(1)",
+    "v.unsqueeze(1).double()",
+    "v.float().unsqueeze(1)",
+    "v.unsqueeze(1).detach()",
+)
+_OF_ANGLES = ("-{v}", "{v} * 1.0", "{v}.flip(2)", "{v}.flip(-1)", "{v}.roll(1, -1)", "{v}[..., :1]", "{v}[:, :, :1]", "{v} + 1")
+_OF_ANGLES += ("{v}.clone()", "{v}.detach()", "{v}.transpose(1, 2)", "{v}.float()", "{v}[:1]", "{v}.expand(2, -1, -1, -1)")
+_PARTS = ("-{v}", "{v}.neg().neg()", "{v}.flip(-1)", "{v}.roll(1, -1)", "{v}.abs()", "{v} * 1", "{v}.clone()", "{v}.detach()")
+_BETWEEN_TWO = (
+    "{v} = {v} * 2",
+    "{v} = {v} + {y}.mean()",
+    "{v} = {v} + {y}[:, :1]",
+    "early = {y} * 2",
+    "{y}.mul_(2)",
+    "{v}.add_(1)",
+)
+_BETWEEN_TWO += ("c = c * 2", "s = s.clone()", "c = c + {y}.mean()", "early = {y}.view(-1)", "early = {y}.detach()", "c.neg_()")
+
+
+def turn(program: Program, rng: Rng) -> str:
+    """A rotation by other angles, of other pairs, or with something between that of queries and that of keys."""
+    if program.op != "jitk::rope_qk" or not {"y", "z"} <= {name for line in program.lines for name in targets(line)}:
+        raise Skip
+    kind = rng.choice(["angles", "angle", "part", "pair", "between", "between", "results", "third", "same"])
+    if kind == "angles":
+        index = _pick(rng, [i for i, line in enumerate(program.lines) if set(targets(line)) & {"c", "s"}])
+        program.lines[index] = f"{targets(program.lines[index])[0]} = {_of(rng.choice(_ANGLES), rng.choice(['cos', 'sin']))}"
+        return f"turn: {program.lines[index]}"
+    if kind in ("angle", "part", "same"):
+        names = ["c", "s"] if kind != "part" else ["qa", "qb", "ka", "kb", "qo", "ko", "qwa", "kwb", "qwo"]
+        index = _pick(rng, [i for i, line in enumerate(program.lines) if set(uses(line)) & set(names)])
+        old = rng.choice(sorted(set(uses(program.lines[index])) & set(names)))
+        form = rng.choice(_PARTS if kind == "part" else _OF_ANGLES)
+        new = program.fresh("turned")
+        program.lines[index] = rename(program.lines[index], old, new)
+        program.lines.insert(index, f"{new} = {form.format(v=old) if kind != 'same' else {'c': 's', 's': 'c'}[old]}")
+        return f"turn: {program.lines[index]}"
+    if kind == "pair":
+        index = _pick(rng, [i for i, line in enumerate(program.lines) if "stack(" in line or "cat(" in line])
+        tree = ast.parse(program.lines[index])
+        parts = next(node for node in ast.walk(tree) if isinstance(node, (ast.Tuple, ast.List)) and len(node.elts) == 2)
+        parts.elts = rng.choice([parts.elts[::-1], parts.elts[:1] * 2, parts.elts[1:] * 2])
+        before, program.lines[index] = program.lines[index], ast.unparse(tree)
+        return f"turn: {before}"
+    if kind == "results":
+        program.results = rng.choice(
+            [["y"], ["z"], ["y", "y"], ["z", "y"], ["y + 1", "z"], ["y.mT @ y", "z"], ["y", "z", "q", "k"]]
+        )
+        return f"turn: {program.results}"
+    made = [index for index, line in enumerate(program.lines) if set(targets(line)) & {"y", "z"}]
+    if kind == "third":
+        name = rng.choice(["q", "k"])
+        y = {"q": "y", "k": "z"}[name]
+        lines = [line for line in program.lines if any(t.startswith(name) or t == y for t in targets(line)) or "t" in line[:1]]
+        copies = [_renamed(line, name, y, [target for each in lines for target in targets(each)]) for line in lines]
+        program.lines += [f"third_{name} = {name} * 2", *copies]
+        program.results.append(f"third_{y}")
+        return f"turn: a third one, of {name}"
+    y = next(name for name in targets(program.lines[made[0]]) if name in ("y", "z"))
+    program.lines.insert(made[0] + 1, rng.choice(_BETWEEN_TWO).format(y=y, v={"y": "k", "z": "q"}[y]))
+    if program.lines[made[0] + 1].startswith("early"):
+        program.results.append("early")
+    return f"turn: {program.lines[made[0] + 1]}"
+
+
+def _renamed(line: str, name: str, result: str, made: Sequence[str]) -> str:
+    tree = ast.parse(line)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and (node.id in (name, result) or node.id in made):
+            node.id = f"third_{node.id}"
+    return ast.unparse(tree)
+
+
 # --- around the program ---------------------------------------------------------------------------------------
 
 
@@ -1034,6 +1128,7 @@ MUTATIONS: dict[str, tuple[Mutation, int]] = {
     "layout": (layout, 4),
     "overlap": (overlap, 3),
     "sizes": (sizes, 1),
+    "turn": (turn, 8),
     "inner": (inner, 5),
     "outer": (outer, 4),
     "dynamic": (dynamic, 3),

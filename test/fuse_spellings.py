@@ -201,7 +201,61 @@ def _affine(rng: Rng) -> Program:
     return Program("userlib::affine", inputs, flatten(text), ["y"])
 
 
+def _part(rng: Rng, x: str, first: int, last: int, width: int) -> str:
+    start, stop = first or rng.choice(["", "0"]), last if last < width else rng.choice(["", str(width)])
+    return rng.choice([f"{x}[..., {start}:{stop}]", f"{x}.narrow(-1, {first}, {last - first})"])
+
+
+def _turned(rng: Rng, x: str, made: str, width: int, turning: int, is_neox: bool, total: str) -> str:
+    """Lines that turn ``x`` by ``c`` and ``s``. The first summand decides in which order dimensions lie in ``total``."""
+    lines, part = [], x
+    if turning < width:
+        lines, part = [f"{x}t = {_part(rng, x, 0, turning, width)}"], f"{x}t"
+    half = turning // 2
+    pairs = [f"{x}a = {_part(rng, part, 0, half, turning)}\n{x}b = {_part(rng, part, half, turning, turning)}"]
+    pairs += [f"{x}a, {x}b = {part}.chunk(2, dim=-1)", f"{x}a, {x}b = {part}.split({half}, -1)"]
+    if not is_neox:
+        pairs = [f"{x}a = {part}[..., 0::2]\n{x}b = {part}[..., 1::2]", f"{x}a = {part}[..., ::2]\n{x}b = {part}[..., 1::2]"]
+    negative = rng.choice([f"-{x}b", f"{x}b.neg()", f"torch.neg({x}b)"])
+    both = rng.choice([f"({negative}, {x}a)", f"[{negative}, {x}a]"])
+    other = f"torch.cat({both}, dim=-1)" if is_neox else f"torch.stack({both}, dim=-1).flatten(-2)"
+    lines += [rng.choice(pairs), f"{x}o = {other}"]
+    turned = total.format(a=_mul(rng, part, "c"), b=_mul(rng, f"{x}o", "s"))
+    if turning == width:
+        return "\n".join([*lines, f"{made} = {turned}"])
+    rest = rng.choice(["({t}, {r})", "[{t}, {r}]"]).format(t=turned, r=_part(rng, x, turning, width, width))
+    return "\n".join([*lines, f"{made} = torch.cat({rest}, dim=-1)"])
+
+
+def _rope(rng: Rng) -> Program:
+    """Of queries and keys as they come from a projection, or with heads ahead of tokens in memory, too."""
+    dtype, is_neox = rng.choice(_DTYPES), rng.random() < 0.7
+    batch, heads, tokens, width = rng.choice([1, 2]), rng.choice([2, 3, 4]), rng.choice([1, 3, 3]), 8
+    kv_heads, turning = rng.choice([1, heads]), rng.choice([8, 8, 4, 6])
+    transposed = rng.random() < 0.6
+    inputs = []
+    for name, count in (("q", heads), ("k", kv_heads)):
+        shape = (batch, tokens, count, width) if transposed else (batch, count, tokens, width)
+        inputs.append(Input(name, shape, dtype))
+    inputs += [Input(name, (rng.choice([1, batch]), tokens, turning), dtype) for name in ("cos", "sin")]
+    one = rng.choice(["{x}.unsqueeze(1)", "{x}.unsqueeze(-3)", "{x}[:, None]", "torch.unsqueeze({x}, 1)", "{x}[:, None, :, :]"])
+    angles = [f"c = {one.format(x='cos')}", f"s = {one.format(x='sin')}"]
+    heads_ahead = ["q = q.transpose(1, 2)", "k = k.transpose(1, 2)"] if transposed else []
+    total = rng.choice(["({a}) + ({b})", "({b}) + ({a})", "torch.add({a}, {b})", "({b}).add({a})"])
+    turn = _in_fp32 if rng.random() < 0.2 else _turned
+    lines = [turn(rng, x, made, width, turning, is_neox, total) for x, made in (("q", "y"), ("k", "z"))]
+    ahead = [*angles, *heads_ahead]
+    text = "\n".join([*rng.sample(ahead, len(ahead)), *rng.sample(lines, 2)])
+    return Program("jitk::rope_qk", inputs, flatten(text), ["y", "z"])
+
+
+def _in_fp32(rng: Rng, x: str, made: str, width: int, turning: int, is_neox: bool, total: str) -> str:
+    text = _turned(rng, f"{x}w", f"{made}w", width, turning, is_neox, total)
+    return f"{x}w = {_wide(rng, x)}\n{text}\n{made} = {_like(rng, made + 'w', x)}"
+
+
 SPELLINGS: dict[str, Make] = {
+    "jitk::rope_qk": _rope,
     "jitk::silu_and_mul": _of_halves("silu"),
     "jitk::gelu_and_mul": _of_halves("gelu"),
     "jitk::gelu_tanh_and_mul": _of_halves("gelu_tanh"),

@@ -491,6 +491,17 @@ def own(tmp_path: Path) -> Iterator[OpLibrary]:
     def softcap(x: Tensor, cap: float) -> Tensor:
         return torch.tanh(x / cap).mul(cap)
 
+    def wide(make: SampleMaker) -> Iterator[Sample]:
+        yield Sample((make.randn(7, 33),))
+
+    @library.op(samples=wide, tensors={"x": "[rows, columns]"})
+    def four_columns(x: Tensor) -> Tensor:
+        return torch.cat((x[:, :4].sin(), x[:, 4:]), -1)
+
+    @library.op(samples=wide, outputs=("sine", "cosine"))
+    def both(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.sin(), x.cos()
+
     @library.op(samples=samples)
     def unnamed(x: Tensor, cap: float) -> Tensor:
         return x * cap
@@ -533,6 +544,38 @@ def test_an_op_of_ones_own_is_found_by_its_reference_and_its_patterns(own: OpLib
     torch._dynamo.reset()
     torch.compile(lambda x: torch.tanh(x / 30.0) * 31.0, fullgraph=True, backend=traced_by(rewrite))(x)
     assert rewrite.report().counts() == {}, "one argument, two numbers"
+
+
+def test_columns_are_those_that_the_op_takes(own: OpLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objections, "served", lambda op: {"cpu"})
+    x = torch.randn(3, 20)
+    for columns, counts in ((4, {"fuselib::four_columns": 1}), (5, {}), (10, {})):
+        torch._dynamo.reset()
+        rewrite = fuse(["fuselib::four_columns"])
+
+        def model(x: Tensor, columns: int = columns) -> Tensor:
+            return torch.cat((x[:, :columns].sin(), x[:, columns:]), -1)
+
+        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend=traced_by(rewrite))(x), model(x))
+        assert rewrite.report().counts() == counts
+        assert [entry.reason for entry in rewrite.report().missed] == (
+            [] if counts else ["it takes other columns than the op does"]
+        )
+
+
+def test_results_of_which_none_is_made_from_another_are_one_call(own: OpLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objections, "served", lambda op: {"cpu"})
+
+    def model(x: Tensor) -> tuple[Tensor, ...]:
+        cosine = x.cos()
+        return cosine * 2, x.sin(), (x * 2).sin()
+
+    rewrite = fuse(["fuselib::both"])
+    x = torch.randn(3, 20)
+    backend = traced_by(rewrite)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend=backend)(x), model(x))
+    assert rewrite.report().counts() == {"fuselib::both": 1}
+    assert calls(backend.graphs[0])[0] == "fuselib.both.default", "ahead of the first use"
 
 
 def message(function: Callable[[], Any]) -> str:

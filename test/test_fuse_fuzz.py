@@ -87,6 +87,19 @@ def _takes_tanh_for_erf(graph: Graph) -> None:
         node.target = torch.ops.jitk.gelu_tanh_and_mul.default
 
 
+def _turns_the_other_pairs(graph: Graph) -> None:
+    everything()(graph)
+    for node in _ops(graph, "rope_qk"):
+        node.kwargs = {**node.kwargs, "is_neox": not node.kwargs["is_neox"]}
+
+
+def _turns_back(graph: Graph) -> None:
+    everything()(graph)
+    for node in _ops(graph, "rope_qk"):
+        with graph.inserting_before(node):
+            node.args = (*node.args[:3], graph.call_method("neg", (node.args[3],)))
+
+
 def _merges_results(graph: Graph) -> None:
     for node in graph.nodes:
         if node.target is operator.getitem and isinstance(node.args[1], int):
@@ -146,6 +159,8 @@ WRONG: dict[str, tuple[str, Callable[[Graph], None]]] = {
     "swaps_gate_and_up": ("# jitk::silu_mul", _swaps_gate_and_up),
     "another_eps": ("# jitk::rmsnorm", _another_eps),
     "takes_tanh_for_erf": ("# jitk::gelu_and_mul", _takes_tanh_for_erf),
+    "turns_the_other_pairs": ("# jitk::rope_qk", _turns_the_other_pairs),
+    "turns_back": ("# jitk::rope_qk", _turns_back),
     "merges_results": ("= x", _merges_results),
     "loses_a_write": ("mutation: write", _without("mul_", "add_", "zero_", "copy_", "<built-in function setitem>")),
     "merges_draws": ("_like", _merges_draws),

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx import Node
 from torch.fx.node import map_arg
@@ -147,15 +147,22 @@ def _seen(node: Node) -> Effect:
     if fake is None:
         return Effect.WRITES
     function = getattr(torch.Tensor, node.target) if isinstance(node.target, str) else node.target
+    with without_guards(fake):
+        try:
+            return watch(function, args, kwargs)[1]
+        except Exception:  # whatever the call cannot do on fake tensors: it is not known what it does on others
+            return Effect.WRITES
+
+
+@contextlib.contextmanager
+def without_guards(fake: FakeTensorMode) -> Iterator[None]:
+    """For runs on fake tensors that leave no trace in what Dynamo knows of sizes."""
     with contextlib.ExitStack() as stack:
         if fake.shape_env is not None:
             stack.enter_context(fake.shape_env.suppress_guards())
             stack.enter_context(fake.shape_env.ignore_fresh_unbacked_symbols())
         stack.enter_context(fake)
-        try:
-            return watch(function, args, kwargs)[1]
-        except Exception:  # whatever the call cannot do on fake tensors: it is not known what it does on others
-            return Effect.WRITES
+        yield
 
 
 def watch(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Effect]:

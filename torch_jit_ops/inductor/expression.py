@@ -36,7 +36,7 @@ _WIDER = {
     torch.float32: (torch.float64,),
 }
 # Their dimensions are those of the result, which has others than the argument.
-_MAKES_DIMENSIONS = ("unsqueeze", "stack")
+_MAKES_DIMENSIONS = ("stack",)
 
 
 class Opaque(Exception):
@@ -379,6 +379,14 @@ def _layer_norm(reader: Reader, values: Mapping[str, Any], call: Call) -> Expres
     return reader.make("layer_norm", inputs, constants, call.result, call.source)
 
 
+def _unsqueeze(reader: Reader, values: Mapping[str, Any], call: Call) -> Expression | None:
+    dim = values["dim"]
+    if type(dim) is not int:
+        return None
+    place = dim - call.result.dim() if dim >= 0 else dim
+    return reader.make("unsqueeze", (values["self"],), (place,), call.result, call.source)
+
+
 _RULES = {
     **{name: _binary(name) for name in ("add", "mul", "sub", "div")},
     **{name: _unary(name) for name in ("square", "sqrt", "rsqrt", "sigmoid", "tanh", "silu", "relu")},
@@ -389,6 +397,7 @@ _RULES = {
     "gelu": _gelu,
     "rms_norm": _rms_norm,
     "layer_norm": _layer_norm,
+    "unsqueeze": _unsqueeze,
 }
 
 
@@ -423,21 +432,38 @@ def _same(reader: Reader, call: Call) -> Expression:
 
 
 def _slice(reader: Reader, call: Call) -> Expression:
-    """The first or the second half of each row, by where it lies in memory; any other slice is not looked into."""
+    """A part of the columns, by where it lies in memory; any other slice is not looked into."""
     whole = call.first()
     part = call.result
     if isinstance(whole, Expression) and 0 < whole.tensor.dim() == part.dim() and is_view(whole.tensor, part):
-        tensor = whole.tensor
-        width = part.shape[-1]
-        aligned = [tensor.shape[-1] == 2 * width, width > 0]
-        aligned += [mine == theirs for mine, theirs in zip(tensor.stride(), part.stride(), strict=True)]
-        aligned += [mine == theirs for mine, theirs in zip(tensor.shape[:-1], part.shape[:-1], strict=True)]
-        if _all(aligned):
-            offset = part.storage_offset() - tensor.storage_offset()
-            for index, start in enumerate((0, width * tensor.stride(-1))):
-                if statically_known_true(offset == start):
-                    return reader.make("half", (whole,), (index,), part, call.source)
+        columns = _columns(whole.tensor, part)
+        if columns is not None:
+            name, constants = columns
+            return whole if name == "all" else reader.make(name, (whole,), constants, part, call.source)
     return reader.argument(part, call.source)
+
+
+def _columns(whole: Tensor, part: Tensor) -> tuple[str, tuple[int, ...]] | None:
+    """Which columns of ``whole`` the view ``part`` has, all rows of it: ``half`` or ``every_second`` with the index of the
+    first one, ``start`` or ``rest`` with their number, ``all``; None for others."""
+    width, total, step = part.shape[-1], whole.shape[-1], whole.stride(-1)
+    same = [mine == theirs for mine, theirs in zip(whole.shape[:-1], part.shape[:-1], strict=True)]
+    if not _all([*same, *(mine == theirs for mine, theirs in zip(whole.stride()[:-1], part.stride()[:-1], strict=True))]):
+        return None
+    offset = part.storage_offset() - whole.storage_offset()
+    is_half = _all([total == 2 * width, width > 0])
+    if not statically_known_true(part.stride(-1) == step):
+        if is_half and statically_known_true(part.stride(-1) == 2 * step):
+            return next((("every_second", (i,)) for i in (0, 1) if statically_known_true(offset == i * step)), None)
+        return None
+    if _all([width == total, offset == 0]):
+        return "all", ()
+    for index in (0, 1) if is_half else ():
+        if statically_known_true(offset == index * width * step):
+            return "half", (index,)
+    if _all([offset == 0, width > 0]):
+        return "start", (width,)
+    return ("rest", (width,)) if statically_known_true(offset == (total - width) * step) else None
 
 
 def is_view(whole: Tensor, part: Tensor) -> bool:

@@ -13,9 +13,11 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from torch_jit_ops import registry
+from torch_jit_ops.inductor.arrangement import Arrangement, arrangement_of
 from torch_jit_ops.inductor.effects import is_transform, is_transformed
-from torch_jit_ops.inductor.match import Attempt, GraphReader, Match, label_of, match, tensor_of
-from torch_jit_ops.inductor.objections import leading_order, objection
+from torch_jit_ops.inductor.graph_reader import GraphReader, label_of, tensor_of
+from torch_jit_ops.inductor.match import Attempt, Match, matches
+from torch_jit_ops.inductor.objections import objection
 from torch_jit_ops.inductor.pattern import Pattern, patterns_of
 from torch_jit_ops.inductor.report import Entry, entry_at, line_of, module_of
 from torch_jit_ops.inductor.rewrite import Rewrite, in_module
@@ -36,7 +38,8 @@ class Fusion(Rewrite):
         patterns = sorted((pattern for op in ops for pattern in patterns_of(op)), key=lambda pattern: -pattern.size)
         self._patterns: dict[str, list[Pattern]] = defaultdict(list)
         for pattern in patterns:
-            self._patterns[pattern.root.name].append(pattern)
+            for name in dict.fromkeys(root.name for root in pattern.roots):
+                self._patterns[name].append(pattern)
 
     def __repr__(self) -> str:
         return f"fuse({', '.join(op.qualified_name for op in self._ops)})"
@@ -73,32 +76,41 @@ class Fusion(Rewrite):
     def _places(self, graph: Graph, reader: GraphReader, done: list[Entry], missed: list[Entry]) -> Iterator[_Place]:
         """What to put where, from the last to the first. Nothing is changed yet."""
         covered: set[Node] = set()
+        needed: dict[Node, Node] = {}  # where the first of the ops behind takes a value
         for node in reversed(list(graph.nodes)):  # a large pattern before those that are a part of it
             reader.at = node
             expression = reader[node]
             if node in covered or expression is None or expression.source is not node or not in_module(node, self._where):
                 continue
-            found, miss = self._best(node, reader, covered)
+            found, miss = self._best(node, reader, covered, needed)
             if miss is not None:
                 missed.append(miss)
             if found is not None:
                 yield _place(found, frozenset(filter(reader.is_pure, found.interior)))
                 covered |= found.interior
+                for argument in found.nodes():
+                    needed[argument] = min(found.place, needed.get(argument, found.place))
                 done.append(entry_at(found.pattern.op, node))
 
-    def _best(self, node: Node, reader: GraphReader, covered: set[Node]) -> tuple[Match | None, Entry | None]:
+    def _best(
+        self, node: Node, reader: GraphReader, covered: set[Node], needed: dict[Node, Node]
+    ) -> tuple[Match | None, Entry | None]:
         """The largest pattern that fits at ``node``, and what to say of one that fits better and may not stand there."""
         expression = reader[node]
         nearest, miss = _NEAR, None
         for pattern in self._patterns.get(expression.name if expression else "", ()):
             attempt = Attempt()
-            found = match(pattern, node, reader, attempt)
-            against = objection(found, reader) if found is not None else None
-            if found is not None and not covered.isdisjoint(found.outputs):
-                against = "another op makes one of its results already"
-            if found is not None and against is None:
-                return found, miss if nearest >= 1 else None
-            share = 1.0 if found is not None else attempt.fitted / pattern.size
+            against = None
+            for found in matches(pattern, node, reader, attempt, needed):
+                if not covered.isdisjoint(found.outputs):
+                    reason: str | None = "another op makes one of its results already"
+                else:
+                    reason = objection(found, reader)
+                if reason is None:
+                    other = miss is not None and miss.op != pattern.op.qualified_name
+                    return found, miss if nearest >= 1 and other else None
+                against = against or reason
+            share = 1.0 if against is not None else attempt.fitted / pattern.size
             if share > nearest:
                 nearest, miss = share, entry_at(pattern.op, node, against or attempt.reason)
         return None, miss
@@ -114,31 +126,49 @@ class _Place:
     """An op, where it goes, and what has to be made for it: all that could fail is done.
 
     Attributes:
-        order: of the dimensions, where it is not their own.
-        permuted: by the arguments that are given in that order, their fake tensors.
+        arrangement: how the op is called.
+        arguments: the fake tensors of those arguments that are given in another shape.
         example: the op's own result.
         spent: the nodes that go unless something else uses them.
     """
 
     found: Match
-    order: tuple[int, ...] | None
-    permuted: dict[Node, Tensor]
+    arrangement: Arrangement
+    arguments: dict[int, list[_Step]]
     example: Any
     spent: frozenset[Node]
 
 
+@dataclass(frozen=True)
+class _Step:
+    """A view that an argument is given as: a method, what it is called with, and what it makes of the fake tensor."""
+
+    method: str
+    parameter: Any
+    tensor: Tensor
+
+
 def _place(found: Match, spent: frozenset[Node]) -> _Place:
-    order = leading_order(found)
-    if order == tuple(sorted(order or ())):
-        order = None
-    wide = {node: tensor_of(node) for node in found.nodes() if order and tensor_of(node).dim() != 1}
-    tensor = tensor_of(found.root)
+    arrangement = arrangement_of(found)
+    if arrangement is None:
+        raise RuntimeError(f"{found.pattern.op.qualified_name} has no arrangement at {found.root.name}")
+    steps: dict[int, list[_Step]] = defaultdict(list)
+    for index, value in enumerate(found.arguments):
+        if not isinstance(value, Node):
+            continue
+        tensor = tensor_of(value)
+        if index in found.squeezed:
+            tensor = tensor.squeeze(found.squeezed[index])
+            steps[index].append(_Step("squeeze", found.squeezed[index], tensor))
+        if arrangement.is_turned(tensor):
+            steps[index].append(_Step("permute", arrangement.order, arrangement.turned(tensor)))
     example: Any = None
+    wanted = [arrangement.turned(tensor_of(node)) for node in found.outputs]
     if found.pattern.op.signature.results > 1:
-        example = tuple(tensor_of(node) for node in found.outputs)
+        example = tuple(tensor.new_empty(tensor.shape) for tensor in wanted)
     elif found.pattern.op.signature.results == 1:
-        example = tensor.new_empty([tensor.shape[dim] for dim in order or range(tensor.dim())])
-    return _Place(found, order, {node: value.permute(order) for node, value in wide.items()}, example, spent)
+        example = wanted[0].new_empty(wanted[0].shape)
+    return _Place(found, arrangement, steps, example, spent)
 
 
 def _put(graph: Graph, places: Sequence[_Place]) -> None:
@@ -156,16 +186,16 @@ def _put(graph: Graph, places: Sequence[_Place]) -> None:
 
 def _insert(graph: Graph, place: _Place, replaced: dict[Node, Node]) -> list[Node]:
     """The nodes that stand for the outputs of what was found."""
-    found, order = place.found, place.order
+    found, arrangement = place.found, place.arrangement
     op = found.pattern.op
     with graph.inserting_before(found.place):
         arguments = []
         written: list[Node] = []
-        for parameter, given in zip(op.signature.arguments, found.arguments, strict=True):
+        for index, (parameter, given) in enumerate(zip(op.signature.arguments, arrangement.arguments_of(found), strict=True)):
             argument = replaced.get(given, given) if isinstance(given, Node) else given
-            if isinstance(given, Node) and given in place.permuted:
-                argument = graph.call_method("permute", (argument, order))
-                argument.meta = {**given.meta, "example_value": place.permuted[given]}
+            for step in place.arguments.get(index, ()):
+                argument = graph.call_method(step.method, (argument, step.parameter))
+                argument.meta = {**given.meta, "example_value": step.tensor}
             if parameter.written:
                 # What is written is a copy to whoever reads the graph. Inductor leaves it out where nothing reads the original
                 # afterwards, and only there objections.py lets the op stand.
@@ -182,11 +212,14 @@ def _insert(graph: Graph, place: _Place, replaced: dict[Node, Node]) -> list[Nod
         if written:
             return written
         call.meta["example_value"] = place.example
+        made = [call]
         if op.signature.results > 1:
-            return [graph.call_function(operator.getitem, (call, index)) for index in range(op.signature.results)]
-        if order:
-            return [graph.call_method("permute", (call, tuple(order.index(dim) for dim in range(len(order)))))]
-        return [call]
+            made = [graph.call_function(operator.getitem, (call, index)) for index in range(op.signature.results)]
+            for result, tensor in zip(made, place.example, strict=True):
+                result.meta = {**call.meta, "example_value": tensor}
+        if arrangement.order is not None:
+            made = [graph.call_method("permute", (result, arrangement.back)) for result in made]
+        return made
 
 
 def fuse(ops: Iterable[str | Op] | None = None, *, where: str | tuple[str, ...] = "*") -> Fusion:

@@ -1,137 +1,39 @@
-"""Finds patterns in a graph that Dynamo has traced, and says why one that nearly fits does not."""
+"""Finds patterns in a graph, and says why one that nearly fits does not."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx import Graph, Node
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from torch_jit_ops.inductor.calls import function_of
-from torch_jit_ops.inductor.effects import Effect, effect_of
-from torch_jit_ops.inductor.expression import COMMUTATIVE, OF_THE_FIRST, AnyFloat, Call, Expression, Reader, same_number
-from torch_jit_ops.inductor.pattern import Pattern
+from torch_jit_ops.inductor.expression import COMMUTATIVE, AnyFloat, Expression, same_number
+from torch_jit_ops.inductor.graph_reader import GraphReader, tensor_of
+from torch_jit_ops.inductor.pattern import Pattern, at_widths
 
 Bindings = dict[Any, Any]
 
 
-def tensor_of(node: Node) -> Any:
-    """The fake tensor that Dynamo, or an export, saw as the value of ``node``; None if it saw something else, such as a tensor
-    of another kind, which computes as it likes."""
-    value: Any = node.meta.get("example_value", node.meta.get("val"))
-    plain = type(value) in (FakeTensor, Tensor, torch.nn.Parameter) and value.layout is torch.strided
-    return value if plain else None
-
-
-def label_of(node: Node) -> str:
-    """What is called, for a message."""
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return str(target._schema.name.rpartition("::")[2])
-    return target if isinstance(target, str) else getattr(target, "__name__", type(target).__name__)
-
-
-class GraphReader:
-    """The expressions of a graph's nodes, as they are before it is changed.
-
-    A node that writes memory, or changes how those behind it compute, begins a new epoch. What two nodes of different epochs
-    compute is never one value: in a later epoch, a node whose value stood for another's is opaque.
-
-    Attributes:
-        barriers: the nodes that begin an epoch.
-        at: the node that is looked at.
-    """
-
-    def __init__(self) -> None:
-        self._reader = Reader()
-        self._expressions: dict[Node, Expression] = {}
-        self._epochs: dict[Node, int] = {}
-        self._effects: dict[Node, Effect] = {}
-        self._sharing: dict[int, list[Node]] = defaultdict(list)
-        self.barriers: list[Node] = []
-        self.at: Node | None = None
-
-    def read(self, graph: Graph) -> None:
-        """Make the expressions of all nodes."""
-        for node in graph.nodes:
-            self.at = node
-            effect = self._effects[node] = effect_of(node)
-            if effect is Effect.WRITES:
-                self.barriers.append(node)
-                self._reader.forget()
-            self._epochs[node] = len(self.barriers)
-            tensor = tensor_of(node)
-            if tensor is not None:
-                self._sharing[tensor.untyped_storage()._cdata].append(node)
-                self._expressions[node] = self._read(node, tensor, effect)
-
-    def __getitem__(self, node: Node) -> Expression | None:
-        return self._expressions.get(node)
-
-    def is_alias(self, node: Node) -> bool:
-        """Whether its value is that of another node, so that nothing is lost with it."""
-        expression = self._expressions.get(node)
-        return expression is not None and isinstance(expression.source, Node) and expression.source is not node
-
-    def is_pure(self, node: Node) -> bool:
-        """Whether it does nothing but make its value."""
-        return self._effects[node] is Effect.NONE
-
-    def inputs(self, node: Node) -> Sequence[Node]:
-        """The nodes that its value is computed from: of ``x.type_as(y)`` it is ``x`` alone."""
-        function = function_of(node.target)
-        if function is not None and function.name in OF_THE_FIRST:
-            return [value for value in node.args[:1] if isinstance(value, Node)] or node.all_input_nodes
-        return [self._expressions[node].source] if self.is_alias(node) else node.all_input_nodes
-
-    def sharing(self, node: Node) -> Sequence[Node]:
-        """The nodes whose tensors lie in the same memory, or overlap it."""
-        return self._sharing[tensor_of(node).untyped_storage()._cdata]
-
-    def _read(self, node: Node, tensor: Tensor, effect: Effect) -> Expression:
-        if node.op not in ("call_function", "call_method") or effect is not Effect.NONE:
-            return self._reader.argument(tensor, node)
-        call: Node = node
-        index: int | None = None
-        if label_of(node) == "getitem" and isinstance(node.args[0], Node) and tensor_of(node.args[0]) is None:
-            parts: Any = node.args
-            call, index = parts  # a part of a chunk or a split
-            known = call.op in ("call_function", "call_method") and type(index) is int
-            if not known or self._epochs[call] != self._epochs[node] or self._effects[call] is not Effect.NONE:
-                return self._reader.argument(tensor, node)
-        function = function_of(call.target)
-        if function is None:
-            return self._reader.argument(tensor, node)
-        kwargs = {key: self._known(value) for key, value in call.kwargs.items()}
-        return self._reader.read(Call(function, tuple(map(self._known, call.args)), kwargs, tensor, node, index))
-
-    def _known(self, value: Any) -> Any:
-        if isinstance(value, Node):
-            expression = self._expressions.get(value)
-            if expression is None:
-                return value
-            if expression.source is not value and self._epochs[value] != len(self.barriers):
-                # Its memory may have been written since, or that of the node whose value it was.
-                expression = self._expressions[value] = self._reader.argument(expression.tensor, value)
-            return expression
-        return type(value)(map(self._known, value)) if type(value) in (list, tuple) else value
-
-
 @dataclass
 class Attempt:
-    """How many parts of a pattern fit at best, and what is wrong with the next one."""
+    """How many parts of a pattern fit at best, and what is wrong with the next one.
+
+    Attributes:
+        exact: whether slices must be as wide as the pattern's.
+    """
 
     fitted: int = -1
     reason: str = ""
+    exact: bool = False
 
-    def fail(self, bound: Bindings, reason: str) -> None:
-        if len(bound) > self.fitted:
-            self.fitted, self.reason = len(bound), reason
+    def fail(self, bound: Bindings, reason: str, fitted: int | None = None) -> None:
+        fitted = len(bound) if fitted is None else fitted
+        if fitted > self.fitted:
+            self.fitted, self.reason = fitted, reason
 
 
 @dataclass(frozen=True)
@@ -140,57 +42,122 @@ class Match:
 
     Attributes:
         arguments: of the op: nodes and constants.
+        squeezed: by its place among ``arguments``, a dimension of size 1 that an argument has in the model and not in the op.
         outputs: the nodes whose values the op makes, in the order of the pattern's outputs.
         interior: all nodes whose values are computed on the way, outputs included.
+        place: the node before which the op goes: ahead of everything that uses what it makes.
     """
 
     pattern: Pattern
     arguments: tuple[Any, ...]
+    squeezed: Mapping[int, int]
     outputs: tuple[Node, ...]
     interior: frozenset[Node] = field(repr=False)
+    place: Node
 
     @property
     def root(self) -> Node:
-        return self.outputs[self.pattern.outputs.index(self.pattern.root)]
-
-    @property
-    def place(self) -> Node:
-        """The node before which the op goes: ahead of everything that uses what it makes."""
-        return min(self.outputs)
+        """The last node of all that is computed."""
+        return max(self.outputs)
 
     def nodes(self) -> list[Node]:
         """The op's arguments that are nodes."""
         return [argument for argument in self.arguments if isinstance(argument, Node)]
 
+    def tensors(self) -> list[tuple[Expression, Tensor]]:
+        """The op's arguments that are tensors, as in the pattern and as in the model."""
+        found = []
+        for index, (part, node) in enumerate(zip(self.pattern.arguments, self.arguments, strict=True)):
+            if isinstance(part, Expression):
+                tensor = tensor_of(node)
+                found.append((part, tensor.squeeze(self.squeezed[index]) if index in self.squeezed else tensor))
+        return found
 
-def match(pattern: Pattern, node: Node, reader: GraphReader, attempt: Attempt) -> Match | None:
-    """Fit ``pattern`` to the computation of ``node``. ``attempt`` says how far it went."""
+
+def matches(
+    pattern: Pattern, node: Node, reader: GraphReader, attempt: Attempt, needed: Mapping[Node, Node]
+) -> Iterator[Match]:
+    """Fit ``pattern`` to the computation of ``node``, which is the last of the op's results. ``attempt`` says how far it went.
+
+    An op that makes several results of which none is computed from the others may have them from anywhere ahead of ``node``:
+    the nearest comes first.
+
+    Args:
+        needed: where an argument of another op is used, if that is ahead of the model's own use of it.
+    """
     expression = reader[node]
-    if expression is None or expression.source is not node:
-        return None
-    for bound in _unify(pattern.root, expression, {}, attempt):
-        arguments = tuple(
-            bound[argument].source
-            if isinstance(argument, Expression)
-            else bound[argument]
-            if isinstance(argument, AnyFloat)
-            else argument
-            for argument in pattern.arguments
-        )
-        outputs = tuple(bound[output].source for output in pattern.outputs)
-        wanted = zip((*pattern.arguments, *pattern.outputs), (*arguments, *outputs), strict=True)
-        if all(isinstance(value, Node) for part, value in wanted if isinstance(part, Expression)):
-            interior = frozenset(_between(node, [value for value in arguments if isinstance(value, Node)], reader))
-            if interior.issuperset(outputs):
-                return Match(pattern, arguments, outputs, interior)
-        attempt.fail(bound, "an argument has no place in the graph")
+    if expression is None or expression.source is not node or (len(pattern.roots) > 1 and not node.users):
+        return
+    for root in reversed(pattern.roots):
+        others = [other for other in pattern.roots if other is not root]
+        for bound in _unify(root, expression, {}, attempt):
+            for whole in _join(others, node, bound, reader, attempt):
+                found = _resolve(pattern, whole, node, reader, attempt, needed)
+                if found is not None:
+                    yield found
+                    if not others:
+                        return
+            if others:
+                reason = f"what else {pattern.op.name} makes is not computed ahead of {node.name}"
+                attempt.fail(bound, reason, pattern.size)
+
+
+def has_its_columns(found: Match, reader: GraphReader) -> bool:
+    """Whether slices have the columns that the op takes of tensors as wide as these: its spelling is recorded of such."""
+    if not {"start", "rest"} & {part.name for part in found.pattern.parts}:
+        return True
+    widths = tuple(tensor.shape[-1] if tensor.dim() > 0 else 0 for _, tensor in found.tensors())
+    if not all(type(width) is int for width in widths):
+        return False
+    exact = at_widths(found.pattern, widths)
+    bounds: list[Bindings] = [{}]
+    for output, node in zip(exact.outputs if exact is not None else (), found.outputs, strict=exact is not None):
+        bounds = [each for bound in bounds for each in _unify_all([output], [reader[node]], bound, Attempt(exact=True))]
+    return exact is not None and len(bounds) > 0
+
+
+def _join(
+    roots: Sequence[Expression], before: Node, bound: Bindings, reader: GraphReader, attempt: Attempt
+) -> Iterator[Bindings]:
+    """Fit the other results of an op, too."""
+    if not roots:
+        yield bound
+        return
+    for node in reversed(reader.named[roots[-1].name]):
+        if node < before and node.users:
+            for found in _unify_all(roots[-1:], [reader[node]], bound, Attempt()):
+                yield from _join(roots[:-1], before, found, reader, attempt)
+
+
+def _resolve(
+    pattern: Pattern, bound: Bindings, node: Node, reader: GraphReader, attempt: Attempt, needed: Mapping[Node, Node]
+) -> Match | None:
+    squeezed, arguments = {}, []
+    for index, argument in enumerate(pattern.arguments):
+        value = bound[argument] if isinstance(argument, (Expression, AnyFloat)) else argument
+        if isinstance(value, Expression) and value.name == "squeeze":
+            squeezed[index] = value.constants[0]
+            value = value.inputs[0]
+        arguments.append(value.source if isinstance(value, Expression) else value)
+    outputs = tuple(bound[output].source for output in pattern.outputs)
+    wanted = zip((*pattern.arguments, *pattern.outputs), (*arguments, *outputs), strict=True)
+    if all(isinstance(value, Node) for part, value in wanted if isinstance(part, Expression)):
+        given = [value for value in arguments if isinstance(value, Node)]
+        interior = frozenset().union(*(_between(bound[root].source, given, reader) for root in pattern.roots))
+        if interior.issuperset(outputs):
+            place = min(outputs)
+            if len(pattern.roots) > 1:  # not before it must be: what the later results are made from comes late as well
+                users = [user for output in outputs for user in output.users if user not in interior]
+                place = min([max(outputs), *users, *(needed[output] for output in outputs if output in needed)])
+            return Match(pattern, tuple(arguments), squeezed, outputs, interior, place)
+    attempt.fail(bound, "an argument has no place in the graph")
     return None
 
 
 def _unify(pattern: Expression, target: Expression, bound: Bindings, attempt: Attempt) -> Iterator[Bindings]:
     """Every way in which ``target`` can be what ``pattern`` says, given what was found for its other parts."""
     if pattern in bound:
-        if bound[pattern] is target:
+        if _is_one(bound[pattern], target):
             yield bound
         return
     if pattern.dtype != target.dtype:
@@ -199,6 +166,11 @@ def _unify(pattern: Expression, target: Expression, bound: Bindings, attempt: At
     if pattern.name == "argument":
         yield {**bound, pattern: target}
         return
+    if pattern.name == "unsqueeze" or (pattern.name in _OF_VIEWS and not attempt.exact):
+        inner = _OF_VIEWS[pattern.name](pattern, target)
+        if inner is not None:
+            yield from _unify_all(pattern.inputs, [inner], {**bound, pattern: target}, attempt)
+            return
     if pattern.name != target.name or len(pattern.inputs) != len(target.inputs):
         attempt.fail(
             bound, f"wants {pattern.name}, the model has {target.name if target.name != 'argument' else target.source}"
@@ -218,6 +190,35 @@ def _unify(pattern: Expression, target: Expression, bound: Bindings, attempt: At
         orders.append(target.inputs[::-1])
     for order in orders:
         yield from _unify_all(pattern.inputs, order, bound, attempt)
+
+
+def _is_one(known: Any, target: Expression) -> bool:
+    both = known.name == target.name == "squeeze" and known.constants == target.constants
+    return known is target or (both and known.inputs[0] is target.inputs[0])
+
+
+def _squeezed(pattern: Expression, target: Expression) -> Expression | None:
+    """What has a dimension of size 1 more in ``target``, as something that is spread over heads."""
+    if target.name == "unsqueeze" and target.constants == pattern.constants:
+        return target.inputs[0]
+    dim = pattern.constants[0]
+    if target.tensor.dim() != pattern.tensor.dim() or not statically_known_true(target.tensor.shape[dim] == 1):
+        return None
+    return Expression("squeeze", (target,), (dim,), target.dtype, target.tensor.squeeze(dim))
+
+
+def _started(pattern: Expression, target: Expression) -> Expression | None:
+    """The tensor whose first columns, as many as there may be, are ``target``: it may be all of them."""
+    first_half = target.name == "half" and target.constants == (0,)
+    return target.inputs[0] if target.name == "start" or first_half else target
+
+
+def _ended(pattern: Expression, target: Expression) -> Expression | None:
+    last_half = target.name == "half" and target.constants == (1,)
+    return target.inputs[0] if target.name == "rest" or last_half else None
+
+
+_OF_VIEWS = {"unsqueeze": _squeezed, "start": _started, "rest": _ended}
 
 
 def _unlike(wanted: Any, found: Any, bound: Bindings) -> str | None:

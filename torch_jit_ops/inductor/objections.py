@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from torch_jit_ops.declaring import layout
+from torch_jit_ops.inductor.arrangement import arrangement_of, layouts
 from torch_jit_ops.inductor.expression import Expression
-from torch_jit_ops.inductor.match import GraphReader, Match, label_of, tensor_of
+from torch_jit_ops.inductor.graph_reader import GraphReader, label_of, tensor_of
+from torch_jit_ops.inductor.match import Match, has_its_columns
+from torch_jit_ops.inductor.pattern import declares_shapes
 from torch_jit_ops.op import Op
 
 Objection = Callable[[Match, GraphReader], str | None]
@@ -34,32 +37,32 @@ def served(op: Op) -> set[str]:
 
 
 def _shapes(found: Match, reader: GraphReader) -> str | None:
-    """What has one size in the sample has one here: the op does not broadcast where PyTorch did."""
-    pairs = [
-        (part.tensor, tensor_of(node), part.source)
-        for part, node in zip(found.pattern.arguments, found.arguments, strict=True)
-        if isinstance(part, Expression)
-    ]
-    main_sample, main = pairs[0][:2]
+    """What has one size in the sample has one here: the op does not broadcast where PyTorch did. An op that says itself what is
+    equal is asked, at the end."""
+    pairs = found.tensors()
+    main_sample, main = pairs[0][0].tensor, pairs[0][1]
     if main.dim() < 1:
         return "its first argument has no dimension"
-    for sample, tensor, name in pairs[1:]:
-        same_rank = sample.dim() == main_sample.dim()
+    asked = declares_shapes(found.pattern.op)
+    for part, tensor in pairs[0 if asked else 1 :]:
+        sample, name = part.tensor, part.source
+        same_rank = sample.dim() == main_sample.dim() and not asked
         if tensor.dim() != (main.dim() if same_rank else sample.dim()):
             return f"{name} has {tensor.dim()} dimensions"
         depth = tensor.dim() if same_rank and sample.shape == main_sample.shape else min(sample.dim(), main_sample.dim())
-        for dim in range(-1, -depth - 1, -1):
+        for dim in () if asked else range(-1, -depth - 1, -1):
             in_sample = -dim > sample.dim() or sample.shape[dim] == main_sample.shape[dim]
             if in_sample and not statically_known_true(tensor.shape[dim] == main.shape[dim]):
                 return f"{name} is broadcast, {list(tensor.shape)} to {list(main.shape)}"
-    return _sizes(pairs)
+    return None if asked else _sizes(pairs)
 
 
-def _sizes(pairs: Sequence[tuple[Tensor, Tensor, str]]) -> str | None:
+def _sizes(pairs: Sequence[tuple[Expression, Tensor]]) -> str | None:
     """A size of the sample is one size of the model, wherever it stands."""
-    main_sample, main = pairs[0][:2]
+    main_sample, main = pairs[0][0].tensor, pairs[0][1]
     known: dict[int, int | torch.SymInt] = {}
-    for sample, tensor, name in pairs:
+    for part, tensor in pairs:
+        sample, name = part.tensor, part.source
         for dim in range(-1, -sample.dim() - 1, -1):
             if -dim > tensor.dim():
                 continue
@@ -71,54 +74,20 @@ def _sizes(pairs: Sequence[tuple[Tensor, Tensor, str]]) -> str | None:
     return None
 
 
+def _columns(found: Match, reader: GraphReader) -> str | None:
+    return None if has_its_columns(found, reader) else "it takes other columns than the op does"
+
+
 def _layout(found: Match, reader: GraphReader) -> str | None:
-    if leading_order(found) is not None:
+    if arrangement_of(found) is not None:
         return None
-    for part, node in zip(found.pattern.arguments, found.arguments, strict=True):
-        if isinstance(part, Expression) and not is_rows(tensor_of(node)):
-            return f"{part.source} has strides {list(tensor_of(node).stride())}, which are no rows"
+    given = layouts(found.pattern.op)
+    for part, tensor in found.tensors():
+        wanted = given.get(part.source, layout.ROWS)
+        if not layout.lies_so(tensor, wanted):
+            expected = "which are no rows" if wanted.strides is None else f"expected {wanted}"
+            return f"{part.source} has strides {list(tensor.stride())}, {expected}"
     return f"its result would have other strides than {list(tensor_of(found.root).stride())}"
-
-
-def leading_order(found: Match) -> tuple[int, ...] | None:
-    """The order of dimensions in which the op's tensors are rows; None if there is none.
-
-    What treats each row by itself may take them in any order: heads of queries and keys are often transposed before their
-    norm.
-    """
-    tensors = [tensor_of(node) for node in found.nodes()]
-    rank = tensors[0].dim()
-    plain = tuple(range(rank))
-    if all(map(is_rows, tensors)) and all(_is_dense(tensor_of(node)) for node in found.outputs):
-        return plain
-    wide = [tensor for tensor in tensors if tensor.dim() > 1]
-    if not found.pattern.is_by_rows or len({tensor.dim() for tensor in wide}) != 1 or rank > 5:
-        return None
-    for leading in itertools.permutations(range(rank - 1)):
-        order = (*leading, rank - 1)
-        rows = all(is_rows(tensor.permute(order) if tensor.dim() > 1 else tensor) for tensor in tensors)
-        if rows and _is_dense(tensor_of(found.root).permute(order)):
-            return order
-    return None
-
-
-def is_rows(tensor: Tensor) -> bool:
-    """Whether the last dimension is dense and the leading ones walk in equal steps, as kernels want it."""
-    return layout.lies_so(tensor, layout.ROWS)
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether it lies in memory as the op's result does: what is behind it may look at its strides."""
-    if tensor.dim() < 2 or not is_rows(tensor):
-        return is_rows(tensor)
-    row = next(
-        (step for size, step in zip(tensor.shape[-2::-1], tensor.stride()[-2::-1], strict=True) if not _is_one(size)), None
-    )
-    return row is None or statically_known_true(row == tensor.shape[-1])
-
-
-def _is_one(size: int | torch.SymInt) -> bool:
-    return statically_known_true(size == 1)
 
 
 def _order(found: Match, reader: GraphReader) -> str | None:
@@ -130,13 +99,16 @@ def _order(found: Match, reader: GraphReader) -> str | None:
     return f"{late[0].name} is computed after {found.place.name}" if late else None
 
 
+_FREE = ("argument", "to", "half", "every_second", "start", "rest", "unsqueeze")
+
+
 def _uses(found: Match, reader: GraphReader) -> str | None:
     """A value that is needed elsewhere is computed anyway: the op would compute it again. Casts, halves and other names of a
     value cost nothing; but a hook that is set on one waits for a gradient that would not come."""
     hooks = set(reader.barriers)
     for node in sorted(found.interior - set(found.outputs)):
         expression = reader[node]
-        free = expression is None or expression.name in ("to", "half", "argument") or reader.is_alias(node)
+        free = expression is None or expression.name in _FREE or reader.is_alias(node)
         outside = [user for user in node.users if user not in found.interior and (not free or user in hooks)]
         if outside:
             return f"{node.name} is used elsewhere too, by {outside[0].name}"
@@ -175,4 +147,32 @@ def _saved(found: Match, reader: GraphReader) -> str | None:
     return None
 
 
-_CHECKS: tuple[Objection, ...] = (_device, _shapes, _layout, _order, _uses, _writes, _saved)
+def _derivatives(found: Match, reader: GraphReader) -> str | None:
+    """Of results that one op makes, all need a derivative or none does."""
+    needing = [node for node in found.outputs if tensor_of(node).requires_grad]
+    others = [node for node in found.outputs if node not in needing]
+    if len(found.pattern.roots) > 1 and needing and others:
+        return f"{needing[0].name} needs a derivative, and {others[0].name} does not"
+    return None
+
+
+def _asked(found: Match, reader: GraphReader) -> str | None:
+    """An op that says what its tensors must be is asked: it has to make what the model has of tensors without memory."""
+    arrangement = arrangement_of(found) if declares_shapes(found.pattern.op) else None
+    if arrangement is None:
+        return None
+    if not all(isinstance(tensor_of(node), FakeTensor) for node in (*found.nodes(), *found.outputs)):
+        return "its tensors are no fake ones"
+    try:
+        made = arrangement.results_of(found)
+    except (RuntimeError, ValueError) as error:
+        return f"the op refuses it: {' '.join(str(error).split())}"
+    for result, node in zip(made, found.outputs, strict=True):
+        wanted = arrangement.turned(tensor_of(node))
+        equal = [mine == theirs for mine, theirs in zip(result.shape, wanted.shape, strict=True)]
+        if result.dtype != wanted.dtype or not all(map(statically_known_true, equal)):
+            return f"{node.name} has the shape {list(wanted.shape)}, the op makes {list(result.shape)}"
+    return None
+
+
+_CHECKS: tuple[Objection, ...] = (_device, _shapes, _columns, _layout, _order, _uses, _writes, _saved, _derivatives, _asked)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from torch_jit_ops.declaring.samples import Sample, SampleMaker
+from torch_jit_ops.ops import spelling
 from torch_jit_ops.ops.library import FLOATS, library
 from torch_jit_ops.ops.rope_and_store import apply_rope_store_kv as apply_rope_store_kv
 from torch_jit_ops.ops.rope_and_store import fused_qknorm_rope_store_kv as fused_qknorm_rope_store_kv
@@ -75,12 +76,15 @@ def _heads_first(make: SampleMaker) -> Iterator[Sample]:
         (1, 2, 1, 3, 512, 512, True, True, None, "a wide head"),
         (1, 2, 1, 3, 1288, 1280, False, False, None, "a head that is too wide for registers"),
         (2, 2, 1, 3, 16, 0, False, True, None, "nothing that turns"),
+        (2, 4, 2, 3, 20, 20, True, False, None, "neighbours, angles of all batches"),
     ):
         q, k = (make.randn(batch, heads, tokens, head_dim) for heads in (q_heads, k_heads))
         angles = _angles_per_token(make, 1 if shared else batch, tokens, rope_dim, dtype)
         yield Sample((q, k, *angles), {"is_neox": is_neox}, note=note)
     q, k = make.randn(2, 6, 4, 64), make.randn(2, 6, 2, 64)
     yield Sample((q, k, *_angles_per_token(make, 2, 6, 64, None)), {"unsqueeze_dim": 2}, note="heads behind tokens")
+    neighbours = {"is_neox": False, "unsqueeze_dim": 2}
+    yield Sample((q, k, *_angles_per_token(make, 2, 6, 64, None)), neighbours, note="neighbours, heads behind tokens")
 
 
 def _gradients(make: SampleMaker) -> Iterator[Sample]:
@@ -148,6 +152,7 @@ def _differentiate_rope_qk_backward(
     tensors=_QK,
     samples=_heads_first,
     backward=_differentiate_rope_qk,
+    patterns=spelling.ROPES,
 )
 def rope_qk(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, is_neox: bool = True, unsqueeze_dim: int = 1

@@ -98,3 +98,40 @@ def after_addition(
         return of_sum
 
     return tuple(map(added, norms))
+
+
+def rope_in_its_dtype(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, is_neox: bool, unsqueeze_dim: int
+) -> tuple[Tensor, Tensor]:
+    """As in Hugging Face's Llama, and in Phi, of a part of each head: rounded three times where cosines and sines are of a half
+    type, and once where they are fp32, as in OLMo 2."""
+    if cos.shape[-1] < q.shape[-1]:
+        return rope_of_a_part(q, k, cos, sin, is_neox=is_neox, unsqueeze_dim=unsqueeze_dim)
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return _turned(q, cos, sin, is_neox).to(q.dtype), _turned(k, cos, sin, is_neox).to(k.dtype)
+
+
+def rope_of_a_part(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, is_neox: bool, unsqueeze_dim: int
+) -> tuple[Tensor, Tensor]:
+    """As in Hugging Face's GLM and Phi 3, where the part may be all."""
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    rope_dim = cos.shape[-1]
+    turned = [_turned(x[..., :rope_dim], cos, sin, is_neox).to(x.dtype) for x in (q, k)]
+    return torch.cat((turned[0], q[..., rope_dim:]), -1), torch.cat((turned[1], k[..., rope_dim:]), -1)
+
+
+def rope_in_fp32(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, is_neox: bool, unsqueeze_dim: int) -> tuple[Tensor, Tensor]:
+    """As in Hugging Face's Cohere."""
+    of_q, of_k = rope_in_its_dtype(q.float(), k.float(), cos, sin, is_neox=is_neox, unsqueeze_dim=unsqueeze_dim)
+    return of_q.to(q.dtype), of_k.to(k.dtype)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, is_neox: bool) -> Tensor:
+    if is_neox:
+        first, second = x.chunk(2, -1)
+        return x * cos + torch.cat((-second, first), -1) * sin
+    return x * cos + torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2) * sin
+
+
+ROPES = (rope_in_its_dtype, rope_of_a_part, rope_in_fp32)

@@ -137,7 +137,7 @@ def _lists(make: SampleMaker, items: int, dst: int, src: int) -> tuple[Tensor, T
 
 def _one_layer(make: SampleMaker) -> Iterator[Sample]:
     def sample(
-        k_dst: Tensor, v_dst: Tensor | None, k_src: Tensor, v_src: Tensor | None, items: int, note: str, max_blocks: int = 0
+        note: str, items: int, k_dst: Tensor, v_dst: Tensor | None, k_src: Tensor, v_src: Tensor | None, *, max_blocks: int = 0
     ) -> Sample:
         to, where = _lists(make, items, k_dst.shape[0], k_src.shape[0])
         return Sample((k_dst, v_dst, to, k_src, v_src, where), {"max_blocks": max_blocks}, note, has_tokens=False)
@@ -145,13 +145,15 @@ def _one_layer(make: SampleMaker) -> Iterator[Sample]:
     def rows(slots: int, *row: int) -> list[Tensor]:
         return [make.randn(slots, *row) for _ in range(2)]
 
-    yield sample(*rows(16, 2, 64), *rows(11, 2, 64), 7, "rows")
-    yield sample(make.randn(40, 1, 72), None, make.randn(40, 1, 72), None, 33, "MLA: no values", 1)
-    yield sample(*rows(5, 16, 2, 8), *make.randn(4, 3, 16, 2, 2, 8)[:, 1].unbind(2), 3, "pages first, keys beside values")
-    yield sample(make.randn(9, 3), make.randn(9, 10), make.randn(6, 3), make.randn(6, 10), 5, "an odd row; other values", 2)
-    yield sample(*rows(3, 4), *rows(3, 4), 0, "no items")
-    yield sample(make.randn(20), None, make.randn(30), None, 19, "an item is an element")
-    yield sample(*rows(2, 4096), *rows(2, 4096), 2, "a long row")
+    yield sample("rows", 7, *rows(16, 2, 64), *rows(11, 2, 64))
+    yield sample("MLA: no values", 33, make.randn(40, 1, 72), None, make.randn(40, 1, 72), None, max_blocks=1)
+    host = make.randn(4, 3, 16, 2, 2, 8)[:, 1]
+    yield sample("pages first, keys beside values", 3, *rows(5, 16, 2, 8), *host.unbind(2))
+    other = make.randn(9, 3), make.randn(9, 10), make.randn(6, 3), make.randn(6, 10)
+    yield sample("an odd row; other values", 5, *other, max_blocks=2)
+    yield sample("no items", 0, *rows(3, 4), *rows(3, 4))
+    yield sample("an item is an element", 19, make.randn(20), None, make.randn(30), None)
+    yield sample("a long row", 2, *rows(2, 4096), *rows(2, 4096))
 
 
 def _all_layers(make: SampleMaker) -> Iterator[Sample]:
@@ -161,31 +163,23 @@ def _all_layers(make: SampleMaker) -> Iterator[Sample]:
     def each(layers: int, *shape: int) -> list[Tensor]:
         return [random(*shape) for _ in range(layers)]
 
-    def sample(
-        k_dst: Sequence[Tensor],
-        v_dst: Sequence[Tensor],
-        k_src: Sequence[Tensor],
-        v_src: Sequence[Tensor],
-        items: int,
-        note: str,
-        *,
-        flags: bool = False,
-    ) -> Sample:
+    def sample(note: str, items: int, *caches: Sequence[Tensor], flags: bool = False) -> Sample:
+        k_dst, v_dst, k_src, v_src = map(list, caches)
         to, where = _lists(make, items, k_dst[0].shape[0], k_src[0].shape[0])
         arrived = make.kept(make.values(*[0] * len(k_dst), dtype=torch.int32)) if flags else None
-        caches = [list(layers) for layers in (k_dst, v_dst, k_src, v_src)]
-        return Sample((*caches[:2], to, *caches[2:], where, arrived), note=note, has_tokens=False)
+        return Sample((k_dst, v_dst, to, k_src, v_src, where, arrived), note=note, has_tokens=False)
 
-    yield sample(each(3, 16, 2, 64), each(3, 16, 2, 64), each(3, 11, 2, 64), each(3, 11, 2, 64), 7, "rows", flags=True)
-    host = [random(6, 4, 16, 2, 8) for _ in range(2)]
-    yield sample(each(4, 5, 16, 2, 8), each(4, 5, 16, 2, 8), *(x.unbind(1) for x in host), 5, "from pages first")
-    host = [random(6, 4, 2, 8) for _ in range(2)]
-    yield sample(
-        *(x.unbind(1) for x in host), *(random(4, 9, 2, 8).unbind(0) for _ in range(2)), 5, "to rows first", flags=True
-    )
+    def pair(layers: int, *shape: int) -> list[list[Tensor]]:
+        return [each(layers, *shape) for _ in range(2)]
+
+    yield sample("rows", 7, *pair(3, 16, 2, 64), *pair(3, 11, 2, 64), flags=True)
+    host = [random(6, 4, 16, 2, 8).unbind(1) for _ in range(2)]
+    yield sample("from pages first", 5, *pair(4, 5, 16, 2, 8), *host)
+    host = [random(6, 4, 2, 8).unbind(1) for _ in range(2)]
+    yield sample("to rows first", 5, *host, *(random(4, 9, 2, 8).unbind(0) for _ in range(2)), flags=True)
     narrow = [random(3, 12, 1, 52, dtype=torch.float8_e4m3fn).unbind(0) for _ in range(2)]
-    yield sample(narrow[0], [], narrow[1], [], 12, "MLA in 8 bits: no values")
-    yield sample(each(2, 3, 8), [], each(2, 3, 8), [], 0, "no items, and yet they have arrived", flags=True)
+    yield sample("MLA in 8 bits: no values", 12, narrow[0], [], narrow[1], [])
+    yield sample("no items, and yet they have arrived", 0, each(2, 3, 8), [], each(2, 3, 8), [], flags=True)
 
 
 def _waits(make: SampleMaker) -> Iterator[Sample]:
