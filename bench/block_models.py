@@ -1,7 +1,7 @@
 """Llama-style blocks in plain PyTorch and with the ops written in, and a small model of ``transformers``.
 
-Both of ours hold the same weights. The plain one is written as people write it: Hugging Face's norm, ``silu(gate) * up`` of the
-halves of one product.
+Both of ours hold the same weights. The plain one is written as people write it: Hugging Face's norm and rotary embedding,
+``silu(gate) * up`` of the halves of one product.
 """
 
 from __future__ import annotations
@@ -31,7 +31,30 @@ class Size:
         return self.hidden // self.heads
 
 
+Angles = tuple[Tensor, Tensor]
+
+
+def angles_of(x: Tensor, head_dim: int) -> Angles:
+    """Cosines and sines of the tokens of ``x``, as Hugging Face's models compute them ahead of their blocks."""
+    frequencies = 500_000.0 ** -(torch.arange(0, head_dim, 2, device=x.device).float() / head_dim)
+    angles = torch.outer(torch.arange(x.shape[1], device=x.device).float(), frequencies).repeat(1, 2)[None]
+    return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Of heads ahead of tokens."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+
+    def turned(x: Tensor) -> Tensor:
+        first, second = x.chunk(2, -1)
+        return x * cos + torch.cat((-second, first), -1) * sin
+
+    return turned(q), turned(k)
+
+
 class Attention(nn.Module):
+    rope = staticmethod(rope)
+
     def __init__(self, size: Size) -> None:
         super().__init__()
         self.head_dim = size.head_dim
@@ -39,8 +62,9 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(size.hidden, sum(self.splits), bias=False)
         self.out = nn.Linear(size.hidden, size.hidden, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, angles: Angles) -> Tensor:
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in self.qkv(x).split(self.splits, -1))
+        q, k = self.rope(q, k, *angles)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return self.out(y.transpose(1, 2).flatten(2))
 
@@ -66,8 +90,8 @@ class Block(nn.Module):
         self.gate_up = nn.Linear(size.hidden, 2 * size.intermediate, bias=False)
         self.down = nn.Linear(size.intermediate, size.hidden, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x))
+    def forward(self, x: Tensor, angles: Angles) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), angles)
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
         return x + self.down(F.silu(gate) * up)
 
@@ -77,25 +101,33 @@ class Plain(nn.Module):
 
     def __init__(self, size: Size) -> None:
         super().__init__()
+        self.head_dim = size.head_dim
         self.blocks = nn.ModuleList(Block(size) for _ in range(size.blocks))
         self.norm = PlainNorm(size.hidden)
 
     def forward(self, x: Tensor) -> Tensor:
+        angles = angles_of(x, self.head_dim)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, angles)
         return self.norm(x)
 
 
 class Written(Plain):
     """The same with the ops written in: each addition in one op with the norm behind it, in place."""
 
+    def __init__(self, size: Size) -> None:
+        super().__init__(size)
+        for block in self.blocks:
+            block.attention.rope = torch.ops.jitk.rope_qk
+
     def forward(self, x: Tensor) -> Tensor:
         jitk = torch.ops.jitk
+        angles = angles_of(x, self.head_dim)
         residual = x.clone()  # the caller's x stays as it is
         x = jitk.rmsnorm(x, self.blocks[0].attention_norm.weight, 1e-6)
         norms = [block.attention_norm for block in self.blocks[1:]]
         for block, behind in zip(self.blocks, [*norms, self.norm], strict=True):
-            x = block.attention(x)
+            x = block.attention(x, angles)
             jitk.fused_add_rmsnorm(x, residual, block.mlp_norm.weight, 1e-6)
             x = block.down(jitk.silu_and_mul(block.gate_up(x)))
             jitk.fused_add_rmsnorm(x, residual, behind.weight, 1e-6)

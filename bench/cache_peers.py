@@ -20,7 +20,9 @@ def _sglang(module: str) -> Any:
 
 def _sglang_rope(q: Tensor, k: Tensor, angles: Tensor, positions: Tensor) -> Prepared:
     function = _sglang("attention.rope").apply_rope_inplace
-    return lambda: function(q, k, angles, positions, is_neox=True)
+    part = angles.shape[1]
+    turning = q[..., :part], k[..., :part]
+    return lambda: function(*turning, angles, positions, is_neox=True)
 
 
 def _sglang_rope_store(
@@ -48,8 +50,31 @@ def _sglang_normed_rope(
     values = heads - q.shape[1] - k.shape[1]
     counts = (q.shape[1], k.shape[1], values, head_dim)
     return lambda: function(
-        projection, q_weight, k_weight, narrow, *counts, 1e-6, 500_000.0, True, 1.0, 1.0, 1.0, 1.0, head_dim
+        projection, q_weight, k_weight, narrow, *counts, 1e-6, 500_000.0, True, 1.0, 1.0, 1.0, 1.0, angles.shape[1]
     )
+
+
+def _sglang_normed_rope_store(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    angles: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+) -> Prepared:
+    """Two launches: it has none for both."""
+    turn = _sglang_normed_rope(q, k, q_weight, k_weight, angles, positions)
+    store = _sglang_store(k, v, k_cache, v_cache, slots)
+
+    def call() -> None:
+        turn()
+        store()
+
+    return call
 
 
 def _flashinfer_rope(q: Tensor, k: Tensor, angles: Tensor, positions: Tensor) -> Prepared:
@@ -63,6 +88,7 @@ PEERS: dict[str, dict[str, Callable[..., Prepared]]] = {
         "apply_rope": _sglang_rope,
         "apply_rope_store_kv": _sglang_rope_store,
         "fused_qknorm_rope": _sglang_normed_rope,
+        "fused_qknorm_rope_store_kv": _sglang_normed_rope_store,
         "store_kv_cache": _sglang_store,
     },
     "flashinfer": {"apply_rope": _flashinfer_rope},

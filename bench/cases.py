@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import torch_jit_ops
+from bench import plain_cache
 from bench.recipes import RECIPES, Make, Recipe
 from torch_jit_ops import Op
 from torch_jit_ops.declaring.matcher import Size, TensorPattern
@@ -136,7 +137,8 @@ def _axes(op: Op) -> tuple[str, ...] | None:
 
 # What a user would write instead of the op, where that is not what the op declares.
 _BASELINES: dict[str, Callable[..., Any]] = {
-    "layernorm": lambda input, weight, bias: spelling.layer_norm_of_pytorch(input, weight, bias, 1e-5)
+    "layernorm": lambda input, weight, bias: spelling.layer_norm_of_pytorch(input, weight, bias, 1e-5),
+    **plain_cache.BASELINES,
 }
 
 
@@ -262,6 +264,24 @@ _HEADS = (
 )
 
 
+# Rotary embeddings: (tokens, q_heads, k_heads, rope_dim, head_dim). The first rows are those at which the peers' figures are
+# recorded.
+_ROPES = (
+    (1, 32, 8, 128, 128),
+    (128, 32, 8, 128, 128),
+    (1024, 32, 8, 128, 128),
+    (8192, 32, 8, 128, 128),
+    (8192, 8, 1, 128, 128),
+    (3, 64, 8, 128, 128),  # Llama 3 70B
+    (77, 64, 8, 128, 128),
+    (5000, 64, 8, 128, 128),
+    (5000, 32, 8, 64, 64),
+    (5000, 32, 32, 96, 96),  # Phi 3: no power of two
+    (5000, 8, 4, 256, 256),  # Gemma 3
+    (5000, 32, 32, 32, 80),  # Phi 2: a part of each head
+)
+_FEW_ROPES = (*_ROPES[:4], *_ROPES[6:7], *_ROPES[9:11])
+
 # Stores: (tokens, heads, head_dim). The first rows are those at which the peers' figures are recorded.
 _STORES = (
     (1, 8, 128),
@@ -288,6 +308,13 @@ _SIZES: dict[str, Sequence[tuple[int, ...]]] = {
     "layernorm": _FEW + _NORM_TARGETS[-1:],
     "rmsnorm_backward": _GRADIENTS,
     "layernorm_backward": _GRADIENTS,
+    "apply_rope": _ROPES,
+    "rope": ((1, 32, 128, 128), (1024, 32, 128, 128), (8192, 32, 128, 128)),
+    "apply_rope_store_kv": _FEW_ROPES,
+    "fused_qknorm_rope": _FEW_ROPES,
+    "fused_qknorm_rope_store_kv": _FEW_ROPES,
+    "rope_qk": _FEW_ROPES,
+    "rope_qk_backward": _FEW_ROPES,
     "store_kv_cache": _STORES,
     "store_mla_cache": _MLA,
     "gather_kv_cache": _STORES,

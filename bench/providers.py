@@ -110,6 +110,35 @@ def _bind_jitk(operation: Operation) -> Call:
     return into_several
 
 
+# What a fused op does, by ops of which each has a launch of its own: names of the arguments of each.
+_PARTS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {}
+_PARTS["apply_rope_store_kv"] = (
+    ("apply_rope", ("q", "k", "cos_sin_cache", "positions")),
+    ("store_kv_cache", ("k", "v", "k_cache", "v_cache", "indices")),
+)
+_PARTS["fused_qknorm_rope"] = (
+    ("fused_qknorm", ("q", "k", "q_weight", "k_weight")),
+    ("apply_rope", ("q", "k", "cos_sin_cache", "positions")),
+)
+_PARTS["fused_qknorm_rope_store_kv"] = (*_PARTS["fused_qknorm_rope"], _PARTS["apply_rope_store_kv"][1])
+
+
+def _bind_parts(operation: Operation) -> Call:
+    if operation.name not in _PARTS:
+        raise Unavailable("is no fusion of ops")
+    names = [argument.name for argument in operation.op.signature.arguments]
+    calls = [
+        (jitk_packet(part).default, [names.index(argument) for argument in arguments])
+        for part, arguments in _PARTS[operation.name]
+    ]
+
+    def call(slot: Slot) -> None:
+        for overload, places in calls:
+            overload(*(slot.inputs[place] for place in places))
+
+    return call
+
+
 def _bind_copy(operation: Operation) -> Call:
     def call(slot: Slot) -> None:
         slot.copy_to.copy_(slot.copy_from)
@@ -336,6 +365,9 @@ def _bind_liger(operation: Operation) -> Call:
             return weight, mean, scale
 
         return lambda slot: layer.layer_norm_backward(*slot.inputs, *saved_layer(slot))
+    if operation.name == "rope_qk_backward":
+        rope = importlib.import_module("liger_kernel.ops.rope")
+        return lambda slot: rope.rope_backward(*slot.inputs)
     raise Unavailable(f"is measured for gradients, not for {operation.name}")
 
 
@@ -351,6 +383,7 @@ PROVIDERS: dict[str, Provider] = {
         Provider("liger", "Liger's gradients, allocating", _bind_liger, writes_out=False),
         Provider("inductor", "torch.compile of the plain PyTorch, into out", _bind_inductor),
         Provider("eager", "the plain PyTorch, op by op, allocating", _bind_eager, writes_out=False),
+        Provider("parts", "this library, an op for each step", _bind_parts, is_peer=False, writes_out=False),
         Provider("copy", "Tensor.copy_ of the same bytes", _bind_copy, is_peer=False, writes_out=False),
     )
 }
@@ -360,5 +393,7 @@ _OF_GRADIENTS = ("jitk", "liger", "inductor", "copy")
 
 
 def default_providers(operation: Operation) -> tuple[str, ...]:
-    """Who is measured unless names are given: for gradients the libraries that have any."""
-    return _OF_GRADIENTS if operation.name.endswith("_backward") else DEFAULT_PROVIDERS
+    """Who is measured unless names are given: for gradients the libraries that have any, beside a fusion its parts."""
+    if operation.name.endswith("_backward"):
+        return _OF_GRADIENTS
+    return (*DEFAULT_PROVIDERS, "parts") if operation.name in _PARTS else DEFAULT_PROVIDERS

@@ -38,6 +38,10 @@ class Make:
         angles = torch.outer(torch.arange(positions), frequencies)
         return torch.cat((angles.cos(), angles.sin()), 1).to(torch.float32).to(self.device)
 
+    def positions(self, end: int, count: int) -> Tensor:
+        """int64, in no order; of more tokens than positions some are equal."""
+        return torch.randint(end, (count,), device=self.device, generator=self.generator)
+
     def below(self, end: int, count: int) -> Tensor:
         """int64, none of them twice."""
         return torch.randperm(end, device=self.device, generator=self.generator)[:count].clone()
@@ -61,23 +65,43 @@ class Recipe:
 
 
 _POSITIONS = 8192
-_HEADS = ("tokens", "q_heads", "k_heads", "head_dim")
+_HEADS = ("tokens", "q_heads", "k_heads", "rope_dim", "head_dim")
 
 
 def _rope(make: Make, sizes: Sizes) -> tuple[Tensor, ...]:
-    tokens, q_heads, k_heads, head_dim = sizes
+    tokens, q_heads, k_heads, rope_dim, head_dim = sizes
     q, k, _ = make.projection(tokens, q_heads, k_heads, k_heads, head_dim=head_dim)
-    return q, k, make.angles(_POSITIONS, head_dim), make.below(_POSITIONS, tokens)
+    return q, k, make.angles(_POSITIONS, rope_dim), make.positions(_POSITIONS, tokens)
+
+
+def _rope_of_one(make: Make, sizes: Sizes) -> tuple[Tensor, ...]:
+    tokens, heads, rope_dim, head_dim = sizes
+    x, _, *positions = _rope(make, (tokens, heads, 1, rope_dim, head_dim))
+    return x, *positions
+
+
+def _turned(sizes: Sizes) -> int:
+    tokens, q_heads, k_heads, rope_dim, _ = sizes
+    return 2 * tokens * (q_heads + k_heads) * rope_dim
 
 
 def _of_heads(sizes: Sizes) -> int:
-    tokens, q_heads, k_heads, head_dim = sizes
-    return tokens * (q_heads + k_heads) * head_dim
+    tokens, q_heads, k_heads, _, head_dim = sizes
+    return 2 * tokens * (q_heads + k_heads) * head_dim
 
 
 def _normed_rope(make: Make, sizes: Sizes) -> tuple[Tensor, ...]:
-    q, k, angles, positions = _rope(make, sizes)
-    return q, k, make.randn(sizes[3]), make.randn(sizes[3]), angles, positions
+    q, k, *positions = _rope(make, sizes)
+    weights = (make.randn(sizes[-1]) for _ in range(2))
+    return q, k, *weights, *positions
+
+
+def _rope_qk(make: Make, sizes: Sizes) -> tuple[Tensor, ...]:
+    """Heads ahead of tokens, but behind them in memory, as they are in Hugging Face's models, and in their gradients."""
+    tokens, q_heads, k_heads, rope_dim, head_dim = sizes
+    q, k = (make.randn(1, tokens, heads, head_dim).transpose(1, 2) for heads in (q_heads, k_heads))
+    cos, sin = (part.repeat(1, 2)[None].to(make.dtype) for part in make.angles(tokens, rope_dim).chunk(2, 1))
+    return q, k, cos, sin
 
 
 def _caches(make: Make, tokens: int, heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,15 +110,22 @@ def _caches(make: Make, tokens: int, heads: int, head_dim: int) -> tuple[Tensor,
 
 
 def _rope_store(make: Make, sizes: Sizes) -> tuple[Tensor, ...]:
-    tokens, q_heads, k_heads, head_dim = sizes
+    tokens, q_heads, k_heads, rope_dim, head_dim = sizes
     q, k, v = make.projection(tokens, q_heads, k_heads, k_heads, head_dim=head_dim)
     k_cache, v_cache, slots = _caches(make, tokens, k_heads, head_dim)
-    return q, k, v, k_cache, v_cache, make.angles(_POSITIONS, head_dim), make.below(_POSITIONS, tokens), slots
+    return q, k, v, k_cache, v_cache, make.angles(_POSITIONS, rope_dim), make.positions(_POSITIONS, tokens), slots
 
 
-def _of_rope_store(sizes: Sizes) -> int:
-    tokens, _, k_heads, head_dim = sizes
-    return 2 * _of_heads(sizes) + 3 * tokens * k_heads * head_dim
+def _of_store(sizes: Sizes) -> int:
+    """Keys are written to the cache as well, and values are read and written."""
+    tokens, _, k_heads, _, head_dim = sizes
+    return 3 * tokens * k_heads * head_dim
+
+
+def _normed_rope_store(make: Make, sizes: Sizes) -> tuple[Tensor, ...]:
+    *heads, angles, positions, slots = _rope_store(make, sizes)
+    weights = (make.randn(sizes[-1]) for _ in range(2))
+    return *heads, *weights, angles, positions, slots
 
 
 def _store(make: Make, sizes: Sizes) -> tuple[Tensor, ...]:
@@ -126,9 +157,13 @@ def _downcast(make: Make, sizes: Sizes) -> tuple[Tensor, ...]:
 _ROWS = ("tokens", "heads", "head_dim")
 
 RECIPES: dict[str, Recipe] = {
-    "apply_rope": Recipe(_HEADS, _rope, lambda sizes: 2 * _of_heads(sizes)),
-    "fused_qknorm_rope": Recipe(_HEADS, _normed_rope, lambda sizes: 2 * _of_heads(sizes)),
-    "apply_rope_store_kv": Recipe(_HEADS, _rope_store, _of_rope_store),
+    "apply_rope": Recipe(_HEADS, _rope, _turned),
+    "rope": Recipe(("tokens", "heads", "rope_dim", "head_dim"), _rope_of_one, lambda sizes: 2 * sizes[0] * sizes[1] * sizes[3]),
+    "fused_qknorm_rope": Recipe(_HEADS, _normed_rope, _of_heads),
+    "apply_rope_store_kv": Recipe(_HEADS, _rope_store, lambda sizes: _turned(sizes) + _of_store(sizes)),
+    "fused_qknorm_rope_store_kv": Recipe(_HEADS, _normed_rope_store, lambda sizes: _of_heads(sizes) + _of_store(sizes)),
+    "rope_qk": Recipe(_HEADS, _rope_qk, _of_heads),
+    "rope_qk_backward": Recipe(_HEADS, _rope_qk, _of_heads),
     "store_kv_cache": Recipe(_ROWS, _store, lambda sizes: 4 * sizes[0] * sizes[1] * sizes[2]),
     "store_mla_cache": Recipe(("tokens", "latent", "rope"), _store_mla, lambda sizes: 2 * sizes[0] * (sizes[1] + sizes[2])),
     "gather_kv_cache": Recipe(_ROWS, _gather, lambda sizes: 2 * sizes[0] * sizes[1] * sizes[2]),

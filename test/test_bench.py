@@ -130,7 +130,7 @@ def test_slots_hold_the_arguments_and_a_copy_of_the_same_bytes(op):
     assert all(given.shape == other.shape for given, other in zip(first.inputs, second.inputs, strict=True))
     expected = case.operation.results(*first.inputs)
     assert [result.shape for result in first.results] == [result.shape for result in expected]
-    assert first.copy_to.nbytes + first.copy_from.nbytes == case.bytes(2)
+    assert 0 <= case.bytes(2) - first.copy_to.nbytes - first.copy_from.nbytes <= 2  # halves of an odd number
     assert not torch.equal(first.inputs[0], second.inputs[0])
 
 
@@ -214,7 +214,7 @@ def test_select_names_what_it_does_not_know():
 
 def outputs_of(op: str, compute) -> tuple[float, str | None]:
     """The verdict on ``compute(inputs, out)`` in bf16."""
-    case = Case(op, {2: (5, 64), 3: (5, 2, 64), 4: (5, 3, 2, 64)}[len(OPERATIONS[op].axes)])
+    case = Case(op, {2: (5, 64), 3: (5, 2, 64), 4: (5, 3, 2, 64), 5: (5, 3, 2, 32, 64)}[len(OPERATIONS[op].axes)])
     slots = make_slots(case, 3, torch.bfloat16, CPU)
     allowed = correctness.allowed_error(case.operation, slots)
     correctness.poison(slots)
@@ -722,12 +722,15 @@ def test_blocks_are_checked_and_timed(monkeypatch, capsys):
     (result,) = blocks.run(report.console(), CPU, torch.bfloat16, 2, (3,), size)
     assert blocks.failed([result]) == []
     assert set(result.host) == set(result.errors) == set(blocks.CANDIDATES)
-    assert result.fused == {"jitk::fused_add_rmsnorm": 1, "jitk::rmsnorm": 2, "jitk::silu_and_mul": 1}
+    assert result.fused == {"jitk::fused_add_rmsnorm": 1, "jitk::rmsnorm": 2, "jitk::rope_qk": 1, "jitk::silu_and_mul": 1}
     assert all(samples.median > 0 for samples in result.host.values())
     json.dumps(result.to_json(), allow_nan=False)
     printed = capsys.readouterr().out
     assert "transformers Llama left out: transformers: not here" in printed
-    assert "Llama block, 3 tokens: fuse put 1 jitk::fused_add_rmsnorm, 2 jitk::rmsnorm, 1 jitk::silu_and_mul" in printed
+    assert (
+        "Llama block, 3 tokens: fuse put 1 jitk::fused_add_rmsnorm, 2 jitk::rmsnorm, 1 jitk::rope_qk, 1 jitk::silu_and_mul"
+        in printed
+    )
 
 
 def test_a_block_that_is_wrong_is_not_timed():
