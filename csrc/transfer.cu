@@ -39,6 +39,7 @@ struct Place {
 struct Plane {
   int64_t dst_stride, dst_row_stride, src_stride, src_row_stride;  // bytes
   uint32_t rows, vectors;                                          // of an item, of a row
+  uint32_t turn;                                                   // units beyond whole rounds of the warps
   Place next, jump;                                                // from vector to vector of a thread, from unit to unit
 };
 
@@ -75,14 +76,13 @@ JITK_DEVICE void advance(Place& at, const Place& step, uint32_t rows, uint32_t v
   }
 }
 
-// All of one layer's keys or values. Loads pass L1 by, and not on the read-only path: the host, or a kernel before this one, has
-// written what they read. False if an index was out of range, and not followed.
+// All of one layer's keys or values, from the unit of this warp on. Loads pass L1 by, and not on the read-only path: the host, or
+// a kernel before this one, has written what they read. False if an index was out of range, and not followed.
 template <uint32_t kBytes, typename Index, typename Params>
-JITK_DEVICE bool copy_plane(const Params& params, const Plane& plane, const void* src, void* dst) {
+JITK_DEVICE bool copy_plane(const Params& params, const Plane& plane, uint32_t unit, const void* src, void* dst) {
   using namespace device;
   using Vec = AlignedVector<uint8_t, kBytes>;
-  const uint64_t warp = uint64_t{threadIdx.x / kWarpThreads} * gridDim.x + blockIdx.x;  // a small copy is one of all blocks
-  Place at = place_of(warp * kUnit + get_lane_id(), plane.rows, plane.vectors);
+  Place at = place_of(uint64_t{unit} * kUnit + get_lane_id(), plane.rows, plane.vectors);
   bool right = true;
   while (at.item < params.items) {
     Index from_item[kUnroll], to_item[kUnroll];
@@ -132,29 +132,36 @@ __device__ __noinline__ void refuse(const Params& params) {
   }
 }
 
-// From 0 a flag goes down by 2 with each block that is done, and the last one sets it to 1: above 0 the layer is there. One that
-// was left at 1 works too, whose lowest bit is passed over. The blocks' writes come before the flag, for who reads it with
-// acquire semantics and for the kernels behind that.
-JITK_DEVICE void mark_arrived(int32_t* flag) {
-  __syncthreads();
-  if (threadIdx.x != 0) return;
+// From 0 a flag goes down by 2 with each warp that is done, and the last one sets it to 1: above 0 the layer is there. One that
+// was left at 1 works too, whose lowest bit is passed over. The warps' writes come before the flag, for who reads it with
+// acquire semantics and for the kernels behind that. Warps, not blocks: one that is done goes on to the next layer at once, and
+// does not leave the link idle while the others of its block wait for what they have asked for.
+JITK_DEVICE void mark_arrived(int32_t* flag, uint32_t warps) {
+  __syncwarp();
+  if (device::get_lane_id() != 0) return;
   int32_t before;
   asm volatile("fence.acq_rel.sys;" ::: "memory");
   asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], -2;" : "=r"(before) : "l"(flag) : "memory");
-  if (before >> 1 != 1 - static_cast<int32_t>(gridDim.x)) return;
+  if (before >> 1 != 1 - static_cast<int32_t>(warps)) return;
   asm volatile("st.release.gpu.global.s32 [%0], 1;" ::"l"(flag) : "memory");
 }
 
+// Units are dealt to the warps of all blocks in turn, and each plane goes on where the one before it stopped: small planes are
+// under way side by side, where the same few warps would copy one after the other.
 template <uint32_t kBytes, typename Index, uint32_t kLayers>
 __global__ void __launch_bounds__(kThreads) transfer_kernel(const __grid_constant__ Params<Index, kLayers> params) {
   device::PDLWaitPrimary<true>();
   // The next kernel is not let in before the end: its blocks would wait on SMs that are meant to compute.
+  const uint32_t warps = gridDim.x * kWarps;
+  uint32_t unit = threadIdx.x / device::kWarpThreads * gridDim.x + blockIdx.x;  // of a plane, that this warp begins with
   bool right = true;
   for (uint32_t layer = 0; layer < params.layers; ++layer) {
     for (uint32_t i = 0; i < params.planes; ++i) {
-      right = copy_plane<kBytes, Index>(params, params.plane[i], params.src[i][layer], params.dst[i][layer]) && right;
+      const Plane& plane = params.plane[i];
+      right = copy_plane<kBytes, Index>(params, plane, unit, params.src[i][layer], params.dst[i][layer]) && right;
+      unit = unit >= plane.turn ? unit - plane.turn : unit + warps - plane.turn;
     }
-    if (params.arrived != nullptr) mark_arrived(params.arrived + layer);
+    if (params.arrived != nullptr) mark_arrived(params.arrived + layer, warps);
   }
   if (__builtin_expect(!right, 0)) refuse(params);
 }
@@ -180,7 +187,7 @@ void* address_on(DLDevice device, const TensorView& view, host::DebugInfo where 
   return attributes.devicePointer;
 }
 
-Plane plan(const host::ItemCopy& copy, int64_t bytes, int64_t warps) {
+Plane plan(const host::ItemCopy& copy, int64_t items, int64_t bytes, int64_t warps) {
   const int64_t vectors = copy.width / bytes;
   host::RuntimeCheck(vectors <= INT32_MAX && copy.rows <= INT32_MAX,
                      "an item has at most 2^31 - 1 rows of as many vectors, got ", copy.rows, " of ", vectors);
@@ -193,6 +200,7 @@ Plane plan(const host::ItemCopy& copy, int64_t bytes, int64_t warps) {
           copy.src.row_stride,
           static_cast<uint32_t>(copy.rows),
           static_cast<uint32_t>(vectors),
+          static_cast<uint32_t>(host::div_ceil(copy.rows * vectors * items, kUnit) % warps),
           place(device::kWarpThreads),
           place((warps - 1) * kUnit)};
 }
@@ -264,7 +272,7 @@ void transfer(const TensorList& k_dst, const TensorList& v_dst, TensorView indic
       launch.blocks = 1;  // which has nothing but flags to write
     }
     for (uint32_t i = 0, plane = 0; plane < params.planes; ++i) {
-      if (!copies[i]->empty()) params.plane[plane++] = plan(*copies[i], launch.bytes, launch.blocks * kWarps);
+      if (!copies[i]->empty()) params.plane[plane++] = plan(*copies[i], items, launch.bytes, launch.blocks * kWarps);
     }
     params.indices_dst = static_cast<const Index*>(indices_dst.data_ptr());
     params.indices_src = static_cast<const Index*>(indices_src.data_ptr());

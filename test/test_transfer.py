@@ -423,7 +423,30 @@ def test_layers_arrive_in_order_and_can_be_waited_for(max_blocks: int) -> None:
         for layer, (copy, flags) in enumerate(seen):
             assert torch.equal(copy.cpu(), host[layer])
             assert (flags[: layer + 1] == 1).all()
-    assert seen[0][1][-1] <= 0, "the last layer was there as soon as the first"
+    if max_blocks < 8:  # whose registers leave room for the kernels that look
+        assert seen[0][1][-1] <= 0, "the last layer was there as soon as the first"
+
+
+@needs_gpu
+@pytest.mark.parametrize("max_blocks", [1, 3, 8])
+@pytest.mark.parametrize("items", [1, 5, 40])
+def test_small_planes_of_many_layers(items: int, max_blocks: int) -> None:
+    """Fewer units than warps, K and V of different widths, more layers than a launch takes; then flags that say so."""
+    layers, device = 100, torch.device("cuda")
+    hosts = [torch.randn(layers, 50, *row).pin_memory() for row in ((7, 264), (3, 24))]
+    caches = [torch.zeros(layers, 60, *host.shape[2:], device=device) for host in hosts]
+    to, where = torch.randperm(60, device=device)[:items], torch.randperm(50, device=device)[:items]
+    arrived = torch.zeros(layers, dtype=torch.int32, device=device)
+    expected = [
+        torch.zeros_like(cache).index_copy_(1, to, host.cuda()[:, where]) for cache, host in zip(caches, hosts, strict=True)
+    ]
+    for flags in (None, arrived):
+        for cache in caches:
+            cache.zero_()
+        (k, v), (k_host, v_host) = ([list(x.unbind(0)) for x in side] for side in (caches, hosts))
+        ops.transfer_kv_all_layers(k, v, to, k_host, v_host, where, flags, max_blocks=max_blocks)
+        assert all(torch.equal(cache, right) for cache, right in zip(caches, expected, strict=True))
+    assert (arrived == 1).all()
 
 
 @needs_gpu
