@@ -384,6 +384,17 @@ def test_downcast_into_every_so_many_rows(device: str, mult: int, offset: int, s
         assert all(torch.equal(bits(out), after) for out, after in zip(outs, expected, strict=True))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_downcast_with_steps_beyond_the_rows(device: str) -> None:
+    """One row is in reach, however far the next one would be."""
+    k = torch.ones(2, 8, device=device)
+    outs = [torch.zeros(4, 8, dtype=torch.float8_e4m3fn, device=device) for _ in range(2)]
+    loc = torch.tensor([-1, 0], device=device)
+    ops.downcast_fp8(k, k, *outs, number(1.0, device), number(2.0, device), loc, 2**63 - 1, 2)
+    for out, value in zip(outs, (1.0, 0.5), strict=True):
+        assert out.float()[:, 0].tolist() == [0.0, 0.0, value, 0.0]
+
+
 # --- refusals -------------------------------------------------------------------------------------
 
 

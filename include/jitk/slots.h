@@ -78,8 +78,8 @@ struct Slots {
   // Where slot `first + i * step` was, i now is, from `first` on; of slots in equal steps.
   Slots every(int64_t step, int64_t first) const {
     Slots some = *this;
-    some.count = first < count ? (count - first + step - 1) / step : 0;
-    some.stride *= step;
+    some.count = first < count ? (count - first - 1) / step + 1 : 0;
+    some.stride = some.count > 1 ? stride * step : 0;
     return some;
   }
 
