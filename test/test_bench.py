@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from bench import (
     bare_compiler,
     block_models,
     blocks,
+    cache_peers,
     child,
     compile,
     correctness,
@@ -34,6 +36,7 @@ from bench import (
 from bench.__main__ import INTERRUPTED, OK, TOO_SLOW, USAGE, WRONG, main
 from bench.cases import CASES, OPERATIONS, QUICK, Case, operations_of, select
 from bench.providers import PROVIDERS, Provider, Unavailable, reason
+from bench.recipes import RECIPES, Make
 from bench.slots import FEWEST_CALLS, MOST_CALLS, ROTATION_BYTES, Slot, make_slots, plan
 from bench.timing import Samples, interleave, percentile, round_order, us_per_call
 from torch_jit_ops import OpLibrary
@@ -858,3 +861,61 @@ def test_the_kernel_benchmark_keeps_going_past_a_provider_that_raises(monkeypatc
     assert taken.ratio == 0.5
     assert rounds_seen == [9, 9 * kernels.MORE_ROUNDS]
     assert taken.first is not None
+
+
+# Peers' stores, by stand-ins that do what the peers' documentation says
+
+
+def _set_mla_kv_buffer(cache, loc, nope, rope, *, reserved_skip_index):
+    kept = loc != reserved_skip_index
+    cache[loc[kept]] = torch.cat((nope, rope), 1)[kept]
+
+
+def _fused_fp8_qkv_kv_cache(q, k, v, k_cache, v_cache, loc, k_scale, v_scale):
+    assert q is None
+    for x, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
+        assert cache.dtype == torch.float8_e4m3fn
+        cache.view(torch.uint8)[loc] = (x.float() / scale).to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def _append(rows, batch_indices, positions, cache, indices, indptr, last_page_len):
+    """``cache``: [pages, page_size, ...]; of FlashInfer's page.cuh."""
+    assert {x.dtype for x in (batch_indices, positions, indices, indptr, last_page_len)} == {torch.int32}
+    assert (indptr.diff() == 1).all()
+    place = indptr[batch_indices.long()] * cache.shape[1] + positions
+    cache[indices[(place // cache.shape[1]).long()].long(), (place % cache.shape[1]).long()] = rows
+
+
+def _append_paged_kv_cache(k, v, batch_indices, positions, caches, *pages):
+    for x, cache in zip((k, v), caches, strict=True):
+        assert cache.dim() == 4
+        _append(x, batch_indices, positions, cache, *pages)
+
+
+def _append_paged_mla_kv_cache(ckv, kpe, batch_indices, positions, ckv_cache, kpe_cache, *pages):
+    _append(ckv, batch_indices, positions, ckv_cache, *pages)
+    _append(kpe, batch_indices, positions, kpe_cache, *pages)
+
+
+@pytest.mark.parametrize(
+    ("library", "op", "module", "function"),
+    [
+        ("sglang", "store_mla_cache", "sglang.kernels.ops.kvcache.set_mla_kv_buffer", _set_mla_kv_buffer),
+        ("sglang", "downcast_fp8", "sglang.kernels.ops.kvcache.fused_fp8_qkv_kv_cache", _fused_fp8_qkv_kv_cache),
+        ("flashinfer", "store_kv_cache", "flashinfer.page", _append_paged_kv_cache),
+        ("flashinfer", "store_mla_cache", "flashinfer.page", _append_paged_mla_kv_cache),
+    ],
+)
+def test_peers_are_asked_to_store_what_the_op_stores(monkeypatch, library, op, module, function):
+    stand_in = types.ModuleType(module)
+    setattr(stand_in, function.__name__.removeprefix("_"), function)
+    for end in range(module.count(".") + 1):
+        parent = ".".join(module.split(".")[: end + 1])
+        monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
+    monkeypatch.setitem(sys.modules, module, stand_in)
+    sizes = (5, 512, 64) if op == "store_mla_cache" else (5, 2, 16)
+    inputs = RECIPES[op].inputs(Make(torch.bfloat16, CPU, torch.Generator().manual_seed(0)), sizes)
+    theirs = tuple(tensor.clone() for tensor in inputs)
+    OPERATIONS[op].reference(*inputs)
+    cache_peers.PEERS[library][op](*theirs)()
+    assert all(torch.equal(mine, other) for mine, other in zip(inputs, theirs, strict=True))
