@@ -110,6 +110,15 @@ __global__ void __launch_bounds__(kMostThreads)
 
   const L2Policy policy = L2Policy::evict_unchanged();
   const int64_t index = *index_place;
+  // At once with the index: behind it, a round trip to memory would come on top of those of the index and of the row.
+  Scale scale{1.0f, false};
+  if constexpr (Kind::kScales) {
+    if (part.scale != nullptr) {
+      AlignedVector<float, 1> one;
+      one.load_ordered(part.scale);
+      scale = {one[0], true};
+    }
+  }
   if constexpr (Op::kGathers) {
     typename Kind::Slot x[kItems];
     const bool admitted = bounds.admit(index, position, Op::indices());
@@ -122,7 +131,7 @@ __global__ void __launch_bounds__(kMostThreads)
     }
 #pragma unroll
     for (uint32_t i = 0; i < kItems; ++i) {
-      const auto out = admitted ? Kind::load(x[i], move.stored, part.scale) : Kind::zeros();
+      const auto out = admitted ? Kind::load(x[i], move.stored, scale) : Kind::zeros();
       if (is_there(i)) out.store(tokens + in_tokens[i]);
     }
   } else {
@@ -137,7 +146,7 @@ __global__ void __launch_bounds__(kMostThreads)
 #pragma unroll
     for (uint32_t i = 0; i < kItems; ++i) {
       if (is_there(i))
-        Kind::store(x[i], move.stored, part.scale).store(slot + in_row(i, part.slots.segment_stride, Kind::kSlotBytes));
+        Kind::store(x[i], move.stored, scale).store(slot + in_row(i, part.slots.segment_stride, Kind::kSlotBytes));
     }
   }
   PDLTriggerSecondary<true>();

@@ -2,8 +2,8 @@
 // again.
 //
 //   using Kind = Cast<bf16_t, 8>;
-//   Kind::Slot x = Kind::store(token, Stored::kE4m3, scale);          token / *scale, saturated; scale may be null
-//   Kind::Token y = Kind::load(x, Stored::kE4m3, scale);              times *scale
+//   Kind::Slot x = Kind::store(token, Stored::kE4m3, scale);          token / scale.value, saturated
+//   Kind::Token y = Kind::load(x, Stored::kE4m3, scale);              times scale.value
 //
 // Left out: which vectors (move_rows.cuh), scales that are not one for a tensor.
 #pragma once
@@ -18,16 +18,22 @@ namespace moves {
 
 constexpr uint32_t kWideBytes = 16;
 
+struct Scale {
+  float value;
+  bool given;
+};
+
 // The same bytes.
 template <uint32_t kBytes>
 struct Copy {
+  static constexpr bool kScales = false;
   static constexpr uint32_t kTokenBytes = kBytes;
   static constexpr uint32_t kSlotBytes = kBytes;
   using Token = device::AlignedVector<uint8_t, kBytes>;
   using Slot = Token;
 
-  JITK_DEVICE static Slot store(const Token& x, Stored, const float*) { return x; }
-  JITK_DEVICE static Token load(const Slot& x, Stored, const float*) { return x; }
+  JITK_DEVICE static Slot store(const Token& x, Stored, Scale) { return x; }
+  JITK_DEVICE static Token load(const Slot& x, Stored, Scale) { return x; }
   JITK_DEVICE static Token zeros() {
     Token out;
     out.fill(0);
@@ -35,9 +41,10 @@ struct Copy {
   }
 };
 
-// Elements of T in the tensors of tokens, 8-bit floats in slots. A scale is a pointer to it, or null.
+// Elements of T in the tensors of tokens, 8-bit floats in slots.
 template <typename T, uint32_t kVec>
 struct Cast {
+  static constexpr bool kScales = true;
   static constexpr uint32_t kTokenBytes = kVec * sizeof(T);
   static constexpr uint32_t kSlotBytes = kVec;
   using Token = device::AlignedVector<T, kVec>;
@@ -61,13 +68,12 @@ struct Cast {
 
   // The quotient is rounded as PyTorch's division rounds it: a product with the reciprocal would end in another 8-bit float
   // where it meets a tie.
-  JITK_DEVICE static Slot store(const Token& x, Stored stored, const float* scale) {
+  JITK_DEVICE static Slot store(const Token& x, Stored stored, Scale scale) {
     float values[kVec];
     to_floats(x, values);
-    if (scale != nullptr) {
-      const float step = *scale;
+    if (scale.given) {
 #pragma unroll
-      for (uint32_t i = 0; i < kVec; ++i) values[i] = __fdiv_rn(values[i], step);
+      for (uint32_t i = 0; i < kVec; ++i) values[i] = __fdiv_rn(values[i], scale.value);
     }
     return stored == Stored::kE4m3 ? narrow<fp8_e4m3_t, fp8x2_e4m3_t>(values) : narrow<fp8_e5m2_t, fp8x2_e5m2_t>(values);
   }
@@ -90,13 +96,12 @@ struct Cast {
     }
   }
 
-  JITK_DEVICE static Token load(const Slot& x, Stored stored, const float* scale) {
+  JITK_DEVICE static Token load(const Slot& x, Stored stored, Scale scale) {
     float values[kVec];
     stored == Stored::kE4m3 ? widen<fp8_e4m3_t, fp8x2_e4m3_t>(x, values) : widen<fp8_e5m2_t, fp8x2_e5m2_t>(x, values);
-    if (scale != nullptr) {
-      const float step = *scale;
+    if (scale.given) {
 #pragma unroll
-      for (uint32_t i = 0; i < kVec; ++i) values[i] *= step;
+      for (uint32_t i = 0; i < kVec; ++i) values[i] *= scale.value;
     }
     Token out;
     from_floats(values, out);
