@@ -68,6 +68,39 @@ struct Move {
 
 // --- the kernel -----------------------------------------------------------------------------------
 
+#ifndef JITK_MOVE_LOAD  // 0: with a policy, 1: past L1, 2: as any
+#define JITK_MOVE_LOAD 0
+#endif
+#ifndef JITK_MOVE_STORE  // 0: as any, 1: .cs, 2: with a policy
+#define JITK_MOVE_STORE 0
+#endif
+#ifndef JITK_MOVE_TRIGGER  // -1: chosen, else 0 at the end, 1 after the wait, 2 before it
+#define JITK_MOVE_TRIGGER -1
+#endif
+
+template <typename Vec>
+JITK_DEVICE void load_as_chosen(Vec& x, const void* from, device::L2Policy policy) {
+  (void)policy;
+#if JITK_MOVE_LOAD == 1
+  x.load_streaming(from);
+#elif JITK_MOVE_LOAD == 2
+  x.load(from);
+#else
+  x.load_streaming(from, 0, policy);
+#endif
+}
+template <typename Vec>
+JITK_DEVICE void store_as_chosen(const Vec& x, void* to, device::L2Policy policy) {
+  (void)policy;
+#if JITK_MOVE_STORE == 1
+  x.store_streaming(to);
+#elif JITK_MOVE_STORE == 2
+  x.store(to, 0, policy);
+#else
+  x.store(to);
+#endif
+}
+
 constexpr uint32_t kMostThreads = host::kMostWarps * device::kWarpThreads;
 
 // Op::kGathers says which way; Op::indices() names them in the line that is printed of one that is out of range; without
@@ -126,19 +159,19 @@ __global__ void __launch_bounds__(kMostThreads)
       const char* const slot = part.slot(index * static_cast<int64_t>(move.page.divisor()) + row_of_page);
 #pragma unroll
       for (uint32_t i = 0; i < kItems; ++i) {
-        if (is_there(i)) x[i].load_streaming(slot + in_row(i, part.slots.segment_stride, Kind::kSlotBytes), 0, policy);
+        if (is_there(i)) load_as_chosen(x[i], slot + in_row(i, part.slots.segment_stride, Kind::kSlotBytes), policy);
       }
     }
 #pragma unroll
     for (uint32_t i = 0; i < kItems; ++i) {
       const auto out = admitted ? Kind::load(x[i], move.stored, scale) : Kind::zeros();
-      if (is_there(i)) out.store(tokens + in_tokens[i]);
+      if (is_there(i)) store_as_chosen(out, tokens + in_tokens[i], policy);
     }
   } else {
     typename Kind::Token x[kItems];
 #pragma unroll
     for (uint32_t i = 0; i < kItems; ++i) {
-      if (is_there(i)) x[i].load_streaming(tokens + in_tokens[i], 0, policy);
+      if (is_there(i)) load_as_chosen(x[i], tokens + in_tokens[i], policy);
     }
     if (!bounds.admit(index, position, Op::indices())) return;
     char* const slot = part.slot(index);
@@ -146,7 +179,8 @@ __global__ void __launch_bounds__(kMostThreads)
 #pragma unroll
     for (uint32_t i = 0; i < kItems; ++i) {
       if (is_there(i))
-        Kind::store(x[i], move.stored, scale).store(slot + in_row(i, part.slots.segment_stride, Kind::kSlotBytes));
+        store_as_chosen(Kind::store(x[i], move.stored, scale), slot + in_row(i, part.slots.segment_stride, Kind::kSlotBytes),
+                        policy);
     }
   }
   PDLTriggerSecondary<true>();
@@ -246,7 +280,7 @@ void launch(const Work& work, int64_t token_bytes, int64_t slot_bytes) {
     move.rows = static_cast<uint32_t>(some);
     const int64_t grid = teams.blocks(some);
     const uint32_t block = teams.warps * device::kWarpThreads;
-    move.trigger = choose_trigger(grid * block, block, sms);
+    move.trigger = JITK_MOVE_TRIGGER < 0 ? choose_trigger(grid * block, block, sms) : static_cast<Trigger>(JITK_MOVE_TRIGGER);
     LaunchKernel(grid, block, work.device).enable_pdl()(kernel_of<Op, Kind, Index>(teams.items), move, work.checked.bounds());
   }
 }

@@ -34,17 +34,27 @@ struct RowTeams {
   }
 };
 
+#ifndef JITK_MOVE_ITEMS1
+#define JITK_MOVE_ITEMS1 1024
+#endif
+#ifndef JITK_MOVE_ITEMS2
+#define JITK_MOVE_ITEMS2 4096
+#endif
+#ifndef JITK_MOVE_WARPS
+#define JITK_MOVE_WARPS 8
+#endif
+
 // The first line that is not exceeded, in vectors for each multiprocessor. Not measured yet.
 struct ItemsChoice {
   int64_t vectors_of_sm;
   uint32_t items;
 };
 inline constexpr ItemsChoice kItemsChoices[] = {
-    {1024, 1},              // half of the threads that fit: all of it is in flight at once
-    {4096, 2},              // a wave of threads
+    {JITK_MOVE_ITEMS1, 1},  // half of the threads that fit: all of it is in flight at once
+    {JITK_MOVE_ITEMS2, 2},  // a wave of threads
     {int64_t{1} << 62, 4},  // many waves: 64 bytes a thread
 };
-inline constexpr uint32_t kMostWarps = 8;
+inline constexpr uint32_t kMostWarps = JITK_MOVE_WARPS;
 
 // For rows of `first` and `second` vectors, of which one has some.
 inline RowTeams spread_rows(int64_t rows, int64_t first, int64_t second, uint32_t least_items, int64_t sms) {
