@@ -18,7 +18,9 @@ from cases import (
     copy_with_storage,
     has_gradient,
     has_out,
+    is_first,
     is_first_of_op,
+    is_floating,
     last_dtypes,
     map_tensors,
     over,
@@ -394,7 +396,7 @@ def wanting(sample: Sample) -> Sample:
     return map_tensors(sample, lambda tensor: tensor.detach().clone().requires_grad_(tensor.is_floating_point()))
 
 
-@over(is_writing, is_first_of_op)
+@over(is_writing, is_floating, is_first)
 def test_an_op_that_writes_refuses_to_be_differentiated(case: Case) -> None:
     with pytest.raises(RuntimeError, match="has no derivative"):
         call(case.op, wanting(case.sample()))

@@ -170,7 +170,8 @@ def _errors(op: Op, device: str, dtypes: DTypes, extreme: bool, reference: Refer
 
 def _measured(tensor: Tensor, truth: Tensor, extreme: bool) -> tuple[Tensor, Tensor]:
     if has_steps(tensor):
-        return torch.empty(0), torch.empty(0)
+        nothing = tensor.new_empty(0, dtype=torch.float64)
+        return nothing, nothing
     truth = truth.double()
     finite = torch.isfinite(tensor) & torch.isfinite(truth.to(tensor.dtype))
     return truth[finite].abs(), _error(tensor, truth, _noise(truth, extreme))[finite]
