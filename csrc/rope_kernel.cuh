@@ -290,7 +290,8 @@ __global__ void __launch_bounds__(kBlock, kHeads > 1 ? kMinBlocks : 0) rope_kern
         if (is_normed) {
 #pragma unroll
           for (uint32_t e = 0; e < 2 * kVec; ++e) {
-            values[e / kVec][e % kVec] *= scales[j] * (weights[F::kNorm ? i : 0][e] + call.one_plus);
+            float& value = values[e / kVec][e % kVec];
+            value = value * scales[j] * (weights[F::kNorm ? i : 0][e] + call.one_plus);  // scale * weight may be infinite
           }
         }
         if (u < units.turned) Angles::turn(angles[i], values[0], values[1]);

@@ -206,6 +206,18 @@ def test_norm_and_rotation_are_the_ops_in_sequence_but_for_a_rounding(device: st
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("value", [0.0, 2.0**-10], ids=str)
+def test_a_head_is_normed_before_its_weight_counts(device: str, value: float) -> None:
+    """The product of a small head's scale and a large weight may be infinite, where the normed head is not."""
+    q, k = (torch.full((2, n, 64), value, device=device) for n in (2, 1))
+    weights = [torch.full((64,), 2.0**120, device=device) for _ in range(2)]
+    ops.fused_qknorm_rope(q, k, *weights, torch.zeros(1, 32, device=device), torch.zeros(2, dtype=torch.int64, device=device))
+    assert q.isfinite().all()
+    assert k.isfinite().all()
+    assert (q[..., 32:] != 0).all() == (value != 0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, *FP8], ids=str)
 @pytest.mark.parametrize("normed", [False, True])
 def test_what_is_stored_is_what_is_in_place(device: str, stored: torch.dtype, normed: bool) -> None:
