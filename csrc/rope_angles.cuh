@@ -1,7 +1,7 @@
 // Where a thread has the angles of its pairs from, and what it does with them.
 //
 //   const auto row = angles.ask(batch, token);                       asks for the position, while heads are loaded
-//   if (!angles.admit(row, token, lane == 0)) return;                a position outside the cache is not followed
+//   if (!angles.admit(row, lane == 0)) return;                       a position outside the cache is not followed
 //   typename Angles::template Unit<kVec> unit;
 //   angles.load(row, u, place, unit);                                of the unit u: two vectors whose elements turn together
 //   Angles::turn(unit, first, second);
@@ -89,23 +89,30 @@ struct OfPositions {
     float cos[kVec];
     float sin[kVec];
   };
+  static constexpr uint32_t kAxes = kSections ? 3 : 1;
   struct Row {
-    int64_t position;
+    int64_t positions[kAxes];
     int64_t token;
   };
 
   // How many floats are read at a time.
   static constexpr uint32_t run(uint32_t vec) { return kNeox || vec == 1 ? vec : vec / 2; }
 
-  JITK_DEVICE Row ask(uint32_t, int64_t token) const { return {position(0, token), token}; }
-  JITK_DEVICE int64_t position(int64_t axis, int64_t token) const {
-    return read_index(rows.positions, rows.is_wide, axis * rows.axis_stride + token * rows.position_stride);
+  // All of a token's positions at once: pairs that would ask for theirs wait for one more answer.
+  JITK_DEVICE Row ask(uint32_t, int64_t token) const {
+    Row row{{}, token};
+#pragma unroll
+    for (uint32_t axis = 0; axis < kAxes; ++axis) {
+      row.positions[axis] = read_index(rows.positions, rows.is_wide, axis * rows.axis_stride + token * rows.position_stride);
+    }
+    return row;
   }
 
   JITK_DEVICE bool admit(const Row& row, bool reports) const {
-    bool fits = admit_one(row.position, row.token, reports);
-    if (rows.sections != Sections::kNone) {
-      for (int64_t axis = 1; axis < 3; ++axis) fits &= admit_one(position(axis, row.token), axis * tokens + row.token, reports);
+    bool fits = true;
+#pragma unroll
+    for (uint32_t axis = 0; axis < kAxes; ++axis) {
+      fits &= admit_one(row.positions[axis], axis * tokens + row.token, reports);
     }
     return fits;
   }
@@ -123,7 +130,7 @@ struct OfPositions {
 #pragma unroll
       for (uint32_t e = 0; e < kVec; e += kRun) {
         const int64_t pair = pair_of<kVec>(u, e);
-        const int64_t from = kSections ? position(axis_of(pair), row.token) : row.position;
+        const int64_t from = position_of(row, pair);
         cos.load(e / kRun, rows.cache, from * rows.row_stride + pair);
         sin.load(e / kRun, rows.cache, from * rows.row_stride + rows.pairs + pair);
       }
@@ -152,9 +159,17 @@ struct OfPositions {
     if (kRun == kVec) return u * kVec + e;
     return e < kRun ? u * kRun + e : rows.pairs / 2 + u * kRun + e - kRun;
   }
-  JITK_DEVICE int64_t axis_of(int64_t pair) const {
+  JITK_DEVICE int64_t position_of(const Row& row, int64_t pair) const {
+    if constexpr (kSections) {
+      const uint32_t axis = axis_of(pair);
+      return axis == 0 ? row.positions[0] : axis == 1 ? row.positions[1] : row.positions[2];  // an index would be of memory
+    } else {
+      return row.positions[0];
+    }
+  }
+  JITK_DEVICE uint32_t axis_of(int64_t pair) const {
     if (rows.sections == Sections::kInOrder) return pair < rows.height ? 0 : pair < rows.width ? 1 : 2;
-    const int64_t turn = static_cast<uint32_t>(pair) % 3;
+    const uint32_t turn = static_cast<uint32_t>(pair) % 3;
     return (turn == 1 && pair < rows.height) || (turn == 2 && pair < rows.width) ? turn : 0;
   }
 };

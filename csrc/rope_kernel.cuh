@@ -7,6 +7,7 @@
 #pragma once
 
 #include "rope_angles.cuh"  // Place, Runs
+#include "rope_tuning.h"    // kBlock
 
 #include <jitk/fp8.cuh>      // caches of 8-bit floats
 #include <jitk/overlap.cuh>  // Trigger
@@ -18,8 +19,6 @@
 #include <type_traits>  // what a form has
 
 namespace jitk::rotary {
-
-inline constexpr uint32_t kBlock = 128;
 
 // What a kernel does. `Stored` is the dtype of caches, or void.
 template <typename Element, typename AnglesOf, bool kNorms, typename StoredAs, bool kWritesInPlace>
@@ -104,6 +103,26 @@ struct Units {
   }
 };
 
+// The elements of heads, which are read once and written once.
+template <typename Vector>
+JITK_DEVICE void load_heads(Vector& x, const void* from, device::L2Policy policy) {
+  if constexpr (kLoad == 0) {
+    x.load_streaming(from, 0, policy);
+  } else if constexpr (kLoad == 1 && sizeof(Vector) == device::kPolicyVecBytes) {
+    x.load_streaming(from);
+  } else {
+    x.load(from);
+  }
+}
+template <typename Vector>
+JITK_DEVICE void store_heads(const Vector& x, void* to, device::L2Policy policy) {
+  if constexpr (kStore == 0) {
+    x.store(to, 0, policy);
+  } else {
+    x.store(to);
+  }
+}
+
 // N floats as elements of another type, in vectors of at most 16 bytes.
 template <typename To, uint32_t kCount>
 JITK_DEVICE void store_converted(const float (&values)[kCount], To* to) {
@@ -128,7 +147,7 @@ JITK_DEVICE void store_converted(const float (&values)[kCount], To* to) {
 }
 
 template <typename F, uint32_t kVec, uint32_t kItems, uint32_t kHeads>
-__global__ void __launch_bounds__(kBlock) rope_kernel(const __grid_constant__ Call<F> call) {
+__global__ void __launch_bounds__(kBlock, kHeads > 1 ? kMinBlocks : 0) rope_kernel(const __grid_constant__ Call<F> call) {
   using namespace device;
   using T = typename F::T;
   using Angles = typename F::Angles;
@@ -216,9 +235,9 @@ __global__ void __launch_bounds__(kBlock) rope_kernel(const __grid_constant__ Ca
     const auto head_of = [&](uint32_t j) { return member + (round * kHeads + j) * side.teams; };
     const auto load = [&](uint32_t j, uint32_t i, Place place) {
       const T* const head = from + head_of(j) * side.from_head;
-      x[j][i][0].load_streaming(head + place.first, 0, policy);
+      load_heads(x[j][i][0], head + place.first, policy);
       if (units.has_second(place)) {
-        x[j][i][1].load_streaming(head + place.second, 0, policy);
+        load_heads(x[j][i][1], head + place.second, policy);
       } else {
         x[j][i][1].fill(cast<T>(0.0f));
       }
@@ -271,7 +290,8 @@ __global__ void __launch_bounds__(kBlock) rope_kernel(const __grid_constant__ Ca
         if (is_normed) {
 #pragma unroll
           for (uint32_t e = 0; e < 2 * kVec; ++e) {
-            values[e / kVec][e % kVec] *= scales[j] * (weights[F::kNorm ? i : 0][e] + call.one_plus);
+            float& value = values[e / kVec][e % kVec];
+            value = value * scales[j] * (weights[F::kNorm ? i : 0][e] + call.one_plus);  // scale * weight may be infinite
           }
         }
         if (u < units.turned) Angles::turn(angles[i], values[0], values[1]);
@@ -283,7 +303,7 @@ __global__ void __launch_bounds__(kBlock) rope_kernel(const __grid_constant__ Ca
           const uint32_t offset = v == 0 ? place.first : place.second;
           if (is_new) {
             from_floats(values[v], x[j][i][v]);
-            x[j][i][v].store(head + offset, 0, policy);
+            store_heads(x[j][i][v], head + offset, policy);
           }
           if constexpr (F::kStores) {
             if (slot < 0) continue;

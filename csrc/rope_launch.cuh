@@ -19,14 +19,13 @@ struct Choice {
   uint32_t heads;  // of a team that are in flight
   uint32_t rounds;
 };
-// Not measured yet. Candidates for many tokens: 2 or 8 heads; 2 rounds, which load a token's angles half as often.
+// Not measured yet. With few tokens a team has one head, and the work is on as many SMs as can be.
+inline constexpr uint32_t kHeadsOfTwo = kHeadsInFlight > 1 ? kHeadsInFlight / 2 : 1;
 inline constexpr Choice kWideHeads[] = {
     {true, 32, 1, 1, 1},
-    {false, 32, 1, 4, 1},
-    {false, 64, 2, 2, 1},
+    {false, 32, 1, kHeadsInFlight, kRounds},
+    {false, 64, 2, kHeadsOfTwo, kRounds},
 };
-// Lanes on each SM up to which tokens are few: then a team has one head, and the work is on as many SMs as can be.
-inline constexpr int64_t kFewLanes = 1024;
 
 inline uint32_t log2_ceil(uint32_t n) {
   uint32_t log2 = 0;
@@ -65,8 +64,8 @@ template <typename F>
 auto kernel_for(uint32_t vec, const Choice& choice) -> void (*)(Call<F>) {
   constexpr uint32_t kWide = 16 / sizeof(typename F::T), kPair = 4 / sizeof(typename F::T);
   if (vec == kWide && choice.items == 1 && choice.heads == 1) return rope_kernel<F, kWide, 1, 1>;
-  if (vec == kWide && choice.items == 1) return rope_kernel<F, kWide, 1, 4>;
-  if (vec == kWide && choice.items == 2) return rope_kernel<F, kWide, 2, 2>;
+  if (vec == kWide && choice.items == 1) return rope_kernel<F, kWide, 1, kHeadsInFlight>;
+  if (vec == kWide && choice.items == 2) return rope_kernel<F, kWide, 2, kHeadsOfTwo>;
   if (vec == kPair) return rope_kernel<F, kPair, 0, 1>;
   return rope_kernel<F, 1, 0, 1>;
 }

@@ -176,7 +176,7 @@ def apply_rope_store_kv(
         cos_sin_cache: ``[max_position, rope_dim]``, fp16, bf16 or fp32: cosines of each pair, then sines.
         positions: ``[tokens]`` or, with ``mrope_section``, ``[3, tokens]``; int32 or int64.
         indices: ``[tokens]``, int32 or int64: the slot of each token, or -1 for none. One outside the cache is an error. Where
-            two tokens have one slot it holds either's row.
+            two tokens have one slot, each of its elements is one of theirs, and which is not said.
         k_scale: one fp32, by which what is stored is divided first: the scale of a cache of 8-bit floats.
         v_scale: as ``k_scale``.
         is_neox: element i is paired with ``i + rope_dim / 2``; else 2 i with 2 i + 1.
@@ -270,7 +270,7 @@ def fused_qknorm_rope_store_kv(
         cos_sin_cache: ``[max_position, rope_dim]``, fp16, bf16 or fp32: cosines of each pair, then sines.
         positions: ``[tokens]`` or, with ``mrope_section``, ``[3, tokens]``; int32 or int64.
         indices: ``[tokens]``, int32 or int64: the slot of each token, or -1 for none. One outside the cache is an error. Where
-            two tokens have one slot it holds either's row.
+            two tokens have one slot, each of its elements is one of theirs, and which is not said.
         eps: added to the mean square of a head.
         k_scale: one fp32, by which what is stored is divided first: the scale of a cache of 8-bit floats.
         v_scale: as ``k_scale``.
