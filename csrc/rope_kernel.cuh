@@ -316,8 +316,12 @@ __global__ void __launch_bounds__(kBlock, kHeads > 1 ? kMinBlocks : 0) rope_kern
             }
             to_floats(x[j][i][v], values[v]);  // as they are rounded in place
             if (side.scale != nullptr) {
+              if constexpr (sizeof(typename F::Stored) == 1) {
+                Fp8Scale<T>(divisor).divide(values[v]);
+              } else {
 #pragma unroll
-              for (uint32_t e = 0; e < kVec; ++e) values[v][e] = __fdiv_rn(values[v][e], divisor);
+                for (uint32_t e = 0; e < kVec; ++e) values[v][e] = __fdiv_rn(values[v][e], divisor);
+              }
             }
             store_converted(values[v], stored);
           }

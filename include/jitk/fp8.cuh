@@ -4,6 +4,8 @@
 //   out = cast<fp8x2_e4m3_t>(fp32x2_t{x.x * inverse, x.y * inverse});
 //   cast<fp32x2_t>(out), cast<bf16x2_t>(out)
 //   DTypeTrait<fp8_e4m3_t>::kFloatMax                   448, also math::FP8_E4M3_MAX
+//   const Fp8Scale<bf16_t> scale(*place);
+//   scale.divide(values);                               floats that were bf16_t, and shall be 8-bit floats
 //
 // A cast to them rounds once, to nearest, ties to even, and saturates: what is too large, infinities included, becomes the
 // largest finite value, and NaN stays NaN. PyTorch makes infinity of what is too large for e5m2, and up to 2.11 NaN for e4m3.
@@ -74,6 +76,44 @@ template <>
 struct DTypeTrait<fp8x4_e4m3_t> : details::Fp8Facts<fp8x4_e4m3_t, void, fp8_e4m3_t, 4, fp32x4_t> {};
 template <>
 struct DTypeTrait<fp8x4_e5m2_t> : details::Fp8Facts<fp8x4_e5m2_t, void, fp8_e5m2_t, 4, fp32x4_t> {};
+
+namespace device {
+
+// A number by which many values of T are divided, to be cast to 8-bit floats then: the bits are those of a division in fp32.
+//
+// A product with the reciprocal alone would end in another 8-bit float where it meets a tie. One step of Newton's makes it the
+// rounded quotient: it is, for each half over each fp32 whose mantissas differ, which a loop over all of them has shown. Where
+// it would overflow on the way, or T is wide, the division is the compiler's, which costs twice as many instructions.
+template <typename T>
+class Fp8Scale {
+ public:
+  JITK_DEVICE explicit Fp8Scale(float scale) : scale_(scale), reciprocal_(__frcp_rn(scale)) {}
+
+  template <uint32_t kVec>
+  JITK_DEVICE void divide(float (&values)[kVec]) const {
+    if (sizeof(T) == 2 && scale_ >= 0x1p-60f && scale_ <= 0x1p60f) {
+#pragma unroll
+      for (uint32_t i = 0; i < kVec; ++i) values[i] = divided(values[i]);
+    } else {
+#pragma unroll
+      for (uint32_t i = 0; i < kVec; ++i) values[i] = __fdiv_rn(values[i], scale_);
+    }
+  }
+
+ private:
+  static constexpr float kBeyond = 0x1p20f;  // more than the formats hold, so that infinity needs no case of its own
+
+  JITK_DEVICE float divided(float x) const {
+    const float quotient = fmaxf(fminf(x * reciprocal_, kBeyond), -kBeyond);
+    const float excess = fmaf(quotient, scale_, -x);  // this way about, the quotient of -0 is -0; that of NaN is NaN again
+    return fmaf(-excess, reciprocal_, quotient);
+  }
+
+  float scale_;
+  float reciprocal_;
+};
+
+}  // namespace device
 
 namespace device::math {
 

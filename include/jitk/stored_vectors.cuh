@@ -66,15 +66,10 @@ struct Cast {
     return out;
   }
 
-  // The quotient is rounded as PyTorch's division rounds it: a product with the reciprocal would end in another 8-bit float
-  // where it meets a tie.
   JITK_DEVICE static Slot store(const Token& x, Stored stored, Scale scale) {
     float values[kVec];
     to_floats(x, values);
-    if (scale.given) {
-#pragma unroll
-      for (uint32_t i = 0; i < kVec; ++i) values[i] = __fdiv_rn(values[i], scale.value);
-    }
+    if (scale.given) device::Fp8Scale<T>(scale.value).divide(values);
     return stored == Stored::kE4m3 ? narrow<fp8_e4m3_t, fp8x2_e4m3_t>(values) : narrow<fp8_e5m2_t, fp8x2_e5m2_t>(values);
   }
 
