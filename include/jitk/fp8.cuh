@@ -87,7 +87,7 @@ namespace device {
 template <typename T>
 class Fp8Scale {
  public:
-  JITK_DEVICE explicit Fp8Scale(float scale) : scale_(scale), reciprocal_(__frcp_rn(scale)) {}
+  JITK_DEVICE explicit Fp8Scale(float scale) : scale_(scale), reciprocal_(1.0f / scale) {}
 
   template <uint32_t kVec>
   JITK_DEVICE void divide(float (&values)[kVec]) const {
