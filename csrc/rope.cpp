@@ -362,6 +362,7 @@ void rope_and_store(Call& call, const TensorView& q, const TensorView& k, const 
   const auto stores_of = [&](const TensorView& cache, const Heads& x, const std::optional<TensorView>& scale) {
     const Slots slots =
         slots_of<fp32_t, fp16_t, bf16_t, fp8_e4m3_t, fp8_e5m2_t>(cache, x, blocks, block_size, stored, call.device);
+    host::only_fp8_has(scale, cache);
     return Stores{slots, cache.dtype(), scale_of(scale, call.device)};
   };
   const Stores k_stores = stores_of(to.k_cache, ks, to.k_scale);

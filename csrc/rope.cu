@@ -57,6 +57,7 @@ void store_side(Side& side, const TensorView& cache, const Heads& x, const std::
   side.cache_block = slots.blocks > 1 ? slots.block_stride : 0;
   side.cache_slot = slots.block_size > 1 ? slots.slot_stride : 0;
   side.cache_head = x.count > 1 ? slots.head_stride : 0;
+  only_fp8_has(scale, cache);
   side.scale = scale_of(scale, device);
 }
 

@@ -65,9 +65,25 @@ struct Place {
   uint32_t second;
 };
 
-JITK_DEVICE int64_t read_index(const void* indices, bool is_wide, int64_t offset) {
-  return is_wide ? static_cast<const int64_t*>(indices)[offset] : static_cast<const int32_t*>(indices)[offset];
-}
+// An index of either width on its way from memory: to ask for its value is to wait for it.
+struct Asked {
+  uint32_t low = ~0u;
+  uint32_t high = ~0u;
+
+  Asked() = default;
+  // In halves: a choice between two loads would wait for the one that is made.
+  JITK_DEVICE Asked(const void* indices, bool is_wide, int64_t offset) {
+    const uint32_t* const place = static_cast<const uint32_t*>(indices) + (is_wide ? 2 * offset : offset);
+    low = place[0];
+    if (is_wide) high = place[1];
+  }
+  // Not ahead of what is asked for before this call: the compiler would, as it cannot know what waits.
+  JITK_DEVICE int64_t value(bool is_wide) {
+    device::keep_in_register(low);
+    const uint32_t sign = static_cast<uint32_t>(static_cast<int32_t>(low) >> 31);
+    return static_cast<int64_t>(uint64_t{is_wide ? high : sign} << 32 | low);
+  }
+};
 
 // Both products are rounded, as in PyTorch: an FMA would leave the rest of one where they cancel.
 JITK_DEVICE float turned(float x, float cos, float partner, float sin) {
@@ -78,6 +94,7 @@ JITK_DEVICE float turned(float x, float cos, float partner, float sin) {
 template <bool kNeoxForm, bool kSections>
 struct OfPositions {
   static constexpr bool kNeox = kNeoxForm;
+  static constexpr bool kBatches = false;
 
   PositionRows rows;
   int64_t tokens;
@@ -91,8 +108,9 @@ struct OfPositions {
   };
   static constexpr uint32_t kAxes = kSections ? 3 : 1;
   struct Row {
-    int64_t positions[kAxes];
-    int64_t token;
+    Asked asked[kAxes];
+    int64_t token = 0;
+    int64_t positions[kAxes] = {};
   };
 
   // How many floats are read at a time.
@@ -100,25 +118,27 @@ struct OfPositions {
 
   // All of a token's positions at once: pairs that would ask for theirs wait for one more answer.
   JITK_DEVICE Row ask(uint32_t, int64_t token) const {
-    Row row{{}, token};
+    Row row;
+    row.token = token;
 #pragma unroll
     for (uint32_t axis = 0; axis < kAxes; ++axis) {
-      row.positions[axis] = read_index(rows.positions, rows.is_wide, axis * rows.axis_stride + token * rows.position_stride);
+      row.asked[axis] = Asked(rows.positions, rows.is_wide, axis * rows.axis_stride + token * rows.position_stride);
     }
     return row;
   }
 
-  JITK_DEVICE bool admit(const Row& row, bool reports) const {
+  JITK_DEVICE bool admit(Row& row, bool reports) const {
     bool fits = true;
 #pragma unroll
     for (uint32_t axis = 0; axis < kAxes; ++axis) {
+      row.positions[axis] = row.asked[axis].value(rows.is_wide);
       fits &= admit_one(row.positions[axis], axis * tokens + row.token, reports);
     }
     return fits;
   }
   JITK_DEVICE bool admit_one(int64_t index, int64_t place, bool reports) const {
     const bool fits = static_cast<uint64_t>(index) < static_cast<uint64_t>(rows.max_position);
-    if (__builtin_expect(!fits && reports, 0)) bounds.admit(index, place, "jitk: positions of a rotary embedding");
+    if (__builtin_expect(!fits && reports, 0)) bounds.refuse(index, place, "jitk: positions of a rotary embedding");
     return fits;
   }
 
@@ -177,6 +197,7 @@ struct OfPositions {
 template <bool kNeoxForm, bool kAdjoint>
 struct OfTokens {
   static constexpr bool kNeox = kNeoxForm;
+  static constexpr bool kBatches = true;
 
   TokenRows rows;
 
@@ -197,7 +218,7 @@ struct OfTokens {
     return {batch * rows.cos_batch_stride + token * rows.cos_token_stride,
             batch * rows.sin_batch_stride + token * rows.sin_token_stride};
   }
-  JITK_DEVICE bool admit(const Row&, bool) const { return true; }
+  JITK_DEVICE bool admit(Row&, bool) const { return true; }
 
   template <uint32_t kVec>
   JITK_DEVICE void load(const Row& row, uint32_t, Place place, Unit<kVec>& unit) const {

@@ -39,7 +39,7 @@ struct Side {
   int64_t to_batch, to_token, to_head;
   void* cache;
   int64_t cache_block, cache_slot, cache_head;
-  const float* scale;  // of the cache, or null
+  const float* scale;  // of a cache of 8-bit floats, or null
   const void* weight;  // of the norm, or null
   float inverse_width;
   uint32_t width;   // elements of a head
@@ -77,8 +77,22 @@ struct Call {
 template <bool kNeox, uint32_t kVec, uint32_t kItems>
 struct Units {
   uint32_t lane, lanes, turned, count, half, width;
+  Place held[kItems > 0 ? kItems : 1] = {};
 
-  JITK_DEVICE Place place(uint32_t u) const {
+  // Ahead of a wait what would be computed behind it.
+  JITK_DEVICE void settle() {
+#pragma unroll
+    for (uint32_t i = 0; i < kItems; ++i) {
+      held[i] = find(lane + i * lanes);
+      device::keep_in_register(held[i].first);
+      device::keep_in_register(held[i].second);
+    }
+    device::keep_in_register(turned);
+    device::keep_in_register(count);
+    device::keep_in_register(width);
+  }
+  JITK_DEVICE Place place(uint32_t i, uint32_t u) const { return kItems > 0 ? held[i] : find(u); }
+  JITK_DEVICE Place find(uint32_t u) const {
     if (u >= turned) {
       const uint32_t first = (turned + u) * kVec;
       return {first, first + (count - turned) * kVec};
@@ -167,39 +181,51 @@ __global__ void __launch_bounds__(kBlock, kHeads > 1 ? kMinBlocks : 0) rope_kern
 
   int64_t token = call.first_token + at.quotient;
   uint32_t batch = 0;
-  if (call.is_batched) {
-    const auto in_batch = call.batch_size.divide(static_cast<uint64_t>(token));
-    batch = static_cast<uint32_t>(in_batch.quotient);
-    token = static_cast<int64_t>(in_batch.remainder);
+  if constexpr (Angles::kBatches) {
+    if (call.is_batched) {
+      const auto in_batch = call.batch_size.divide(static_cast<uint64_t>(token));
+      batch = static_cast<uint32_t>(in_batch.quotient);
+      token = static_cast<int64_t>(in_batch.remainder);
+    }
   }
-  const T* const from = static_cast<const T*>(side.from) + batch * side.from_batch + token * side.from_token;
-  T* const to = F::kInPlace ? const_cast<T*>(from) : static_cast<T*>(side.to) + batch * side.to_batch + token * side.to_token;
-  const Units<Angles::kNeox, kVec, kItems> units{lane, lanes, side.turned, side.units, call.half, side.width};
+  // Of the team's first head, and from each of its heads to the next.
+  const T* from = static_cast<const T*>(side.from) + batch * side.from_batch + token * side.from_token + member * side.from_head;
+  T* to = static_cast<T*>(side.to);
+  if constexpr (!F::kInPlace) to += batch * side.to_batch + token * side.to_token + member * side.to_head;
+  int64_t from_step = side.from_head * side.teams, to_step = side.to_head * side.teams;
+  uint32_t teams = side.teams;
+  uint32_t left = side.heads - member;  // heads from the team's first one on
+  Units<Angles::kNeox, kVec, kItems> units{lane, lanes, side.turned, side.units, call.half, side.width};
   const L2Policy policy = L2Policy::evict_unchanged();
   const bool turns = side.turned > 0;
   const bool is_normed = F::kNorm && side.weight != nullptr;
 
-  compute_here(from);
-  compute_here(to);
-  compute_here(units.count);
+  keep_in_register(from);
+  keep_in_register(to);
+  keep_in_register(from_step);
+  keep_in_register(teams);
+  keep_in_register(left);
+  units.settle();
   wait_and_trigger<true>(call.trigger);
   if (!F::kNorm && !has_token) return;  // lanes without a token still take part in the sums of their warp
 
   typename Angles::Row row{};
   if (has_token && turns) row = call.angles.ask(batch, token);
-  int64_t slot = -1;
+  Asked asked_slot;
   if constexpr (F::kStores) {
-    if (has_token && which > 0) slot = read_index(call.indices, call.are_indices_wide, token * call.index_stride);
+    if (has_token && which > 0) asked_slot = Asked(call.indices, call.are_indices_wide, token * call.index_stride);
   }
+  int64_t slot = -1;
   typename Angles::template Unit<kVec> angles[kHeld];
   float weights[F::kNorm ? kHeld : 1][2 * kVec];
   typename F::Stored* cache = nullptr;
+  const int64_t cache_step = side.cache_head * side.teams;
   float divisor = 1.0f;
   bool is_live = has_token;
 
   // What does not depend on the head. Called while the first heads are on their way.
   const auto load_shared = [&](uint32_t i, uint32_t u) {
-    const Place place = units.place(u);
+    const Place place = units.place(i, u);
     if (u < units.turned) call.angles.load(row, u, place, angles[i]);
     if (is_normed) {
       with_kind(call.weight_kind, [&](auto element) {
@@ -208,21 +234,24 @@ __global__ void __launch_bounds__(kBlock, kHeads > 1 ? kMinBlocks : 0) rope_kern
         both.load(1, side.weight, units.has_second(place) ? place.second : place.first);
         both.to_floats(weights[F::kNorm ? i : 0]);
       });
+#pragma unroll
+      for (uint32_t e = 0; e < 2 * kVec; ++e) weights[F::kNorm ? i : 0][e] += call.one_plus;
     }
   };
   const auto prepare = [&] {
     if (is_live && turns) is_live = call.angles.admit(row, lane == 0);
     if constexpr (F::kStores) {
+      slot = asked_slot.value(call.are_indices_wide);
       const bool fits = static_cast<uint64_t>(slot) < static_cast<uint64_t>(call.slot_count);
       if (__builtin_expect(!fits && slot != -1, 0)) {
-        if (lane == 0) call.slots.admit(slot, token, "jitk: indices of a KV cache");
+        if (lane == 0) call.slots.refuse(slot, token, "jitk: indices of a KV cache");
         slot = -1;
       }
       if (slot >= 0) {
         const auto in_block = call.block_size.divide(static_cast<uint64_t>(slot));
         cache = static_cast<typename F::Stored*>(side.cache) + static_cast<int64_t>(in_block.quotient) * side.cache_block +
-                static_cast<int64_t>(in_block.remainder) * side.cache_slot;
-        if (side.scale != nullptr) divisor = *side.scale;
+                static_cast<int64_t>(in_block.remainder) * side.cache_slot + member * side.cache_head;
+        if (sizeof(typename F::Stored) == 1 && side.scale != nullptr) divisor = *side.scale;
       }
     }
     if constexpr (kHolds) {
@@ -232,9 +261,9 @@ __global__ void __launch_bounds__(kBlock, kHeads > 1 ? kMinBlocks : 0) rope_kern
 
   for (uint32_t round = 0; round < call.rounds; ++round) {
     Vector x[kHeads][kHeld][2];
-    const auto head_of = [&](uint32_t j) { return member + (round * kHeads + j) * side.teams; };
+    const auto has_head = [&](uint32_t j) { return j * teams < left; };
     const auto load = [&](uint32_t j, uint32_t i, Place place) {
-      const T* const head = from + head_of(j) * side.from_head;
+      const T* const head = from + j * from_step;
       load_heads(x[j][i][0], head + place.first, policy);
       if (units.has_second(place)) {
         load_heads(x[j][i][1], head + place.second, policy);
@@ -245,7 +274,7 @@ __global__ void __launch_bounds__(kBlock, kHeads > 1 ? kMinBlocks : 0) rope_kern
 #pragma unroll
     for (uint32_t j = 0; j < kHeads; ++j) {
       if constexpr (kHolds) {
-        if (has_token && head_of(j) < side.heads) units.each([&](uint32_t i, uint32_t u) { load(j, i, units.place(u)); });
+        if (has_token && has_head(j)) units.each([&](uint32_t i, uint32_t u) { load(j, i, units.place(i, u)); });
       }
     }
     if (round == 0) prepare();
@@ -255,9 +284,9 @@ __global__ void __launch_bounds__(kBlock, kHeads > 1 ? kMinBlocks : 0) rope_kern
 #pragma unroll
       for (uint32_t j = 0; j < kHeads; ++j) {
         scales[j] = 0.0f;
-        if (is_live && head_of(j) < side.heads) {
+        if (is_live && has_head(j)) {
           units.each([&](uint32_t i, uint32_t u) {
-            if constexpr (!kHolds) load(j, i, units.place(u));
+            if constexpr (!kHolds) load(j, i, units.place(i, u));
             float first[kVec], second[kVec];
             to_floats(x[j][i][0], first);
             to_floats(x[j][i][1], second);
@@ -276,10 +305,10 @@ __global__ void __launch_bounds__(kBlock, kHeads > 1 ? kMinBlocks : 0) rope_kern
 
 #pragma unroll
     for (uint32_t j = 0; j < kHeads; ++j) {
-      if (!is_live || head_of(j) >= side.heads) continue;
-      T* const head = to + head_of(j) * (F::kInPlace ? side.from_head : side.to_head);
+      if (!is_live || !has_head(j)) continue;
+      T* const head = F::kInPlace ? const_cast<T*>(from) + j * from_step : to + j * to_step;
       units.each([&](uint32_t i, uint32_t u) {
-        const Place place = units.place(u);
+        const Place place = units.place(i, u);
         if constexpr (!kHolds) {
           load(j, i, place);
           load_shared(i, u);
@@ -291,7 +320,7 @@ __global__ void __launch_bounds__(kBlock, kHeads > 1 ? kMinBlocks : 0) rope_kern
 #pragma unroll
           for (uint32_t e = 0; e < 2 * kVec; ++e) {
             float& value = values[e / kVec][e % kVec];
-            value = value * scales[j] * (weights[F::kNorm ? i : 0][e] + call.one_plus);  // scale * weight may be infinite
+            value = value * scales[j] * weights[F::kNorm ? i : 0][e];  // scale * weight may be infinite
           }
         }
         if (u < units.turned) Angles::turn(angles[i], values[0], values[1]);
@@ -307,27 +336,25 @@ __global__ void __launch_bounds__(kBlock, kHeads > 1 ? kMinBlocks : 0) rope_kern
           }
           if constexpr (F::kStores) {
             if (slot < 0) continue;
-            auto* const stored = cache + head_of(j) * side.cache_head + offset;
+            auto* const stored = cache + j * cache_step + offset;
             if constexpr (std::is_same_v<T, typename F::Stored>) {
-              if (side.scale == nullptr) {
-                x[j][i][v].store(stored);
-                continue;
-              }
-            }
-            to_floats(x[j][i][v], values[v]);  // as they are rounded in place
-            if (side.scale != nullptr) {
+              x[j][i][v].store(stored);
+            } else {
+              to_floats(x[j][i][v], values[v]);  // as they are rounded in place
               if constexpr (sizeof(typename F::Stored) == 1) {
-                Fp8Scale<T>(divisor).divide(values[v]);
-              } else {
-#pragma unroll
-                for (uint32_t e = 0; e < kVec; ++e) values[v][e] = __fdiv_rn(values[v][e], divisor);
+                if (side.scale != nullptr) Fp8Scale<T>(divisor).divide(values[v]);
               }
+              store_converted(values[v], stored);
             }
-            store_converted(values[v], stored);
           }
         }
       });
     }
+    // The team's next heads.
+    from += kHeads * from_step;
+    if constexpr (!F::kInPlace) to += kHeads * to_step;
+    if constexpr (F::kStores) cache += kHeads * cache_step;
+    left = left > kHeads * teams ? left - kHeads * teams : 0;
   }
   PDLTriggerSecondary<true>();
 }

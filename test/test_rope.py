@@ -555,7 +555,7 @@ def _random_call(name: str, random: Random, make: SampleMaker) -> tuple[tuple[Te
     count = slots[0] * (slots[1] if len(slots) > 1 else 1)
     indices = make.indices(tokens, below=count, unique=True, dtype=index_dtype)
     indices = torch.where(make.booleans(tokens, chance=0.2), torch.full_like(indices, -1), indices)
-    if random.random() < 0.5:
+    if random.random() < 0.5 and caches[0].dtype.itemsize == 1:
         options |= {"k_scale": make.values(0.5, dtype=torch.float32), "v_scale": make.values(3, dtype=torch.float32)}
     return (q, k, v, *caches, *(weights if "qknorm" in name else []), cache, positions, indices), options
 

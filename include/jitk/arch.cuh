@@ -91,4 +91,16 @@ JITK_DEVICE void compute_here(T value) {
   }
 }
 
+// Has the compiler keep the value in a register, whatever it was computed from. It would read parameters again for each use,
+// and compute again what they go through.
+template <typename T>
+JITK_DEVICE void keep_in_register(T& value) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8, "a value is a register or two");
+  if constexpr (sizeof(T) == 4) {
+    asm volatile("" : "+r"(value));
+  } else {
+    asm volatile("" : "+l"(value));
+  }
+}
+
 }  // namespace jitk::device

@@ -38,7 +38,7 @@ class Bounds {
     return false;
   }
 
- private:
+  // Where the caller has found that it is out of range.
   __device__ __noinline__ void refuse(int64_t index, int64_t position, const char* what) const {
     if (first_ != nullptr) {
       atomicMin_system(first_, static_cast<unsigned long long>(position));
@@ -49,6 +49,7 @@ class Bounds {
     __assert_fail("an index is in range", what, 0, "admit");
   }
 
+ private:
   int64_t end_;
   unsigned long long* first_;  // the first position that is out of range; null where nobody waits for it
   int32_t low_;

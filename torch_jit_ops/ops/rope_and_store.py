@@ -90,6 +90,10 @@ def _checked_stores(
     for name, scale in zip(("k_scale", "v_scale"), scales, strict=True):
         if scale is not None and (scale.numel() != 1 or scale.dtype not in (torch.float32, torch.float64)):
             raise ValueError(f"{name} must be one float32, got {list(scale.shape)} of {scale.dtype}")
+    for name, scale, cache in zip(("k", "v"), scales, caches, strict=True):
+        # In float64, as tests compute the truth, nothing has 8 bits.
+        if scale is not None and cache.dtype.itemsize != 1 and scale.dtype != torch.float64:
+            raise ValueError(f"{name}_scale is for caches of 8-bit floats, but {name}_cache is {cache.dtype}")
     return slots
 
 
@@ -177,7 +181,7 @@ def apply_rope_store_kv(
         positions: ``[tokens]`` or, with ``mrope_section``, ``[3, tokens]``; int32 or int64.
         indices: ``[tokens]``, int32 or int64: the slot of each token, or -1 for none. One outside the cache is an error. Where
             two tokens have one slot, each of its elements is one of theirs, and which is not said.
-        k_scale: one fp32, by which what is stored is divided first: the scale of a cache of 8-bit floats.
+        k_scale: one fp32, by which what is stored is divided first; for a cache of 8-bit floats alone.
         v_scale: as ``k_scale``.
         is_neox: element i is paired with ``i + rope_dim / 2``; else 2 i with 2 i + 1.
         head_dim: of a ``q``, ``k`` and ``v`` with 2 dimensions; 0 for the width of the cache of cosines.
@@ -272,7 +276,7 @@ def fused_qknorm_rope_store_kv(
         indices: ``[tokens]``, int32 or int64: the slot of each token, or -1 for none. One outside the cache is an error. Where
             two tokens have one slot, each of its elements is one of theirs, and which is not said.
         eps: added to the mean square of a head.
-        k_scale: one fp32, by which what is stored is divided first: the scale of a cache of 8-bit floats.
+        k_scale: one fp32, by which what is stored is divided first; for a cache of 8-bit floats alone.
         v_scale: as ``k_scale``.
         gemma: ``weight + 1`` for the weights, as Gemma stores them.
         is_neox: element i is paired with ``i + rope_dim / 2``; else 2 i with 2 i + 1.
