@@ -1,9 +1,10 @@
 // Rotary position embedding on the CPU: a token's angles are prepared once, in fp32, and then all of its heads turn.
 #include "rope_arguments.h"
 
-#include <jitk/index.h>   // check_indices
-#include <jitk/result.h>  // Output, parallel_for
-#include <jitk/simd.h>    // Floats, sum, transform
+#include <jitk/cache_dtype.h>  // scale_of, only_fp8_has
+#include <jitk/index.h>        // check_indices
+#include <jitk/result.h>       // Output, parallel_for
+#include <jitk/simd.h>         // Floats, sum, transform
 
 #include <cstring>      // memcpy
 #include <optional>     // sections, scales
@@ -363,7 +364,7 @@ void rope_and_store(Call& call, const TensorView& q, const TensorView& k, const 
     const Slots slots =
         slots_of<fp32_t, fp16_t, bf16_t, fp8_e4m3_t, fp8_e5m2_t>(cache, x, blocks, block_size, stored, call.device);
     host::only_fp8_has(scale, cache);
-    return Stores{slots, cache.dtype(), scale_of(scale, call.device)};
+    return Stores{slots, cache.dtype(), host::scale_of(scale, call.device)};
   };
   const Stores k_stores = stores_of(to.k_cache, ks, to.k_scale);
   const Stores v_stores = stores_of(to.v_cache, vs, to.v_scale);

@@ -3,8 +3,10 @@
 #include "rope_arguments.h"
 #include "rope_launch.cuh"
 
+#include <jitk/cache_dtype.h>  // scale_of, only_fp8_has
+#include <jitk/result.h>       // Output
+
 #include <jitk/index.cuh>  // CheckedIndices
-#include <jitk/result.h>   // Output
 
 #include <optional>  // sections, scales
 
@@ -57,8 +59,8 @@ void store_side(Side& side, const TensorView& cache, const Heads& x, const std::
   side.cache_block = slots.blocks > 1 ? slots.block_stride : 0;
   side.cache_slot = slots.block_size > 1 ? slots.slot_stride : 0;
   side.cache_head = x.count > 1 ? slots.head_stride : 0;
-  only_fp8_has(scale, cache);
-  side.scale = scale_of(scale, device);
+  host::only_fp8_has(scale, cache);
+  side.scale = host::scale_of(scale, device);
 }
 
 // In place; `weights` of forms with a norm, `stores` of forms that store.

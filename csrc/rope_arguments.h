@@ -215,14 +215,4 @@ Slots slots_of(const TensorView& cache, const Heads& x, host::SymbolicSize& bloc
   return {cache.data_ptr(), blocks.unwrap(), block_size.unwrap(), stride_of(view, 0), stride_of(view, 1), stride_of(view, 2)};
 }
 
-// Null where there is none.
-inline const float* scale_of(const std::optional<TensorView>& scale, host::SymbolicDevice& device) {
-  using namespace host;
-  if (!scale) return nullptr;
-  SymbolicDims shape{"shape"};
-  TensorMatcher({shape}).with_dtype<fp32_t>().with_device(device).verify(*scale);
-  RuntimeCheck(scale->numel() == 1, "argument '", scale->name(), "' must be one float32, got ", scale->shape());
-  return static_cast<const float*>(scale->data_ptr());
-}
-
 }  // namespace jitk::rotary

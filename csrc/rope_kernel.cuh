@@ -189,7 +189,8 @@ __global__ void __launch_bounds__(kBlock, kHeads > 1 ? kMinBlocks : 0) rope_kern
     }
   }
   // Of the team's first head, and from each of its heads to the next.
-  const T* from = static_cast<const T*>(side.from) + batch * side.from_batch + token * side.from_token + member * side.from_head;
+  const T* from =
+      static_cast<const T*>(side.from) + batch * side.from_batch + token * side.from_token + member * side.from_head;
   T* to = static_cast<T*>(side.to);
   if constexpr (!F::kInPlace) to += batch * side.to_batch + token * side.to_token + member * side.to_head;
   int64_t from_step = side.from_head * side.teams, to_step = side.to_head * side.teams;
