@@ -40,6 +40,15 @@ class Model:
         self.clock = 0
         self.reset()
 
+    @property
+    def total(self) -> int:
+        return self.evictable + self.protected
+
+    @property
+    def nbytes(self) -> int:
+        """Of tokens and values alone."""
+        return sum(len(node.tokens) * node.tokens.itemsize + node.values.nbytes for node in self.nodes())
+
     def reset(self) -> None:
         self.root = Node(None, array("q"), torch.empty(0, dtype=torch.int64), None)
         self.leaves: set[Node] = set()

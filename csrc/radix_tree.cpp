@@ -15,12 +15,17 @@ uint64_t mixed(uint64_t a, uint64_t b) {
   return static_cast<uint64_t>(product) ^ static_cast<uint64_t>(product >> 64);
 }
 
-// How many tokens are equal from the start: runs of them, of which the compiler makes vectors, and then one by one.
+// How many tokens are equal from the start: runs of them, of which the compiler makes vectors, and then one by one. Labels are
+// mostly not in the CPU's cache, and are asked for ahead; so is what stands as far behind each token as `values` says, unless
+// that is 0.
 template <typename Token>
-int64_t common(const int32_t* label, const Token* tokens, int64_t size) {
-  constexpr int64_t kRun = 64;
+int64_t common(const int32_t* label, const Token* tokens, int64_t size, int64_t values) {
+  constexpr int64_t kRun = 64, kAhead = 1024;
+  prefetch(label, std::min(size, kAhead));
   int64_t at = 0;
   for (; size - at >= kRun; at += kRun) {
+    prefetch(label + at + kAhead, kRun);
+    if (values != 0) prefetch(label + at + values, kRun);
     Token differ = 0;
     for (int64_t index = at; index < at + kRun; ++index) differ |= Token{label[index]} ^ tokens[index];
     if (differ != 0) break;
@@ -29,9 +34,9 @@ int64_t common(const int32_t* label, const Token* tokens, int64_t size) {
   return at;
 }
 
-int64_t common(const int32_t* label, const Tokens& tokens, int64_t at, int64_t size) {
-  if (tokens.is_wide) return common(label, static_cast<const int64_t*>(tokens.data) + at, size);
-  return common(label, static_cast<const int32_t*>(tokens.data) + at, size);
+int64_t common(const int32_t* label, const Tokens& tokens, int64_t at, int64_t size, int64_t values) {
+  if (tokens.is_wide) return common(label, static_cast<const int64_t*>(tokens.data) + at, size, values);
+  return common(label, static_cast<const int32_t*>(tokens.data) + at, size, values);
 }
 
 std::unique_ptr<int32_t[]> label_of(const int32_t* tokens, const int32_t* values, int64_t size) {
@@ -261,8 +266,9 @@ void RadixTree::remove_leaf(uint32_t leaf) {
 }
 
 // Goes down as far as the tokens do, and splits the node in which they part; `step` is called with each node. Returns the last.
+// `reads_values`: the caller will, of all these nodes.
 template <typename Step>
-uint32_t RadixTree::walk(const Tokens& tokens, uint32_t space, int64_t& length, const Step& step) {
+uint32_t RadixTree::walk(const Tokens& tokens, uint32_t space, bool reads_values, int64_t& length, const Step& step) {
   const int64_t size = tokens.size / page_size_ * page_size_;
   uint32_t node = kRoot;
   length = 0;
@@ -270,7 +276,8 @@ uint32_t RadixTree::walk(const Tokens& tokens, uint32_t space, int64_t& length, 
     uint32_t child = find(node, space, page_at(tokens, length));
     if (child == kNone) break;
     const int64_t most = std::min(nodes_[child].size, size - length);
-    const int64_t same = common(nodes_[child].label.get(), tokens, length, most) / page_size_ * page_size_;
+    const int64_t same = common(nodes_[child].label.get(), tokens, length, most, reads_values ? nodes_[child].size : 0) /
+                         page_size_ * page_size_;
     if (same == 0) break;  // a wide token is out of range, or somebody writes the tokens meanwhile
     const bool ends = same < nodes_[child].size;
     if (ends) child = split(child, same);
@@ -298,7 +305,7 @@ const int32_t* RadixTree::page_at(const Tokens& tokens, int64_t at) {
 Match RadixTree::match(const Tokens& tokens, const std::string* extra_key) {
   ++clock_;
   int64_t length;
-  const uint32_t node = walk(tokens, space_of(extra_key), length, [](uint32_t) {});
+  const uint32_t node = walk(tokens, space_of(extra_key), true, length, [](uint32_t) {});
   return {handle(node), length};
 }
 
@@ -318,7 +325,7 @@ int64_t RadixTree::insert(const Tokens& tokens, const Writer& values, const std:
   int64_t length;
   int64_t passed = 0;
   try {
-    const uint32_t node = walk(tokens, space, length, [&](uint32_t child) {
+    const uint32_t node = walk(tokens, space, false, length, [&](uint32_t child) {
       passed += nodes_[child].size;
       if (passed > counted) ++nodes_[child].hits;
     });

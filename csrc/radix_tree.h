@@ -47,6 +47,12 @@ struct Match {
   int64_t length;
 };
 
+// A leaf that was evicted: its tokens, then its values.
+struct Freed {
+  std::unique_ptr<int32_t[]> label;
+  int64_t size;
+};
+
 // What is known of a node, for those who look at the whole tree. The pointers are good until the tree changes.
 struct Seen {
   Handle node;
@@ -67,6 +73,13 @@ void make_room(std::vector<Item>& items, size_t count) {
   if (items.capacity() < count) items.reserve(2 * count);
 }
 
+// Asks for ints that are in memory, but not in the CPU's cache: it fetches ahead by itself, but not beyond a page of 4 KiB, and
+// only after it has waited for the first of one. It is no harm if they are not there.
+inline void prefetch(const int32_t* from, int64_t count) {
+  constexpr int64_t kLine = 16;
+  for (int64_t line = 0; line < count; line += kLine) __builtin_prefetch(from + line);
+}
+
 class RadixTree {
  public:
   // `salt` makes the handles and the table of this tree unlike those of others.
@@ -82,8 +95,8 @@ class RadixTree {
   // Adds what is not here, by whole pages, and returns how long the prefix is that was. Of what is added, `values` is asked
   // for the values. Nodes that end behind the first `counted` tokens are hit once more.
   int64_t insert(const Tokens& tokens, const Writer& values, const std::string* extra_key, int64_t counted);
-  // Removes leaves that nobody has locked until `wanted` tokens went, or none is left; appends their values to `freed`.
-  void evict(int64_t wanted, Policy policy, std::vector<int32_t>& freed);
+  // Removes leaves that nobody has locked until `wanted` tokens went, or none is left; appends them to `freed`.
+  void evict(int64_t wanted, Policy policy, std::vector<Freed>& freed);
   void lock(Handle node);
   void unlock(Handle node);
   void reset();
@@ -162,7 +175,7 @@ class RadixTree {
   uint32_t make_space(const std::string* extra_key);
   void release_space(uint32_t space);
   template <typename Step>
-  uint32_t walk(const Tokens& tokens, uint32_t space, int64_t& length, const Step& step);
+  uint32_t walk(const Tokens& tokens, uint32_t space, bool reads_values, int64_t& length, const Step& step);
   const int32_t* page_at(const Tokens& tokens, int64_t at);
 
   // Entries of a queue; beyond it most are of nodes that are gone.

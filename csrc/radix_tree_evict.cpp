@@ -1,11 +1,17 @@
 // What goes first. Every leaf that may be evicted is in a heap, for each policy that somebody has asked for, as it was when it was
 // put there. What was used since is put back when its turn comes: a use costs nothing then, and most never have a turn.
 
-#include <algorithm>  // heaps
+#include <algorithm>  // heaps, min
+#include <utility>    // move
 
 #include "radix_tree.h"
 
 namespace radix {
+namespace {
+
+constexpr int64_t kRead = 4096;  // values of a leaf that are asked for when it goes: nobody has read them for long
+
+}  // namespace
 
 bool RadixTree::Queued::operator<(const Queued& other) const {
   if (hits != other.hits) return hits > other.hits;
@@ -54,7 +60,7 @@ void RadixTree::fill_queue(int policy) {
   is_queued_[policy] = true;
 }
 
-void RadixTree::evict(int64_t wanted, Policy by, std::vector<int32_t>& freed) {
+void RadixTree::evict(int64_t wanted, Policy by, std::vector<Freed>& freed) {
   const int policy = static_cast<int>(by);
   if (wanted > 0 && !is_queued_[policy]) fill_queue(policy);
   std::vector<Queued>& queue = queues_[policy];
@@ -66,8 +72,9 @@ void RadixTree::evict(int64_t wanted, Policy by, std::vector<int32_t>& freed) {
     const Queued now = queued_now(leaf, policy);
     const bool is_due = !is_gone && is_evictable(leaf) && now.hits == first.hits && now.used == first.used;
     if (is_due) {
-      const int32_t* values = nodes_[leaf].label.get() + nodes_[leaf].size;
-      freed.insert(freed.end(), values, values + nodes_[leaf].size);
+      const int64_t size = nodes_[leaf].size;
+      freed.push_back({nullptr, size});  // which may fail, and nothing below
+      prefetch(nodes_[leaf].label.get() + size, std::min<int64_t>(size, kRead));
     }
     std::pop_heap(queue.begin(), queue.end());
     queue.pop_back();
@@ -79,6 +86,7 @@ void RadixTree::evict(int64_t wanted, Policy by, std::vector<int32_t>& freed) {
     }
     const uint32_t parent = nodes_[leaf].parent;
     went += nodes_[leaf].size;
+    freed.back().label = std::move(nodes_[leaf].label);
     remove_leaf(leaf);
     offer(parent);
   }

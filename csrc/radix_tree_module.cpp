@@ -1,12 +1,14 @@
 // RadixTree for Python. torch_jit_ops/ops/radix_tree.py is the class that users see; it alone calls this one.
 //
-// Tokens and values come as radix_tree_ints.h reads them, and go as bytearrays of int32.
+// Tokens and values come as radix_tree_ints.h reads them, and go as bytearrays of int32 or, where time matters, as
+// radix_tree_result.h has them.
 //
 // A tree is locked while it is used. Nobody waits for it with the GIL in hand, and while it is locked nothing is called that may
 // run Python code, which may be code that uses the same tree.
 
 #include <pybind11/pybind11.h>
 
+#include <cstring>   // memcpy
 #include <memory>    // unique_ptr
 #include <mutex>     // one for each tree
 #include <new>       // locks of children
@@ -17,7 +19,9 @@
 #include <vector>    // what is copied out
 
 #include "radix_tree.h"
+#include "radix_tree_calls.h"
 #include "radix_tree_ints.h"
+#include "radix_tree_result.h"
 
 namespace {
 
@@ -67,7 +71,7 @@ class Tree {
   explicit Tree(int64_t page_size) : tree_(new radix::RadixTree(page_size, salt())) {}
   explicit Tree(std::unique_ptr<radix::RadixTree> tree) : tree_(std::move(tree)) {}
 
-  py::tuple match(py::handle tokens, py::handle extra_key, bool lock) {
+  PyObject* match(py::handle tokens, py::handle extra_key, bool lock) {
     radix::Ints given(tokens, "tokens");
     const Key key(extra_key);
     const radix::Tokens read = given.tokens();
@@ -77,17 +81,12 @@ class Tree {
       const Lock locked(*this);
       found = tree_->match(read, key.name());
       given.check(found.length);  // what was found is as what is here
+      values = radix::Result::make(found.length);
       if (lock) tree_->lock(found.node);
-      // A bytearray is not one of the objects whose making may start the garbage collector.
-      values = py::reinterpret_steal<py::object>(
-          PyByteArray_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(found.length * sizeof(int32_t))));
-      if (!values) {
-        if (lock) tree_->unlock(found.node);
-        throw py::error_already_set();
-      }
-      tree_->read_values(found.node, found.length, reinterpret_cast<int32_t*>(PyByteArray_AS_STRING(values.ptr())));
+      tree_->read_values(found.node, found.length, radix::Result::ints(values));
     }
-    return py::make_tuple(std::move(values), found.node, found.length);
+    return Py_BuildValue("(NKL)", values.release().ptr(), static_cast<unsigned long long>(found.node),
+                         static_cast<long long>(found.length));
   }
 
   int64_t insert(py::handle tokens, py::handle values, py::handle extra_key, int64_t counted) {
@@ -107,13 +106,21 @@ class Tree {
 
   py::object evict(int64_t wanted, bool lfu, bool is_long) {
     if (wanted < 0) throw py::value_error("tokens must not be negative, got " + std::to_string(wanted));
-    std::vector<int32_t> freed;
+    std::vector<radix::Freed> freed;
     {
       const Lock locked(*this);
       const Meanwhile others_run(is_long);
       tree_->evict(wanted, lfu ? radix::Policy::lfu : radix::Policy::lru, freed);
     }
-    return bytes_of(freed);
+    int64_t went = 0;
+    for (const radix::Freed& leaf : freed) went += leaf.size;
+    py::object values = radix::Result::make(went);
+    int32_t* to = radix::Result::ints(values);
+    for (const radix::Freed& leaf : freed) {
+      std::memcpy(to, leaf.label.get() + leaf.size, static_cast<size_t>(leaf.size) * sizeof(int32_t));
+      to += leaf.size;
+    }
+    return values;
   }
 
   void lock(py::handle given) {
@@ -257,16 +264,45 @@ class Tree {
   std::unique_ptr<radix::RadixTree> tree_;
 };
 
+// --- calls so short that pybind11's way to them would be the longest part ---------------------------
+
+int64_t int64_of(py::handle given) {
+  const long long value = PyLong_AsLongLong(given.ptr());
+  if (value == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
+  return value;
+}
+
+PyObject* match(Tree& tree, PyObject* const* given) { return tree.match(given[0], given[1], given[2] == Py_True); }
+PyObject* insert(Tree& tree, PyObject* const* given) {
+  return PyLong_FromLongLong(tree.insert(given[0], given[1], given[2], int64_of(given[3])));
+}
+PyObject* evict(Tree& tree, PyObject* const* given) {
+  return tree.evict(int64_of(given[0]), given[1] == Py_True, given[2] == Py_True).release().ptr();
+}
+PyObject* lock(Tree& tree, PyObject* const* given) {
+  tree.lock(given[0]);
+  return py::none().release().ptr();
+}
+PyObject* unlock(Tree& tree, PyObject* const* given) {
+  tree.unlock(given[0]);
+  return py::none().release().ptr();
+}
+
+py::tuple calls(py::object self) {
+  static PyMethodDef definitions[] = {radix::defined<Tree, 3, match>("match"), radix::defined<Tree, 4, insert>("insert"),
+                                      radix::defined<Tree, 3, evict>("evict"), radix::defined<Tree, 1, lock>("lock"),
+                                      radix::defined<Tree, 1, unlock>("unlock")};
+  Tree& tree = self.cast<Tree&>();
+  return radix::bound(tree, std::move(self), definitions);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  radix::Result::make(0);  // its type is made here, which may start the garbage collector, and not while a tree is locked
   py::class_<Tree>(m, "Tree")
       .def(py::init<int64_t>())
-      .def("match", &Tree::match)
-      .def("insert", &Tree::insert)
-      .def("evict", &Tree::evict)
-      .def("lock", &Tree::lock)
-      .def("unlock", &Tree::unlock)
+      .def("calls", &calls)
       .def("reset", &Tree::reset)
       .def("check", &Tree::check)
       .def("sizes", &Tree::sizes)

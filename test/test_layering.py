@@ -13,8 +13,9 @@ from child import ROOT, run_python
 PACKAGE = ROOT / "torch_jit_ops"
 SOURCES = (".h", ".cuh", ".cu", ".cpp")
 # Parts of Python modules, which know Python and nothing of PyTorch.
-BINDINGS = {"radix_tree_module.cpp", "radix_tree_ints.h"}
-OF_MODULES = {"radix_tree.h", "radix_tree_ints.h"}  # compiled once, and not for each kernel
+BINDINGS = {"radix_tree_module.cpp", "radix_tree_calls.h", "radix_tree_ints.h", "radix_tree_result.h"}
+# Compiled once, and not for each kernel.
+OF_MODULES = {"radix_tree.h", "radix_tree_calls.h", "radix_tree_ints.h", "radix_tree_result.h"}
 # Together they cost more to compile than a kernel.
 HEAVY = {
     "sstream",

@@ -327,8 +327,8 @@ def test_the_benchmark_runs_and_its_trees_agree(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(benchmark, "SLOTS", 60_000)  # so that a short trace evicts
     monkeypatch.setattr(benchmark, "RUNNING", 4)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
-    for more in ([], ["--by-token"]):
-        assert benchmark.main(["--requests", "40", "--pages", "3", "--tokens", *benchmark.FORMS, *more]) == 0
+    for more in (["model"], ["by-token", "--cold"]):
+        assert benchmark.main(["--requests", "40", "--pages", "3", "--tokens", *benchmark.FORMS, "--beside", *more]) == 0
     assert capsys.readouterr().out.count("| evict") == 2 * len(benchmark.FORMS)
 
 
@@ -841,6 +841,26 @@ def test_8_bytes_for_a_token() -> None:
         tokens[0] = first
         tree.insert(tokens, tokens)
     assert 8 <= tree.nbytes / tree.total < 8.1
+
+
+def test_results_are_memory_of_their_own() -> None:
+    # The memory of a result that is gone serves the next one; that of one that is here must not.
+    tree = RadixTree()
+    sizes = [1, 1000, 1024, 1025, 5000, 300_000]
+    for number, size in enumerate(sizes):
+        tree.insert([number] * size, range(number, number + size))
+    held = []
+    for _ in range(3):
+        for number, size in enumerate(sizes):
+            found = tree.match_prefix([number] * size).values
+            assert torch.equal(found, torch.arange(number, number + size, dtype=torch.int32))
+            held += [tree.match_prefix([number] * size).values.add_(number), found][: number % 3]
+            del found
+    copies = [each.clone() for each in held]
+    went = tree.evict(len(tree))
+    assert len(went) == sum(sizes) and len(tree) == 0
+    went.fill_(-1)
+    assert all(map(torch.equal, held, copies))
 
 
 def test_a_tensor_outlives_its_tree() -> None:

@@ -46,8 +46,11 @@ native = library.module(
 Node = NewType("Node", int)
 
 _BYTES = {torch.int32: 4, torch.int64: 8}
+_INT32 = torch.int32
+_READ_HERE = (Tensor, tuple)  # what _ints is for; the module reads all else
 _LONG = 1 << 16  # tokens to evict for which it pays to let other threads run
 _MAGIC = b"jitk RadixTree 1"  # with the version of the format
+_frombuffer, _new = torch.frombuffer, tuple.__new__  # a look-up less in calls that take a microsecond
 _trees: weakref.WeakSet[RadixTree] = weakref.WeakSet()
 
 
@@ -118,6 +121,7 @@ class RadixTree:
 
     def _take(self, tree: Any) -> None:
         self._tree = tree
+        self._match, self._insert, self._evict, self._lock, self._unlock = tree.calls()
         _trees.add(self)
 
     def match_prefix(self, tokens: Tokens, *, extra_key: str | None = None, lock: bool = False) -> Match:
@@ -132,8 +136,9 @@ class RadixTree:
             TypeError: the tokens are of another type, or on a device.
             ValueError: a token is out of range.
         """
-        data, node, length = self._tree.match(_ints(tokens, "tokens"), extra_key, lock)
-        return Match(_tensor(data), node, length)
+        ints = _ints(tokens, "tokens") if isinstance(tokens, _READ_HERE) else tokens  # of memory that `tokens` keeps
+        data, node, length = self._match(ints, extra_key, bool(lock))
+        return _new(Match, (_frombuffer(data, dtype=_INT32) if length else _tensor(data), node, length))
 
     def insert(self, tokens: Tokens, values: Tokens, *, extra_key: str | None = None, counted: int = 0) -> int:
         """Add a sequence, which counts as used now.
@@ -153,7 +158,10 @@ class RadixTree:
             TypeError: tokens or values are of another type, or on a device.
             ValueError: one is out of range, or there are not as many values as tokens.
         """
-        return int(self._tree.insert(_ints(tokens, "tokens"), _ints(values, "values"), extra_key, operator.index(counted)))
+        ints = _ints(tokens, "tokens") if isinstance(tokens, _READ_HERE) else tokens  # of memory that `tokens` keeps
+        slots = _ints(values, "values") if isinstance(values, _READ_HERE) else values
+        known: int = self._insert(ints, slots, extra_key, counted)
+        return known
 
     def evict(self, tokens: int, policy: Literal["lru", "lfu"] = "lru") -> Tensor:
         """Remove leaves that are not locked, until so many tokens went or none is left.
@@ -176,9 +184,9 @@ class RadixTree:
             raise ValueError(f"the policy must be 'lru' or 'lfu', got {policy!r}")
         wanted = min(operator.index(tokens), 2**62)
         if wanted < _LONG:
-            return _tensor(self._tree.evict(wanted, policy == "lfu", False))
+            return _tensor(self._evict(wanted, policy == "lfu", False))
         with forks.held_off():  # while other threads run, one of them might fork
-            return _tensor(self._tree.evict(wanted, policy == "lfu", True))
+            return _tensor(self._evict(wanted, policy == "lfu", True))
 
     def lock(self, node: Node) -> None:
         """Keep the node, and with it those above it, from being evicted, until ``unlock`` was called as often. The root needs
@@ -187,7 +195,7 @@ class RadixTree:
         Raises:
             ValueError: the node is not here any more.
         """
-        self._tree.lock(node)
+        self._lock(node)
 
     def unlock(self, node: Node) -> None:
         """Take back one ``lock`` of this node.
@@ -195,7 +203,7 @@ class RadixTree:
         Raises:
             ValueError: the node is not locked, or not here any more.
         """
-        self._tree.unlock(node)
+        self._unlock(node)
 
     def path(self, node: Node) -> tuple[Tensor, Tensor]:
         """Tokens and values from the root to the node, int32.
@@ -318,14 +326,14 @@ def _entry(found: tuple[Any, ...]) -> Entry:
     return Entry(node, parent, _tensor(tokens), _tensor(values), *rest)
 
 
-def _tensor(data: bytearray) -> Tensor:
+def _tensor(data: Any) -> Tensor:
     return torch.frombuffer(data, dtype=torch.int32) if data else torch.empty(0, dtype=torch.int32)
 
 
 def _ints(given: Any, what: str) -> Any:
-    """As the module takes it: a tuple is the memory of a tensor."""
-    if not isinstance(given, Tensor):
-        return list(given) if isinstance(given, tuple) else given
+    """A tensor or a tuple as the module takes it, to which a tuple is the memory of a tensor."""
+    if isinstance(given, tuple):
+        return list(given)
     # What follows stands before every call: each look at a tensor is about 0.1 us.
     if not given.is_cpu:
         raise TypeError(f"{what} must be on the CPU, got a tensor on {given.device}\n  remedy: .cpu()")
