@@ -160,8 +160,8 @@ JITK_DEVICE void store_converted(const float (&values)[kCount], To* to) {
   }
 }
 
-template <typename F, uint32_t kVec, uint32_t kItems, uint32_t kHeads>
-__global__ void __launch_bounds__(kBlock, kHeads > 1 ? kMinBlocks : 0) rope_kernel(const __grid_constant__ Call<F> call) {
+template <typename F, uint32_t kVec, uint32_t kItems, uint32_t kHeads, bool kAhead>
+__global__ void __launch_bounds__(kBlock, kHeads > 1 || kAhead ? kMinBlocks : 0) rope_kernel(const __grid_constant__ Call<F> call) {
   using namespace device;
   using T = typename F::T;
   using Angles = typename F::Angles;
@@ -260,23 +260,34 @@ __global__ void __launch_bounds__(kBlock, kHeads > 1 ? kMinBlocks : 0) rope_kern
     }
   };
 
-  for (uint32_t round = 0; round < call.rounds; ++round) {
-    Vector x[kHeads][kHeld][2];
-    const auto has_head = [&](uint32_t j) { return j * teams < left; };
-    const auto load = [&](uint32_t j, uint32_t i, Place place) {
-      const T* const head = from + j * from_step;
-      load_heads(x[j][i][0], head + place.first, policy);
-      if (units.has_second(place)) {
-        load_heads(x[j][i][1], head + place.second, policy);
-      } else {
-        x[j][i][1].fill(cast<T>(0.0f));
-      }
-    };
+  Vector x[kHeads][kHeld][2];
+  Vector next[kAhead ? kHeads : 1][kHeld][2];
+  const auto load = [&](Vector(&into)[2], const T* head, Place place) {
+    load_heads(into[0], head + place.first, policy);
+    if (units.has_second(place)) {
+      load_heads(into[1], head + place.second, policy);
+    } else {
+      into[1].fill(cast<T>(0.0f));
+    }
+  };
+  // The heads of a round, of which `there` are left.
+  const auto load_round = [&](auto& into, const T* head, uint32_t there) {
 #pragma unroll
     for (uint32_t j = 0; j < kHeads; ++j) {
-      if constexpr (kHolds) {
-        if (has_token && has_head(j)) units.each([&](uint32_t i, uint32_t u) { load(j, i, units.place(i, u)); });
+      if (has_token && j * teams < there) {
+        units.each([&](uint32_t i, uint32_t u) { load(into[j][i], head + j * from_step, units.place(i, u)); });
       }
+    }
+  };
+
+  if constexpr (kAhead) load_round(x, from, left);
+  for (uint32_t round = 0; round < call.rounds; ++round) {
+    const auto has_head = [&](uint32_t j) { return j * teams < left; };
+    const uint32_t left_then = left > kHeads * teams ? left - kHeads * teams : 0;
+    if constexpr (kAhead) {
+      if (round + 1 < call.rounds) load_round(next, from + kHeads * from_step, left_then);
+    } else if constexpr (kHolds) {
+      load_round(x, from, left);
     }
     if (round == 0) prepare();
 
@@ -287,7 +298,7 @@ __global__ void __launch_bounds__(kBlock, kHeads > 1 ? kMinBlocks : 0) rope_kern
         scales[j] = 0.0f;
         if (is_live && has_head(j)) {
           units.each([&](uint32_t i, uint32_t u) {
-            if constexpr (!kHolds) load(j, i, units.place(i, u));
+            if constexpr (!kHolds) load(x[j][i], from + j * from_step, units.place(i, u));
             float first[kVec], second[kVec];
             to_floats(x[j][i][0], first);
             to_floats(x[j][i][1], second);
@@ -311,7 +322,7 @@ __global__ void __launch_bounds__(kBlock, kHeads > 1 ? kMinBlocks : 0) rope_kern
       units.each([&](uint32_t i, uint32_t u) {
         const Place place = units.place(i, u);
         if constexpr (!kHolds) {
-          load(j, i, place);
+          load(x[j][i], from + j * from_step, place);
           load_shared(i, u);
         }
         float values[2][kVec];
@@ -355,7 +366,17 @@ __global__ void __launch_bounds__(kBlock, kHeads > 1 ? kMinBlocks : 0) rope_kern
     from += kHeads * from_step;
     if constexpr (!F::kInPlace) to += kHeads * to_step;
     if constexpr (F::kStores) cache += kHeads * cache_step;
-    left = left > kHeads * teams ? left - kHeads * teams : 0;
+    left = left_then;
+    if constexpr (kAhead) {
+#pragma unroll
+      for (uint32_t j = 0; j < kHeads; ++j) {
+#pragma unroll
+        for (uint32_t i = 0; i < kHeld; ++i) {
+          x[j][i][0] = next[j][i][0];
+          x[j][i][1] = next[j][i][1];
+        }
+      }
+    }
   }
   PDLTriggerSecondary<true>();
 }

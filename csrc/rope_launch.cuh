@@ -63,11 +63,11 @@ bool fits(const Call<F>& call, uint32_t vec, Kind angles, uint64_t angle_places)
 template <typename F>
 auto kernel_for(uint32_t vec, const Choice& choice) -> void (*)(Call<F>) {
   constexpr uint32_t kWide = 16 / sizeof(typename F::T), kPair = 4 / sizeof(typename F::T);
-  if (vec == kWide && choice.items == 1 && choice.heads == 1) return rope_kernel<F, kWide, 1, 1>;
-  if (vec == kWide && choice.items == 1) return rope_kernel<F, kWide, 1, kHeadsInFlight>;
-  if (vec == kWide && choice.items == 2) return rope_kernel<F, kWide, 2, kHeadsOfTwo>;
-  if (vec == kPair) return rope_kernel<F, kPair, 0, 1>;
-  return rope_kernel<F, 1, 0, 1>;
+  if (vec == kWide && choice.items == 1 && choice.few) return rope_kernel<F, kWide, 1, 1, false>;
+  if (vec == kWide && choice.items == 1) return rope_kernel<F, kWide, 1, kHeadsInFlight, kLoadsAhead>;
+  if (vec == kWide && choice.items == 2) return rope_kernel<F, kWide, 2, kHeadsOfTwo, kLoadsAhead>;
+  if (vec == kPair) return rope_kernel<F, kPair, 0, 1, false>;
+  return rope_kernel<F, 1, 0, 1, false>;
 }
 
 // Of a head of `width` elements, of which those that turn, 2 * half, come first: how many units are looked at.
@@ -128,7 +128,7 @@ void launch(Call<F> call, int64_t tokens, Kind angles, uint64_t angle_places, DL
     call.first_token = done;
     call.tokens = static_cast<uint32_t>(min(tokens - done, tokens_per_launch));
     const int64_t grid = div_ceil(call.tokens * teams, int64_t{kBlock >> call.lanes_log2});
-    call.trigger = choose_trigger(grid * kBlock, kBlock, sms);
+    call.trigger = kTrigger < 0 ? choose_trigger(grid * kBlock, kBlock, sms) : static_cast<Trigger>(kTrigger);
     LaunchKernel(grid, kBlock, device).enable_pdl()(kernel_for<F>(vec, choice), call);
   }
 }

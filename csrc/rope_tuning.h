@@ -12,6 +12,12 @@
 #ifndef JITK_ROPE_ROUNDS  // in which a lane has so many heads, with many tokens: 1, 2, 4
 #define JITK_ROPE_ROUNDS 1
 #endif
+#ifndef JITK_ROPE_AHEAD  // whether the heads of a round are loaded while those of the one before are turned: 0, 1
+#define JITK_ROPE_AHEAD 0
+#endif
+#ifndef JITK_ROPE_TRIGGER
+#define JITK_ROPE_TRIGGER -1
+#endif
 #ifndef JITK_ROPE_MIN_BLOCKS  // that an SM shall hold, with many tokens; it limits registers, 0 does not: 0, 4, 5, 6
 #define JITK_ROPE_MIN_BLOCKS 0
 #endif
@@ -30,6 +36,8 @@ namespace jitk::rotary {
 inline constexpr uint32_t kBlock = JITK_ROPE_BLOCK;
 inline constexpr uint32_t kHeadsInFlight = JITK_ROPE_HEADS;
 inline constexpr uint32_t kRounds = JITK_ROPE_ROUNDS;
+inline constexpr bool kLoadsAhead = JITK_ROPE_AHEAD;
+inline constexpr int32_t kTrigger = JITK_ROPE_TRIGGER;
 inline constexpr uint32_t kMinBlocks = JITK_ROPE_MIN_BLOCKS;
 inline constexpr int64_t kFewLanes = JITK_ROPE_FEW_LANES;
 inline constexpr uint32_t kLoad = JITK_ROPE_LOAD;

@@ -15,7 +15,6 @@
 
 #include <jitk/index.cuh>           // CheckedIndices
 #include <jitk/launch.cuh>          // LaunchKernel
-#include <jitk/overlap.cuh>         // Trigger
 #include <jitk/stored_vectors.cuh>  // Copy, Cast
 #include <jitk/vec.cuh>             // L2Policy, places
 
@@ -44,11 +43,6 @@ struct Part {
   FastDivisor segment;     // of vectors
   uint32_t vectors;        // of a row
   const float* scale;
-
-  JITK_DEVICE char* slot(int64_t slot) const {
-    char* const place = slots.data + slot * slots.row_stride;
-    return block_gap == 0 ? place : place + static_cast<int64_t>(static_cast<uint64_t>(slot) / block_size) * block_gap;
-  }
 };
 
 struct Move {
@@ -63,7 +57,6 @@ struct Move {
   FastDivisor page;   // rows that one index stands for
   Stored stored;
   bool segmented;  // a row is more than one segment
-  Trigger trigger;
 };
 
 // --- the kernel -----------------------------------------------------------------------------------
@@ -73,9 +66,6 @@ struct Move {
 #endif
 #ifndef JITK_MOVE_STORE  // 0: as any, 1: .cs, 2: with a policy
 #define JITK_MOVE_STORE 0
-#endif
-#ifndef JITK_MOVE_TRIGGER  // -1: chosen, else 0 at the end, 1 after the wait, 2 before it
-#define JITK_MOVE_TRIGGER -1
 #endif
 
 template <typename Vec>
@@ -117,8 +107,6 @@ __global__ void __launch_bounds__(kMostThreads)
   const Part& part = move.parts[second ? 1 : 0];
   const uint32_t lanes = 1u << move.lanes_log2;
   const uint32_t first = (second ? at.remainder - move.split : at.remainder) * lanes * kItems + (thread & (lanes - 1));
-  const auto is_there = [&](uint32_t i) { return first + i * lanes < part.vectors; };
-
   const auto in_row = [&](uint32_t i, int64_t segment_stride, uint32_t bytes) {
     const uint32_t vector = first + i * lanes;
     if (!move.segmented) return static_cast<int64_t>(vector) * bytes;
@@ -139,7 +127,20 @@ __global__ void __launch_bounds__(kMostThreads)
   }
   const Index* const index_place = static_cast<const Index*>(move.indices) + position * move.index_stride;
   compute_here(index_place);
-  wait_and_trigger<true>(move.trigger);
+  char* slots = part.slots.data;
+  int64_t slot_stride = part.slots.row_stride, block_gap = part.block_gap;
+  uint32_t vectors = part.vectors;
+  keep_in_register(slots);
+  keep_in_register(slot_stride);
+  keep_in_register(block_gap);
+  keep_in_register(vectors);
+  const auto is_there = [&](uint32_t i) { return first + i * lanes < vectors; };
+  const auto place_of = [&](int64_t slot) {
+    char* const place = slots + slot * slot_stride;
+    return block_gap == 0 ? place : place + static_cast<int64_t>(static_cast<uint64_t>(slot) / part.block_size) * block_gap;
+  };
+  PDLTriggerSecondary<true>();  // the next kernel's blocks come when all of this one's have: none of them is held up
+  PDLWaitPrimary<true>();
 
   const L2Policy policy = L2Policy::evict_unchanged();
   const int64_t index = *index_place;
@@ -156,15 +157,16 @@ __global__ void __launch_bounds__(kMostThreads)
     typename Kind::Slot x[kItems];
     const bool admitted = bounds.admit(index, position, Op::indices());
     if (admitted) {
-      const char* const slot = part.slot(index * static_cast<int64_t>(move.page.divisor()) + row_of_page);
+      const char* const slot = place_of(index * static_cast<int64_t>(move.page.divisor()) + row_of_page);
 #pragma unroll
       for (uint32_t i = 0; i < kItems; ++i) {
         if (is_there(i)) load_as_chosen(x[i], slot + in_row(i, part.slots.segment_stride, Kind::kSlotBytes), policy);
       }
     }
+    const typename Kind::Factor factor(scale);
 #pragma unroll
     for (uint32_t i = 0; i < kItems; ++i) {
-      const auto out = admitted ? Kind::load(x[i], move.stored, scale) : Kind::zeros();
+      const auto out = admitted ? Kind::load(x[i], move.stored, factor) : Kind::zeros();
       if (is_there(i)) store_as_chosen(out, tokens + in_tokens[i], policy);
     }
   } else {
@@ -174,16 +176,16 @@ __global__ void __launch_bounds__(kMostThreads)
       if (is_there(i)) load_as_chosen(x[i], tokens + in_tokens[i], policy);
     }
     if (!bounds.admit(index, position, Op::indices())) return;
-    char* const slot = part.slot(index);
+    char* const slot = place_of(index);
+    const typename Kind::Factor factor(scale);
     // Attention reads the cache soon: it is stored as any memory.
 #pragma unroll
     for (uint32_t i = 0; i < kItems; ++i) {
       if (is_there(i))
-        store_as_chosen(Kind::store(x[i], move.stored, scale), slot + in_row(i, part.slots.segment_stride, Kind::kSlotBytes),
+        store_as_chosen(Kind::store(x[i], move.stored, factor), slot + in_row(i, part.slots.segment_stride, Kind::kSlotBytes),
                         policy);
     }
   }
-  PDLTriggerSecondary<true>();
 }
 
 // --- its launch -----------------------------------------------------------------------------------
@@ -243,13 +245,17 @@ struct Work {
   const host::CheckedIndices& checked;
 };
 
+// Vectors of a thread where there are many. What casts has more to do before its first vector, and for each.
+template <typename Kind>
+inline constexpr uint32_t kMostItems = Kind::kScales && Kind::kTokenBytes == kWideBytes ? JITK_MOVE_CAST_ITEMS : 4;
+
 template <typename Op, typename Kind, typename Index>
 auto kernel_of(uint32_t items) {
   if constexpr (Kind::kTokenBytes == kWideBytes) {
     if (items == 1) return move_kernel<Op, Kind, 1, Index>;
     if (items == 2) return move_kernel<Op, Kind, 2, Index>;
   }
-  return move_kernel<Op, Kind, RowTeams::kMostItems, Index>;
+  return move_kernel<Op, Kind, kMostItems<Kind>, Index>;
 }
 
 // Bytes are those of an element.
@@ -260,8 +266,8 @@ void launch(const Work& work, int64_t token_bytes, int64_t slot_bytes) {
   if (work.rows == 0 || first + second == 0) return;
   RuntimeCheck((first | second) < int64_t{1} << 30, "a row has at most 1073741823 vectors, got ", max(first, second));
   const int64_t sms = runtime::get_sm_count(work.device.device_id);
-  const uint32_t least = Kind::kTokenBytes == kWideBytes ? 1 : RowTeams::kMostItems;
-  const RowTeams teams = spread_rows(work.rows, first, second, least, sms);
+  const uint32_t least = Kind::kTokenBytes == kWideBytes ? 1 : kMostItems<Kind>;
+  const RowTeams teams = spread_rows(work.rows, first, second, {least, kMostItems<Kind>}, sms);
 
   Move move{{work.first.part<Kind>(token_bytes, slot_bytes), work.second.part<Kind>(token_bytes, slot_bytes)},
             work.indices.data_ptr(),
@@ -273,14 +279,12 @@ void launch(const Work& work, int64_t token_bytes, int64_t slot_bytes) {
             FastDivisor(teams.first + teams.second),
             FastDivisor(static_cast<uint64_t>(work.page)),
             work.stored,
-            work.first.segments().count > 1 || work.second.segments().count > 1,
-            Trigger::kAtEnd};
+            work.first.segments().count > 1 || work.second.segments().count > 1};
   for (; move.first_row < work.rows; move.first_row += teams.rows_of_launch()) {
     const int64_t some = min(work.rows - move.first_row, teams.rows_of_launch());
     move.rows = static_cast<uint32_t>(some);
     const int64_t grid = teams.blocks(some);
     const uint32_t block = teams.warps * device::kWarpThreads;
-    move.trigger = JITK_MOVE_TRIGGER < 0 ? choose_trigger(grid * block, block, sms) : static_cast<Trigger>(JITK_MOVE_TRIGGER);
     LaunchKernel(grid, block, work.device).enable_pdl()(kernel_of<Op, Kind, Index>(teams.items), move, work.checked.bounds());
   }
 }

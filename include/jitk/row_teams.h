@@ -1,6 +1,6 @@
 // Which threads of a GPU move which vectors of rows: a team of neighbouring lanes has a row, or a part of one.
 //
-//   const RowTeams teams = spread_rows(rows, k_vectors, v_vectors, 1, sms);
+//   const RowTeams teams = spread_rows(rows, k_vectors, v_vectors, {1, 4}, sms);
 //   grid = teams.blocks(rows), block = teams.warps * 32
 //
 // A row has two parts, K and V, each with teams of its own, so that a thread deals with one tensor. A thread moves `items`
@@ -14,8 +14,6 @@ namespace jitk {
 namespace host {
 
 struct RowTeams {
-  static constexpr uint32_t kMostItems = 4;
-
   uint32_t items;       // vectors of a thread
   uint32_t lanes_log2;  // of a team
   uint32_t first;       // teams for the first part of a row
@@ -44,7 +42,17 @@ struct RowTeams {
 #define JITK_MOVE_WARPS 8
 #endif
 
-// The first line that is not exceeded, in vectors for each multiprocessor. Not measured yet.
+#ifndef JITK_MOVE_CAST_ITEMS
+#define JITK_MOVE_CAST_ITEMS 8
+#endif
+
+// Vectors of a thread for which there is a kernel.
+struct ItemsRange {
+  uint32_t least;
+  uint32_t most;
+};
+
+// The first line that is not exceeded, in vectors for each multiprocessor; beyond the last one a thread has as many as it may.
 struct ItemsChoice {
   int64_t vectors_of_sm;
   uint32_t items;
@@ -52,16 +60,15 @@ struct ItemsChoice {
 inline constexpr ItemsChoice kItemsChoices[] = {
     {JITK_MOVE_ITEMS1, 1},  // half of the threads that fit: all of it is in flight at once
     {JITK_MOVE_ITEMS2, 2},  // a wave of threads
-    {int64_t{1} << 62, 4},  // many waves: 64 bytes a thread
 };
 inline constexpr uint32_t kMostWarps = JITK_MOVE_WARPS;
 
 // For rows of `first` and `second` vectors, of which one has some.
-inline RowTeams spread_rows(int64_t rows, int64_t first, int64_t second, uint32_t least_items, int64_t sms) {
-  RowTeams teams{RowTeams::kMostItems, 0, 0, 0, 1};
+inline RowTeams spread_rows(int64_t rows, int64_t first, int64_t second, ItemsRange items, int64_t sms) {
+  RowTeams teams{items.most, 0, 0, 0, 1};
   for (const ItemsChoice& choice : kItemsChoices) {
     if (rows * (first + second) <= choice.vectors_of_sm * sms) {
-      teams.items = choice.items > least_items ? choice.items : least_items;
+      teams.items = choice.items > items.least ? choice.items : items.least;
       break;
     }
   }

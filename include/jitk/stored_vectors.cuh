@@ -2,8 +2,9 @@
 // again.
 //
 //   using Kind = Cast<bf16_t, 8>;
-//   Kind::Slot x = Kind::store(token, Stored::kE4m3, scale);          token / scale.value, saturated
-//   Kind::Token y = Kind::load(x, Stored::kE4m3, scale);              times scale.value
+//   const Kind::Factor factor(scale);
+//   Kind::Slot x = Kind::store(token, Stored::kE4m3, factor);         token / scale.value, saturated
+//   Kind::Token y = Kind::load(x, Stored::kE4m3, factor);             times scale.value
 //
 // Left out: which vectors (move_rows.cuh), scales that are not one for a tensor.
 #pragma once
@@ -27,13 +28,14 @@ struct Scale {
 template <uint32_t kBytes>
 struct Copy {
   static constexpr bool kScales = false;
+  using Factor = Scale;
   static constexpr uint32_t kTokenBytes = kBytes;
   static constexpr uint32_t kSlotBytes = kBytes;
   using Token = device::AlignedVector<uint8_t, kBytes>;
   using Slot = Token;
 
-  JITK_DEVICE static Slot store(const Token& x, Stored, Scale) { return x; }
-  JITK_DEVICE static Token load(const Slot& x, Stored, Scale) { return x; }
+  JITK_DEVICE static Slot store(const Token& x, Stored, const Factor&) { return x; }
+  JITK_DEVICE static Token load(const Slot& x, Stored, const Factor&) { return x; }
   JITK_DEVICE static Token zeros() {
     Token out;
     out.fill(0);
@@ -45,6 +47,12 @@ struct Copy {
 template <typename T, uint32_t kVec>
 struct Cast {
   static constexpr bool kScales = true;
+  // Once for all vectors of a thread: to make it is to wait for the scale, and to divide.
+  struct Factor {
+    Scale scale;
+    device::Fp8Scale<T> divisor;
+    JITK_DEVICE Factor(Scale given) : scale(given), divisor(given.value) {}
+  };
   static constexpr uint32_t kTokenBytes = kVec * sizeof(T);
   static constexpr uint32_t kSlotBytes = kVec;
   using Token = device::AlignedVector<T, kVec>;
@@ -66,10 +74,10 @@ struct Cast {
     return out;
   }
 
-  JITK_DEVICE static Slot store(const Token& x, Stored stored, Scale scale) {
+  JITK_DEVICE static Slot store(const Token& x, Stored stored, const Factor& factor) {
     float values[kVec];
     to_floats(x, values);
-    if (scale.given) device::Fp8Scale<T>(scale.value).divide(values);
+    if (factor.scale.given) factor.divisor.divide(values);
     return stored == Stored::kE4m3 ? narrow<fp8_e4m3_t, fp8x2_e4m3_t>(values) : narrow<fp8_e5m2_t, fp8x2_e5m2_t>(values);
   }
 
@@ -91,12 +99,12 @@ struct Cast {
     }
   }
 
-  JITK_DEVICE static Token load(const Slot& x, Stored stored, Scale scale) {
+  JITK_DEVICE static Token load(const Slot& x, Stored stored, const Factor& factor) {
     float values[kVec];
     stored == Stored::kE4m3 ? widen<fp8_e4m3_t, fp8x2_e4m3_t>(x, values) : widen<fp8_e5m2_t, fp8x2_e5m2_t>(x, values);
-    if (scale.given) {
+    if (factor.scale.given) {
 #pragma unroll
-      for (uint32_t i = 0; i < kVec; ++i) values[i] *= scale.value;
+      for (uint32_t i = 0; i < kVec; ++i) values[i] *= factor.scale.value;
     }
     Token out;
     from_floats(values, out);
