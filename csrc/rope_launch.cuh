@@ -62,7 +62,7 @@ bool fits(const Call<F>& call, uint32_t vec, Kind angles, uint64_t angle_places)
 
 template <typename F>
 auto kernel_for(uint32_t vec, const Choice& choice) -> void (*)(Call<F>) {
-  constexpr uint32_t kWide = 16 / sizeof(typename F::T), kPair = 4 / sizeof(typename F::T);
+  constexpr uint32_t kWide = kVectorBytes / sizeof(typename F::T), kPair = 4 / sizeof(typename F::T);
   if (vec == kWide && choice.items == 1 && choice.few) return rope_kernel<F, kWide, 1, 1, false>;
   if (vec == kWide && choice.items == 1) return rope_kernel<F, kWide, 1, kHeadsInFlight, kLoadsAhead>;
   if (vec == kWide && choice.items == 2) return rope_kernel<F, kWide, 2, kHeadsOfTwo, kLoadsAhead>;
@@ -79,7 +79,7 @@ inline uint32_t units_of(uint32_t width, uint32_t half, uint32_t vec, bool rest)
 template <typename F>
 void launch(Call<F> call, int64_t tokens, Kind angles, uint64_t angle_places, DLDevice device) {
   using namespace host;
-  constexpr uint32_t kWide = 16 / sizeof(typename F::T), kPair = 4 / sizeof(typename F::T);
+  constexpr uint32_t kWide = kVectorBytes / sizeof(typename F::T), kPair = 4 / sizeof(typename F::T);
   uint32_t vec = fits(call, kWide, angles, angle_places) ? kWide : fits(call, kPair, angles, angle_places) ? kPair : 1;
   const auto count_units = [&] {
     uint32_t most = 0;

@@ -15,6 +15,9 @@
 #ifndef JITK_ROPE_AHEAD  // whether the heads of a round are loaded while those of the one before are turned: 0, 1
 #define JITK_ROPE_AHEAD 0
 #endif
+#ifndef JITK_ROPE_VECTOR
+#define JITK_ROPE_VECTOR 16
+#endif
 #ifndef JITK_ROPE_TRIGGER
 #define JITK_ROPE_TRIGGER -1
 #endif
@@ -37,6 +40,7 @@ inline constexpr uint32_t kBlock = JITK_ROPE_BLOCK;
 inline constexpr uint32_t kHeadsInFlight = JITK_ROPE_HEADS;
 inline constexpr uint32_t kRounds = JITK_ROPE_ROUNDS;
 inline constexpr bool kLoadsAhead = JITK_ROPE_AHEAD;
+inline constexpr uint32_t kVectorBytes = JITK_ROPE_VECTOR;
 inline constexpr int32_t kTrigger = JITK_ROPE_TRIGGER;
 inline constexpr uint32_t kMinBlocks = JITK_ROPE_MIN_BLOCKS;
 inline constexpr int64_t kFewLanes = JITK_ROPE_FEW_LANES;
