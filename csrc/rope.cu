@@ -63,6 +63,15 @@ void store_side(Side& side, const TensorView& cache, const Heads& x, const std::
   side.scale = host::scale_of(scale, device);
 }
 
+// The kernel counts positions in 32 bits, and reads some row whatever it is asked for.
+void check_positions_of(const TensorView& cache, const PositionRows& rows, const TensorView& positions) {
+  using namespace host;
+  RuntimeCheck(rows.max_position > 0 || positions.numel() == 0, "argument '", cache.name(), "' has no positions, got ",
+               cache.shape());
+  RuntimeCheck(rows.max_position <= int64_t{1} << 32, "argument '", cache.name(), "' has at most 4294967296 positions, got ",
+               cache.shape());
+}
+
 // In place; `weights` of forms with a norm, `stores` of forms that store.
 template <typename F>
 void turn(const TensorView& q, const TensorView& k, const TensorView& cache, const TensorView& positions,
@@ -113,6 +122,7 @@ void turn(const TensorView& q, const TensorView& k, const TensorView& cache, con
     call.slot_count = blocks.unwrap() * block_size.unwrap();
     call.block_size = FastDivisor(static_cast<uint64_t>(block_size.unwrap()));
   }
+  check_positions_of(cache, rows, positions);
   const CheckedIndices checked(positions, rows.max_position, device.unwrap());
   const CheckedIndices checked_slots(*indices, call.slot_count, device.unwrap(), Skip::kMinusOne);
   call.angles.bounds = checked.bounds();
@@ -181,6 +191,7 @@ void rope(TensorView input, TensorView cos_sin_cache, TensorView positions, int6
   TensorMatcher({shape}).with_strides({-1}).with_dtype<T>().verify(input).verify(result);
   const Heads to = heads_of<T>(result, head_dim, flat_dim, tokens, count, width, device);
 
+  check_positions_of(cos_sin_cache, rows, positions);
   const CheckedIndices checked(positions, rows.max_position, device.unwrap());
   Call<F> call{{side_of(from, to), Side{}, Side{}},
                {rows, tokens.unwrap(), checked.bounds()},

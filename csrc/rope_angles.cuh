@@ -1,9 +1,10 @@
 // Where a thread has the angles of its pairs from, and what it does with them.
 //
-//   const auto row = angles.ask(batch, token);                       asks for the position, while heads are loaded
-//   if (!angles.admit(row, lane == 0)) return;                       a position outside the cache is not followed
+//   auto row = angles.ask(batch, token);                             asks for the position, while heads are loaded
+//   angles.arrive(row);                                              waits for it
 //   typename Angles::template Unit<kVec> unit;
 //   angles.load(row, u, place, unit);                                of the unit u: two vectors whose elements turn together
+//   if (!angles.admit(row, lane == 0)) return;                       a position outside the cache is not followed
 //   Angles::turn(unit, first, second);
 //
 // Units. With pairs (i, i + half) the two vectors of a unit lie half a head apart, and their elements turn each other. Vectors of
@@ -78,8 +79,8 @@ struct Asked {
     if (is_wide) high = place[1];
   }
   // Not ahead of what is asked for before this call: the compiler would, as it cannot know what waits.
-  JITK_DEVICE int64_t value(bool is_wide) {
-    device::keep_in_register(low);
+  JITK_DEVICE void arrive() { device::keep_in_register(low); }
+  JITK_DEVICE int64_t value(bool is_wide) const {
     const uint32_t sign = static_cast<uint32_t>(static_cast<int32_t>(low) >> 31);
     return static_cast<int64_t>(uint64_t{is_wide ? high : sign} << 32 | low);
   }
@@ -110,7 +111,7 @@ struct OfPositions {
   struct Row {
     Asked asked[kAxes];
     int64_t token = 0;
-    int64_t positions[kAxes] = {};
+    uint32_t positions[kAxes] = {};  // within the cache
   };
 
   // How many floats are read at a time.
@@ -127,12 +128,20 @@ struct OfPositions {
     return row;
   }
 
-  JITK_DEVICE bool admit(Row& row, bool reports) const {
+  // A position outside the cache is moved into it, so that nobody waits for the check. A cache has at most 2^32 positions.
+  JITK_DEVICE void arrive(Row& row) const {
+#pragma unroll
+    for (uint32_t axis = 0; axis < kAxes; ++axis) {
+      row.asked[axis].arrive();
+      row.positions[axis] = min(row.asked[axis].low, static_cast<uint32_t>(rows.max_position - 1));
+    }
+  }
+
+  JITK_DEVICE bool admit(const Row& row, bool reports) const {
     bool fits = true;
 #pragma unroll
     for (uint32_t axis = 0; axis < kAxes; ++axis) {
-      row.positions[axis] = row.asked[axis].value(rows.is_wide);
-      fits &= admit_one(row.positions[axis], axis * tokens + row.token, reports);
+      fits &= admit_one(row.asked[axis].value(rows.is_wide), axis * tokens + row.token, reports);
     }
     return fits;
   }
@@ -218,7 +227,8 @@ struct OfTokens {
     return {batch * rows.cos_batch_stride + token * rows.cos_token_stride,
             batch * rows.sin_batch_stride + token * rows.sin_token_stride};
   }
-  JITK_DEVICE bool admit(Row&, bool) const { return true; }
+  JITK_DEVICE void arrive(Row&) const {}
+  JITK_DEVICE bool admit(const Row&, bool) const { return true; }
 
   template <uint32_t kVec>
   JITK_DEVICE void load(const Row& row, uint32_t, Place place, Unit<kVec>& unit) const {

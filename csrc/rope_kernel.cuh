@@ -7,7 +7,6 @@
 #pragma once
 
 #include "rope_angles.cuh"  // Place, Runs
-#include "rope_tuning.h"    // kBlock
 
 #include <jitk/fp8.cuh>      // caches of 8-bit floats
 #include <jitk/overlap.cuh>  // Trigger
@@ -19,6 +18,8 @@
 #include <type_traits>  // what a form has
 
 namespace jitk::rotary {
+
+inline constexpr uint32_t kBlock = 128;
 
 // What a kernel does. `Stored` is the dtype of caches, or void.
 template <typename Element, typename AnglesOf, bool kNorms, typename StoredAs, bool kWritesInPlace>
@@ -117,26 +118,6 @@ struct Units {
   }
 };
 
-// The elements of heads, which are read once and written once.
-template <typename Vector>
-JITK_DEVICE void load_heads(Vector& x, const void* from, device::L2Policy policy) {
-  if constexpr (kLoad == 0) {
-    x.load_streaming(from, 0, policy);
-  } else if constexpr (kLoad == 1 && sizeof(Vector) == device::kPolicyVecBytes) {
-    x.load_streaming(from);
-  } else {
-    x.load(from);
-  }
-}
-template <typename Vector>
-JITK_DEVICE void store_heads(const Vector& x, void* to, device::L2Policy policy) {
-  if constexpr (kStore == 0) {
-    x.store(to, 0, policy);
-  } else {
-    x.store(to);
-  }
-}
-
 // N floats as elements of another type, in vectors of at most 16 bytes.
 template <typename To, uint32_t kCount>
 JITK_DEVICE void store_converted(const float (&values)[kCount], To* to) {
@@ -161,7 +142,7 @@ JITK_DEVICE void store_converted(const float (&values)[kCount], To* to) {
 }
 
 template <typename F, uint32_t kVec, uint32_t kItems, uint32_t kHeads, bool kAhead>
-__global__ void __launch_bounds__(kBlock, kHeads > 1 || kAhead ? kMinBlocks : 0) rope_kernel(const __grid_constant__ Call<F> call) {
+__global__ void __launch_bounds__(kBlock) rope_kernel(const __grid_constant__ Call<F> call) {
   using namespace device;
   using T = typename F::T;
   using Angles = typename F::Angles;
@@ -240,8 +221,13 @@ __global__ void __launch_bounds__(kBlock, kHeads > 1 || kAhead ? kMinBlocks : 0)
     }
   };
   const auto prepare = [&] {
-    if (is_live && turns) is_live = call.angles.admit(row, lane == 0);
+    if (has_token && turns) call.angles.arrive(row);
+    if constexpr (kHolds) {
+      if (has_token) units.each(load_shared);
+    }
+    if (has_token && turns) is_live = call.angles.admit(row, lane == 0);
     if constexpr (F::kStores) {
+      asked_slot.arrive();
       slot = asked_slot.value(call.are_indices_wide);
       const bool fits = static_cast<uint64_t>(slot) < static_cast<uint64_t>(call.slot_count);
       if (__builtin_expect(!fits && slot != -1, 0)) {
@@ -255,17 +241,14 @@ __global__ void __launch_bounds__(kBlock, kHeads > 1 || kAhead ? kMinBlocks : 0)
         if (sizeof(typename F::Stored) == 1 && side.scale != nullptr) divisor = *side.scale;
       }
     }
-    if constexpr (kHolds) {
-      if (is_live) units.each(load_shared);
-    }
   };
 
   Vector x[kHeads][kHeld][2];
   Vector next[kAhead ? kHeads : 1][kHeld][2];
   const auto load = [&](Vector(&into)[2], const T* head, Place place) {
-    load_heads(into[0], head + place.first, policy);
+    into[0].load_streaming(head + place.first, 0, policy);
     if (units.has_second(place)) {
-      load_heads(into[1], head + place.second, policy);
+      into[1].load_streaming(head + place.second, 0, policy);
     } else {
       into[1].fill(cast<T>(0.0f));
     }
@@ -344,7 +327,7 @@ __global__ void __launch_bounds__(kBlock, kHeads > 1 || kAhead ? kMinBlocks : 0)
           const uint32_t offset = v == 0 ? place.first : place.second;
           if (is_new) {
             from_floats(values[v], x[j][i][v]);
-            store_heads(x[j][i][v], head + offset, policy);
+            x[j][i][v].store(head + offset, 0, policy);
           }
           if constexpr (F::kStores) {
             if (slot < 0) continue;

@@ -11,20 +11,39 @@
 
 namespace jitk::rotary {
 
-// How heads are spread over lanes, with vectors of 16 bytes. The first line that fits is taken.
+inline constexpr uint32_t kVectorBytes = 16;
+inline constexpr uint32_t kMostUnits = 64;  // of a head that a team holds: two to a lane
+inline constexpr int64_t kFewLanes = 1024;  // of an SM: up to here each head has a team of its own
+
+// How many heads of 32 units a lane has in flight, where tokens are many. What has to be asked for before a head can turn, a
+// position and then its angles, is spread over more of them by rounds. Measured on an H200: `bench kernels`.
+template <typename F>
+inline constexpr uint32_t kHeadsInFlight = F::Angles::kBatches ? 4 : 2;
+
+// The most rounds, of 4, 2 and 1, that leave the GPU enough threads, and few lanes without a head.
+template <typename F>
+uint32_t choose_rounds(const Call<F>& call, int64_t tokens, int64_t lanes, uint32_t heads_in_flight, int64_t sms) {
+  if (F::Angles::kBatches) return 1;
+  for (uint32_t rounds = 4; rounds > 1; rounds /= 2) {
+    const uint32_t at_most = heads_in_flight * rounds;
+    int64_t teams = 0, heads = 0;
+    for (const Side& side : call.sides) {
+      teams += host::div_ceil(side.heads, at_most);
+      heads += side.heads;
+    }
+    const int64_t threads_of_sm = F::kNorm ? 340 : rounds == 4 ? 2048 : 512;
+    if (tokens * teams * lanes >= sms * threads_of_sm && 10 * heads >= 7 * teams * at_most) return rounds;
+  }
+  return 1;
+}
+
+// Which kernel, and how its lanes are used.
 struct Choice {
   bool few;        // tokens have the GPU to themselves
-  uint32_t units;  // of a head, at most
-  uint32_t items;  // units of a lane
+  uint32_t items;  // units of a lane; 0: as many as there are
   uint32_t heads;  // of a team that are in flight
   uint32_t rounds;
-};
-// Not measured yet. With few tokens a team has one head, and the work is on as many SMs as can be.
-inline constexpr uint32_t kHeadsOfTwo = kHeadsInFlight > 1 ? kHeadsInFlight / 2 : 1;
-inline constexpr Choice kWideHeads[] = {
-    {true, 32, 1, 1, 1},
-    {false, 32, 1, kHeadsInFlight, kRounds},
-    {false, 64, 2, kHeadsOfTwo, kRounds},
+  bool ahead;  // the heads of the next round are loaded meanwhile
 };
 
 inline uint32_t log2_ceil(uint32_t n) {
@@ -63,9 +82,19 @@ bool fits(const Call<F>& call, uint32_t vec, Kind angles, uint64_t angle_places)
 template <typename F>
 auto kernel_for(uint32_t vec, const Choice& choice) -> void (*)(Call<F>) {
   constexpr uint32_t kWide = kVectorBytes / sizeof(typename F::T), kPair = 4 / sizeof(typename F::T);
-  if (vec == kWide && choice.items == 1 && choice.few) return rope_kernel<F, kWide, 1, 1, false>;
-  if (vec == kWide && choice.items == 1) return rope_kernel<F, kWide, 1, kHeadsInFlight, kLoadsAhead>;
-  if (vec == kWide && choice.items == 2) return rope_kernel<F, kWide, 2, kHeadsOfTwo, kLoadsAhead>;
+  constexpr uint32_t kHeads = kHeadsInFlight<F>;
+  if (vec == kWide && choice.items > 0) {
+    if (choice.few && choice.items == 1) return rope_kernel<F, kWide, 1, 1, false>;
+    if constexpr (F::Angles::kBatches) {
+      return choice.items == 1 ? rope_kernel<F, kWide, 1, kHeads, false> : rope_kernel<F, kWide, 2, kHeads / 2, false>;
+    } else {
+      if (choice.items == 2) return rope_kernel<F, kWide, 2, kHeads / 2, true>;
+      if constexpr (!F::kNorm) {
+        if (!choice.ahead) return rope_kernel<F, kWide, 1, kHeads, false>;
+      }
+      return rope_kernel<F, kWide, 1, kHeads, true>;
+    }
+  }
   if (vec == kPair) return rope_kernel<F, kPair, 0, 1, false>;
   return rope_kernel<F, 1, 0, 1, false>;
 }
@@ -95,7 +124,7 @@ void launch(Call<F> call, int64_t tokens, Kind angles, uint64_t angle_places, DL
     return most;
   };
   uint32_t units = count_units();
-  if (vec == kWide && vec > kPair && units > kWideHeads[2].units) {
+  if (vec == kWide && vec > kPair && units > kMostUnits) {
     vec = kPair;
     units = count_units();
   }
@@ -103,13 +132,15 @@ void launch(Call<F> call, int64_t tokens, Kind angles, uint64_t angle_places, DL
   if (tokens == 0 || heads == 0 || units == 0) return;
 
   const int64_t sms = runtime::get_sm_count(device.device_id);
-  Choice choice{true, units, 0, 1, 1};
-  if (vec == kWide && units <= kWideHeads[2].units) {
-    const bool few = tokens * heads * (int64_t{1} << log2_ceil(min(units, 32u))) <= sms * kFewLanes;
-    for (const Choice& line : kWideHeads) {
-      if (units > line.units || (line.few && !few)) continue;
-      choice = line;
-      break;
+  Choice choice{true, 0, 1, 1, false};
+  if (vec == kWide && units <= kMostUnits) {
+    const int64_t width = int64_t{1} << log2_ceil(min(units, 32u));
+    choice.few = tokens * heads * width <= sms * kFewLanes;
+    choice.items = units > 32 ? 2 : 1;
+    if (!choice.few || choice.items == 2) {
+      choice.heads = kHeadsInFlight<F> / choice.items;
+      choice.rounds = choose_rounds(call, tokens, width, choice.heads, sms);
+      choice.ahead = choice.rounds == 4;
     }
   }
   const uint32_t lanes = choice.items == 0 ? min(units, 32u) : div_ceil(units, choice.items);
@@ -128,7 +159,8 @@ void launch(Call<F> call, int64_t tokens, Kind angles, uint64_t angle_places, DL
     call.first_token = done;
     call.tokens = static_cast<uint32_t>(min(tokens - done, tokens_per_launch));
     const int64_t grid = div_ceil(call.tokens * teams, int64_t{kBlock >> call.lanes_log2});
-    call.trigger = kTrigger < 0 ? choose_trigger(grid * kBlock, kBlock, sms) : static_cast<Trigger>(kTrigger);
+    // Of many tokens' blocks the next kernel's are held up by none.
+    call.trigger = choice.few ? choose_trigger(grid * kBlock, kBlock, sms) : Trigger::kBeforeWait;
     LaunchKernel(grid, kBlock, device).enable_pdl()(kernel_for<F>(vec, choice), call);
   }
 }

@@ -697,9 +697,9 @@ _PLAN = """
 #include <jitk/row_teams.h>
 #include <jitk/tensor.h>
 
-void spread(jitk::TensorView plan, int64_t rows, int64_t first, int64_t second, int64_t least, int64_t most, int64_t sms) {
-  const jitk::host::ItemsRange items{static_cast<uint32_t>(least), static_cast<uint32_t>(most)};
-  const jitk::host::RowTeams teams = jitk::host::spread_rows(rows, first, second, items, sms);
+void spread(jitk::TensorView plan, int64_t rows, int64_t first, int64_t second, int64_t table, int64_t sms) {
+  using namespace jitk::host;
+  const RowTeams teams = spread_rows(rows, first, second, table == 0 ? kCopies : table == 1 ? kCasts : kNarrow, sms);
   auto* numbers = static_cast<int64_t*>(plan.data_ptr());
   numbers[0] = teams.items, numbers[1] = teams.lanes_log2, numbers[2] = teams.first, numbers[3] = teams.second;
   numbers[4] = teams.warps, numbers[5] = teams.blocks(rows), numbers[6] = teams.rows_of_launch();
@@ -709,13 +709,13 @@ plans = OpLibrary("kv_cache_plans")
 
 
 @plans.op(cpu_source=_PLAN, variant="spread", mutates=("plan",))
-def spread(plan: Tensor, rows: int, first: int, second: int, least: int, most: int, sms: int) -> None:
+def spread(plan: Tensor, rows: int, first: int, second: int, table: int, sms: int) -> None:
     raise AssertionError("there is no function for it")
 
 
-def _plan(rows: int, first: int, second: int, least: int = 1, most: int = 4, sms: int = 132) -> list[int]:
+def _plan(rows: int, first: int, second: int, table: int = 0, sms: int = 132) -> list[int]:
     plan = torch.zeros(7, dtype=torch.int64)
-    spread(plan, rows, first, second, least, most, sms)
+    spread(plan, rows, first, second, table, sms)
     return plan.tolist()
 
 
@@ -742,10 +742,10 @@ def test_every_vector_has_one_thread() -> None:
         first, second = (random.choice([0, 1, 2, 3, 16, 17, 64, 100, 4096, 2**29]) for _ in range(2))
         if first + second == 0 or rows * (first + second) > 2**50:
             continue
-        sms, (least, most) = random.choice([1, 20, 132]), random.choice([(1, 4), (4, 4), (1, 8)])
-        items, lanes_log2, teams, others, warps, blocks, at_once = _plan(rows, first, second, least, most, sms)
+        sms, table = random.choice([1, 20, 132]), random.choice([0, 1, 2])
+        items, lanes_log2, teams, others, warps, blocks, at_once = _plan(rows, first, second, table, sms)
         team = items << lanes_log2
-        assert least <= items <= most
+        assert items in ((1, 2, 4), (1, 4, 8), (4,))[table]
         assert lanes_log2 <= 5
         assert warps in (1, 2, 4, 8)
         for vectors, count in ((first, teams), (second, others)):

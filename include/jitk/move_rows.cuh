@@ -61,36 +61,6 @@ struct Move {
 
 // --- the kernel -----------------------------------------------------------------------------------
 
-#ifndef JITK_MOVE_LOAD  // 0: with a policy, 1: past L1, 2: as any
-#define JITK_MOVE_LOAD 0
-#endif
-#ifndef JITK_MOVE_STORE  // 0: as any, 1: .cs, 2: with a policy
-#define JITK_MOVE_STORE 0
-#endif
-
-template <typename Vec>
-JITK_DEVICE void load_as_chosen(Vec& x, const void* from, device::L2Policy policy) {
-  (void)policy;
-#if JITK_MOVE_LOAD == 1
-  x.load_streaming(from);
-#elif JITK_MOVE_LOAD == 2
-  x.load(from);
-#else
-  x.load_streaming(from, 0, policy);
-#endif
-}
-template <typename Vec>
-JITK_DEVICE void store_as_chosen(const Vec& x, void* to, device::L2Policy policy) {
-  (void)policy;
-#if JITK_MOVE_STORE == 1
-  x.store_streaming(to);
-#elif JITK_MOVE_STORE == 2
-  x.store(to, 0, policy);
-#else
-  x.store(to);
-#endif
-}
-
 constexpr uint32_t kMostThreads = host::kMostWarps * device::kWarpThreads;
 
 // Op::kGathers says which way; Op::indices() names them in the line that is printed of one that is out of range; without
@@ -160,20 +130,20 @@ __global__ void __launch_bounds__(kMostThreads)
       const char* const slot = place_of(index * static_cast<int64_t>(move.page.divisor()) + row_of_page);
 #pragma unroll
       for (uint32_t i = 0; i < kItems; ++i) {
-        if (is_there(i)) load_as_chosen(x[i], slot + in_row(i, part.slots.segment_stride, Kind::kSlotBytes), policy);
+        if (is_there(i)) x[i].load_streaming(slot + in_row(i, part.slots.segment_stride, Kind::kSlotBytes), 0, policy);
       }
     }
     const typename Kind::Factor factor(scale);
 #pragma unroll
     for (uint32_t i = 0; i < kItems; ++i) {
       const auto out = admitted ? Kind::load(x[i], move.stored, factor) : Kind::zeros();
-      if (is_there(i)) store_as_chosen(out, tokens + in_tokens[i], policy);
+      if (is_there(i)) out.store(tokens + in_tokens[i]);
     }
   } else {
     typename Kind::Token x[kItems];
 #pragma unroll
     for (uint32_t i = 0; i < kItems; ++i) {
-      if (is_there(i)) load_as_chosen(x[i], tokens + in_tokens[i], policy);
+      if (is_there(i)) x[i].load_streaming(tokens + in_tokens[i], 0, policy);
     }
     if (!bounds.admit(index, position, Op::indices())) return;
     char* const slot = place_of(index);
@@ -181,9 +151,9 @@ __global__ void __launch_bounds__(kMostThreads)
     // Attention reads the cache soon: it is stored as any memory.
 #pragma unroll
     for (uint32_t i = 0; i < kItems; ++i) {
-      if (is_there(i))
-        store_as_chosen(Kind::store(x[i], move.stored, factor), slot + in_row(i, part.slots.segment_stride, Kind::kSlotBytes),
-                        policy);
+      if (is_there(i)) {
+        Kind::store(x[i], move.stored, factor).store(slot + in_row(i, part.slots.segment_stride, Kind::kSlotBytes));
+      }
     }
   }
 }
@@ -245,17 +215,17 @@ struct Work {
   const host::CheckedIndices& checked;
 };
 
-// Vectors of a thread where there are many. What casts has more to do before its first vector, and for each.
 template <typename Kind>
-inline constexpr uint32_t kMostItems = Kind::kScales && Kind::kTokenBytes == kWideBytes ? JITK_MOVE_CAST_ITEMS : 4;
+inline constexpr const host::ItemsTable& kItemsOf = Kind::kTokenBytes != kWideBytes ? host::kNarrow
+                                                    : Kind::kScales                 ? host::kCasts
+                                                                                    : host::kCopies;
 
 template <typename Op, typename Kind, typename Index>
 auto kernel_of(uint32_t items) {
-  if constexpr (Kind::kTokenBytes == kWideBytes) {
-    if (items == 1) return move_kernel<Op, Kind, 1, Index>;
-    if (items == 2) return move_kernel<Op, Kind, 2, Index>;
-  }
-  return move_kernel<Op, Kind, kMostItems<Kind>, Index>;
+  constexpr const host::ItemsTable& kItems = kItemsOf<Kind>;
+  if (items == kItems.few.items) return move_kernel<Op, Kind, kItems.few.items, Index>;
+  if (items == kItems.some.items) return move_kernel<Op, Kind, kItems.some.items, Index>;
+  return move_kernel<Op, Kind, kItems.many, Index>;
 }
 
 // Bytes are those of an element.
@@ -266,8 +236,7 @@ void launch(const Work& work, int64_t token_bytes, int64_t slot_bytes) {
   if (work.rows == 0 || first + second == 0) return;
   RuntimeCheck((first | second) < int64_t{1} << 30, "a row has at most 1073741823 vectors, got ", max(first, second));
   const int64_t sms = runtime::get_sm_count(work.device.device_id);
-  const uint32_t least = Kind::kTokenBytes == kWideBytes ? 1 : kMostItems<Kind>;
-  const RowTeams teams = spread_rows(work.rows, first, second, {least, kMostItems<Kind>}, sms);
+  const RowTeams teams = spread_rows(work.rows, first, second, kItemsOf<Kind>, sms);
 
   Move move{{work.first.part<Kind>(token_bytes, slot_bytes), work.second.part<Kind>(token_bytes, slot_bytes)},
             work.indices.data_ptr(),

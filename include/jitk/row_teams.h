@@ -1,6 +1,6 @@
 // Which threads of a GPU move which vectors of rows: a team of neighbouring lanes has a row, or a part of one.
 //
-//   const RowTeams teams = spread_rows(rows, k_vectors, v_vectors, {1, 4}, sms);
+//   const RowTeams teams = spread_rows(rows, k_vectors, v_vectors, kCopies, sms);
 //   grid = teams.blocks(rows), block = teams.warps * 32
 //
 // A row has two parts, K and V, each with teams of its own, so that a thread deals with one tensor. A thread moves `items`
@@ -32,45 +32,30 @@ struct RowTeams {
   }
 };
 
-#ifndef JITK_MOVE_ITEMS1
-#define JITK_MOVE_ITEMS1 1024
-#endif
-#ifndef JITK_MOVE_ITEMS2
-#define JITK_MOVE_ITEMS2 4096
-#endif
-#ifndef JITK_MOVE_WARPS
-#define JITK_MOVE_WARPS 8
-#endif
-
-#ifndef JITK_MOVE_CAST_ITEMS
-#define JITK_MOVE_CAST_ITEMS 8
-#endif
-
-// Vectors of a thread for which there is a kernel.
-struct ItemsRange {
-  uint32_t least;
-  uint32_t most;
+// How many vectors a thread has: the first line that is not exceeded, in vectors for each multiprocessor, or `many`. Measured on
+// an H200: `bench kernels`.
+struct ItemsTable {
+  struct Line {
+    int64_t vectors_of_sm;
+    uint32_t items;
+  };
+  Line few, some;
+  uint32_t many;
 };
-
-// The first line that is not exceeded, in vectors for each multiprocessor; beyond the last one a thread has as many as it may.
-struct ItemsChoice {
-  int64_t vectors_of_sm;
-  uint32_t items;
-};
-inline constexpr ItemsChoice kItemsChoices[] = {
-    {JITK_MOVE_ITEMS1, 1},  // half of the threads that fit: all of it is in flight at once
-    {JITK_MOVE_ITEMS2, 2},  // a wave of threads
-};
-inline constexpr uint32_t kMostWarps = JITK_MOVE_WARPS;
+// What is copied, what is cast, which has more to do before its first vector, and vectors of less than 16 bytes.
+inline constexpr ItemsTable kCopies{{1024, 1}, {4096, 2}, 4};
+inline constexpr ItemsTable kCasts{{1024, 1}, {16384, 4}, 8};
+inline constexpr ItemsTable kNarrow{{0, 4}, {0, 4}, 4};
+inline constexpr uint32_t kMostWarps = 8;
 
 // For rows of `first` and `second` vectors, of which one has some.
-inline RowTeams spread_rows(int64_t rows, int64_t first, int64_t second, ItemsRange items, int64_t sms) {
-  RowTeams teams{items.most, 0, 0, 0, 1};
-  for (const ItemsChoice& choice : kItemsChoices) {
-    if (rows * (first + second) <= choice.vectors_of_sm * sms) {
-      teams.items = choice.items > items.least ? choice.items : items.least;
-      break;
-    }
+inline RowTeams spread_rows(int64_t rows, int64_t first, int64_t second, const ItemsTable& table, int64_t sms) {
+  RowTeams teams{table.many, 0, 0, 0, 1};
+  const int64_t vectors = rows * (first + second);
+  if (vectors <= table.few.vectors_of_sm * sms) {
+    teams.items = table.few.items;
+  } else if (vectors <= table.some.vectors_of_sm * sms) {
+    teams.items = table.some.items;
   }
   const int64_t wider = first > second ? first : second;
   while (teams.lanes_log2 < 5 && int64_t{teams.items} << teams.lanes_log2 < wider) ++teams.lanes_log2;
