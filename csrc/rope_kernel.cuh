@@ -161,7 +161,8 @@ JITK_DEVICE void store_converted(const float (&values)[kCount], To* to) {
 }
 
 template <typename F, uint32_t kVec, uint32_t kItems, uint32_t kHeads, bool kAhead>
-__global__ void __launch_bounds__(kBlock, kHeads > 1 || kAhead ? kMinBlocks : 0) rope_kernel(const __grid_constant__ Call<F> call) {
+__global__ void __launch_bounds__(kBlock, kHeads > 1 || kAhead ? kMinBlocks : 0)
+    rope_kernel(const __grid_constant__ Call<F> call) {
   using namespace device;
   using T = typename F::T;
   using Angles = typename F::Angles;
