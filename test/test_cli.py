@@ -115,7 +115,7 @@ def test_an_interrupt(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_reader_that_has_enough(store: Store) -> None:
     shell = f"{sys.executable} -m torch_jit_ops list | head -1"
     done = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == f"jitk::silu_and_mul{' ' * 13}{SILU_AND_MUL}\n"
+    assert done.stdout == line_of_silu_and_mul([name for name in names() if name.startswith("jitk::")]) + "\n"
     assert done.stderr == ""
 
 
@@ -124,10 +124,19 @@ SILU_AND_MUL = (
 )
 
 
+def names() -> list[str]:
+    return [each.qualified_name for each in (*registry.find_ops(), *registry.modules())]
+
+
+def line_of_silu_and_mul(listed: list[str]) -> str:
+    """Its summary begins behind the longest of the names."""
+    return f"{'jitk::silu_and_mul':{max(map(len, listed))}}  {SILU_AND_MUL}"
+
+
 def test_list_has_a_line_for_each_op(call: Call) -> None:
     lines = call("list").splitlines()
-    assert [line.split()[0] for line in lines] == [each.qualified_name for each in (*registry.find_ops(), *registry.modules())]
-    assert f"jitk::silu_and_mul{' ' * 13}{SILU_AND_MUL}" in lines
+    assert [line.split()[0] for line in lines] == names()
+    assert line_of_silu_and_mul(names()) in lines
     assert all(len(line.split(maxsplit=1)) == 2 for line in lines if line.startswith("jitk::")), "an op without a summary"
 
 
@@ -159,9 +168,7 @@ def test_list_of_a_pattern(call: Call, pattern: str, names: str) -> None:
 def test_list_of_a_pattern_that_fits_nothing(call: Call) -> None:
     assert call("list", "*sillu_mul*", code=2) == "error: no op fits '*sillu_mul*'; did you mean 'silu_mul'?\n"
     assert call("list", "jitk::sillu_mul?", code=2) == "error: no op fits 'jitk::sillu_mul?'; did you mean 'jitk::silu_mul'?\n"
-    text = call("list", "nothing::*", code=2)
-    assert text.startswith("error: no op fits 'nothing::*'; there are ")
-    assert "jitk::add_constant, jitk::downcast_fp8, " in text
+    assert call("list", "nothing::*", code=2) == f"error: no op fits 'nothing::*'; there are {', '.join(sorted(names()))}\n"
 
 
 def test_list(call: Call, store: Store) -> None:

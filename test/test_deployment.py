@@ -157,7 +157,8 @@ def test_every_op_is_itself(every_op: Path, tmp_path: Path) -> None:
 for namespace, name, args, kwargs, written, expected in torch.load({str(tmp_path / "calls.pt")!r}):
     results = getattr(getattr(torch.ops, namespace), name)(*args, **kwargs)
     results = [] if results is None else list(results) if isinstance(results, (tuple, list)) else [results]
-    results += [arg for arg, is_written in zip(args, written) if is_written]
+    lists = [arg if isinstance(arg, (tuple, list)) else [arg] for arg, is_written in zip(args, written) if is_written]
+    results += [tensor for tensors in lists for tensor in tensors if tensor is not None]
     for actual, plain in zip(results, expected, strict=True):
         assert actual.shape == plain.shape, (namespace, name)
         bits = [tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (actual, plain)]
@@ -363,6 +364,13 @@ _LIES: list[tuple[str, str, str]] = [
     ("key 1 size -1", "key 1 size -1000000", "11: DIM is '-1000000', expected -64 to 64"),
     ("key 1 size -1", "key 1 size 1e0", "11: DIM is '1e0', expected -64 to 64"),
     ("key 2 value 0", "key 2 value", "12: DIM is missing"),
+    ("Tensor? y", "Tensor(a1!)[]? y", "6: KIND is 'T?', expected that of the schema's 'y'"),
+    ("Tensor(a1!) out", "Tensor(a1!)[] out", "21: KIND is 'O!>', expected that of the schema's 'out'"),
+    (
+        "Tensor? y",
+        "Tensor[](a1!) y",
+        "2: SCHEMA is 'pick(Tensor x, Tensor[](a1!) y, *, str how=\"larger\", SymInt ...', expected one as deploy writes it",
+    ),
     ("arg s< how", "arg s how", "14: 'how' must be passed or have its value in the key, and not both"),
     ("results 1", "results 2", "14: COUNT is '2', expected 1 as in the schema"),
     ("arg O!> out", "arg L!> out", "21: KIND is 'L!>', expected that of the schema's 'out'"),

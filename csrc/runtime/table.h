@@ -178,10 +178,10 @@ class SchemaReader {
   }
 
   bool parameter(Parameter* made) {
-    // A list before what it is a list of.
-    constexpr std::pair<std::string_view, char> kTypes[] = {
-        {"Tensor[]", 'L'}, {"Tensor", 'T'}, {"SymInt[]", 'l'}, {"SymInt", 'i'},     {"float[]", 'F'},
-        {"float", 'f'},    {"bool", 'b'},   {"str", 's'},      {"ScalarType", 'd'}, {"Device", 'D'}};
+    // A list before what it is a list of, but for tensors, which may be written: "Tensor(a0!)[]".
+    constexpr std::pair<std::string_view, char> kTypes[] = {{"Tensor", 'T'},  {"SymInt[]", 'l'},   {"SymInt", 'i'},
+                                                            {"float[]", 'F'}, {"float", 'f'},      {"bool", 'b'},
+                                                            {"str", 's'},     {"ScalarType", 'd'}, {"Device", 'D'}};
     *made = {'\0', false, false, true, false, "", "", 0};
     for (const auto& [type, kind] : kTypes) {
       if (made->kind == '\0' && take(type)) made->kind = kind;
@@ -190,6 +190,7 @@ class SchemaReader {
       made->written = true;
       if (!name(&made->alias) || !take("!)")) return false;
     }
+    if (made->kind == 'T' && take("[]")) made->kind = 'L';
     made->optional = take("?");
     return made->kind != '\0' && take(" ") && name(&made->name) && (!take("=") || literal());
   }

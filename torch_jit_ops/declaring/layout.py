@@ -51,7 +51,7 @@ def unmet(tensor: Tensor, layout: Layout) -> Iterator[tuple[int, Condition]]:
         return
     for dim, condition in _conditions(tensor, layout, _guarded):
         if not _known(condition):
-            yield dim, _any_of(condition, *(size == 0 for size in tensor.shape))
+            yield dim, any_of(condition, *(size == 0 for size in tensor.shape))
 
 
 def _conditions(tensor: Tensor, layout: Layout, decide: Any) -> Iterator[tuple[int, Condition]]:
@@ -89,7 +89,8 @@ def _guarded(condition: Condition) -> bool:
     return bool(condition)
 
 
-def _any_of(*conditions: Condition) -> Condition:
+def any_of(*conditions: Condition) -> Condition:
+    """Whether one of them is true; of symbols that is a symbol as well, and nothing is guarded on."""
     found: torch.SymBool | None = None
     for condition in conditions:
         if condition is True:

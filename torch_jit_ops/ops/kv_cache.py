@@ -408,6 +408,7 @@ def store_mla_cache(latent: Tensor, rope: Tensor, cache: Tensor, indices: Tensor
         "cache": "[cache_shape..., *] strides [*, 1]",
         "indices": "[*] int32|int64 strides [*]",
         "scale": f"[scale_shape...] {_SCALE}",
+        "out": "[out_shape..., *] strides [*, 1]",
     },
     samples=_pages,
 )

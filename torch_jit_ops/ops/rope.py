@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from torch_jit_ops.declaring.layout import any_of
 from torch_jit_ops.declaring.samples import Sample, SampleMaker
 from torch_jit_ops.ops import spelling
 from torch_jit_ops.ops.library import FLOATS, library
@@ -55,8 +56,8 @@ def _check_angles(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim:
         tokens = x.shape[tokens_dim]
         require(tokens == cos.shape[1], f"dimension {tokens_dim} of {name}: it has {tokens} tokens, cos has {cos.shape[1]}")
     for name, x in (("cos", cos), ("sin", sin)):
-        if x.shape[0] != 1:
-            require(x.shape[0] == q.shape[0], f"{name} must be for a batch of 1 or {q.shape[0]}, got {x.shape[0]}")
+        fits = any_of(x.shape[0] == q.shape[0], x.shape[0] == 1)
+        require(fits, f"{name} must be for a batch of 1 or {q.shape[0]}, got {x.shape[0]}")
     check_rope_dim(cos.shape[-1], q.shape[-1])
 
 
