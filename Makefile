@@ -30,7 +30,7 @@ help:
 	@echo "make test      set up, then run all tests (ARGS=\"-k silu\" for some)"
 	@echo "make nightly   all tests with long runs of the fuzzers, on this PyTorch and on the newest, and a table of features on both"
 	@echo "make bench     kernels, host overhead and compile time beside copy, Inductor and installed peers (BENCH=\"kernels --quick\")"
-	@echo "make kernels   compile every CUDA kernel with nvcc for $(ARCHS), without a GPU"
+	@echo "make kernels   compile CUDA kernels of every op with nvcc for $(ARCHS), without a GPU"
 	@echo "make docs      write the tables of the built-in ops into README.md and docs/ops.md"
 	@echo "make lint      formatters and linters, as CI runs them; make format applies them"
 	@echo "make house     draw the picture of the package's rooms in CONTRIBUTING.md from the imports"
@@ -75,6 +75,7 @@ nightly: $(VENV)/ready
 	  $$python -m bench.features --json bench/results/features-$$version.json >/dev/null || failed=1; \
 	done; \
 	$(BIN)/python -m bench.features --merge bench/results/features-*.json; \
+	$(MAKE) kernels KERNELS= || failed=1; \
 	exit $$failed
 
 BENCH ?= all
@@ -82,8 +83,10 @@ bench: $(VENV)/ready
 	@mkdir -p bench/results
 	@$(BIN)/python -m bench $(BENCH) --json bench/results/$$(date +%Y%m%d-%H%M%S).json
 
+# Every value of every placeholder, for each architecture; `make kernels KERNELS=` is all of them, which takes 20 minutes on 2 cores.
+KERNELS = --each-value
 kernels: $(CUDA_VENV)/ready
-	@$(CUDA_BIN)/python -m torch_jit_ops build --backend cuda $(ARCHS:%=--arch %)
+	@$(CUDA_BIN)/python -m torch_jit_ops build --backend cuda $(ARCHS:%=--arch %) $(KERNELS)
 
 docs: $(VENV)/ready
 	@$(BIN)/python -m tools.op_tables

@@ -111,14 +111,38 @@ def units_of(
     arch: str | Sequence[str] | None = None,
     backend: str | Sequence[str] | None = None,
     manifest: Path | None = None,
+    *,
+    each_value: bool = False,
 ) -> list[Unit]:
-    """What ``build``'s arguments ask for: variants of ops, and modules."""
+    """What ``build``'s arguments ask for: variants of ops, and modules. With ``each_value`` no more of them than
+    ``holding_each_value`` leaves."""
     names, _ = registry.parted(ops)
     if manifest is not None:
         variants = replayed(manifest, names, arch, backend)
         return [*(each.unit() for each in variants), *modules_ahead.replayed(manifest, ops, backend)]
     variants = needed(names, dtypes, arguments, arch, backend)
+    if each_value:
+        variants = holding_each_value(variants)
     return [*(each.unit() for each in variants), *modules_ahead.needed(ops, dtypes, arguments, backend)]
+
+
+def holding_each_value(variants: Iterable[Wanted]) -> list[Wanted]:
+    """Of each op, for each backend and architecture, some variants in which every value of every placeholder occurs.
+
+    An op of 60 variants may be left with 5: what compiles for a dtype and for a layout compiles for both, as a rule.
+    """
+    groups: dict[tuple[Op, str, str], list[Wanted]] = {}
+    for variant in variants:
+        groups.setdefault((variant.op, variant.backend.name, variant.arch), []).append(variant)
+    kept = []
+    for group in groups.values():
+        missing = {value for variant in group for value in enumerate(variant.values)}
+        while group:
+            best = max(group, key=lambda variant: len(missing.intersection(enumerate(variant.values))))
+            kept.append(best)
+            missing.difference_update(enumerate(best.values))
+            group = [variant for variant in group if missing.intersection(enumerate(variant.values))]
+    return kept
 
 
 def load_all(units: Iterable[Unit], jobs: int | None = None) -> Report:

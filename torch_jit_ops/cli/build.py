@@ -31,6 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "ops", nargs="*", metavar="op", help="of ops and modules, as silu_and_mul or jitk::silu_and_mul (default: all)"
     )
     add_choice(parser)
+    parser.add_argument(
+        "--each-value",
+        action="store_true",
+        help="of each op only as many variants as hold every value of every placeholder: a check that all compiles",
+    )
     parser.add_argument("--manifest", type=Path, metavar="FILE", help="compile what this file lists (JITK_RECORD writes one)")
     parser.add_argument(
         "--jobs", type=int, help=f"compilers at a time (default: {compiler_jobs.compiler_jobs()}, what this machine bears)"
@@ -58,10 +63,10 @@ def add_choice(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def chosen(ops: list[str], options: argparse.Namespace) -> list[Unit]:
+def chosen(ops: list[str], options: argparse.Namespace, *, each_value: bool = False) -> list[Unit]:
     """The kernels of these ops, all for none, that the options of ``add_choice`` ask for."""
     dtypes, arguments = chosen_values(options)
-    return build_ahead.units_of(ops or None, dtypes, arguments or None, options.arch, options.backend)
+    return build_ahead.units_of(ops or None, dtypes, arguments or None, options.arch, options.backend, each_value=each_value)
 
 
 def chosen_values(options: argparse.Namespace) -> tuple[list[torch.dtype] | None, dict[str, list[str]]]:
@@ -72,11 +77,11 @@ def chosen_values(options: argparse.Namespace) -> tuple[list[torch.dtype] | None
 
 def run(options: argparse.Namespace) -> int:
     if options.manifest is not None:
-        if options.dtype or options.set:
-            raise ValueError("--dtype and --set do not go with --manifest, which holds them")
+        if options.dtype or options.set or options.each_value:
+            raise ValueError("--dtype, --set and --each-value do not go with --manifest, which lists kernels")
         units = build_ahead.units_of(options.ops or None, None, None, options.arch, options.backend, options.manifest)
     else:
-        units = chosen(options.ops, options)
+        units = chosen(options.ops, options, each_value=options.each_value)
     report = build_ahead.load_all(units, options.jobs)
     for failure in report.failures:
         print(failure, file=sys.stderr)
