@@ -20,23 +20,12 @@ namespace jitk {
 
 namespace {
 
-#ifndef JITK_TRANSFER_THREADS
-#define JITK_TRANSFER_THREADS 512
-#endif
-#ifndef JITK_TRANSFER_UNROLL
-#define JITK_TRANSFER_UNROLL 8
-#endif
-#ifndef JITK_TRANSFER_HOST_BLOCKS
-#define JITK_TRANSFER_HOST_BLOCKS 8
-#endif
-#ifndef JITK_TRANSFER_FENCE_GPU
-#define JITK_TRANSFER_FENCE_GPU 0
-#endif
-constexpr uint32_t kThreads = JITK_TRANSFER_THREADS;
+// Measured on an H200: with half as many threads, or vectors of a thread, two blocks do not keep the link busy.
+constexpr uint32_t kThreads = 512;
 constexpr uint32_t kWarps = kThreads / device::kWarpThreads;
-constexpr uint32_t kUnroll = JITK_TRANSFER_UNROLL;
-constexpr int64_t kUnit = kUnroll * device::kWarpThreads;      // vectors that a warp moves at a time
-constexpr int64_t kBlocksForHost = JITK_TRANSFER_HOST_BLOCKS;  // enough for PCIe 5; a parameter where another link needs more
+constexpr uint32_t kUnroll = 8;
+constexpr int64_t kUnit = kUnroll * device::kWarpThreads;  // vectors that a warp moves at a time
+constexpr int64_t kBlocksForHost = 8;                      // enough for PCIe 5; a parameter where another link needs more
 constexpr uint32_t kLayersAtOnce = 96;  // of one launch: their addresses are parameters, of which there are 4 KB
 
 constexpr uint32_t kNone = ~0u;  // in place of a row
@@ -152,11 +141,7 @@ JITK_DEVICE void mark_arrived(int32_t* flag, uint32_t warps) {
   __syncwarp();
   if (device::get_lane_id() != 0) return;
   int32_t before;
-#if JITK_TRANSFER_FENCE_GPU
-  asm volatile("fence.acq_rel.gpu;" ::: "memory");
-#else
   asm volatile("fence.acq_rel.sys;" ::: "memory");
-#endif
   asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], -2;" : "=r"(before) : "l"(flag) : "memory");
   if (before >> 1 != 1 - static_cast<int32_t>(warps)) return;
   asm volatile("st.release.gpu.global.s32 [%0], 1;" ::"l"(flag) : "memory");
