@@ -1,8 +1,8 @@
 // Rows of tokens into the slots of a KV cache and out of it. A row is copied by its bytes, or cast to 8-bit floats and back.
-#include <jitk/cache_dtype.h>  // stored_as, scale_of
-#include <jitk/index.h>        // check_indices
-#include <jitk/result.h>       // Output, parallel_for
-#include <jitk/slots.h>        // tokens_of, slots_of, join
+#include "kv_cache_arguments.h"
+
+#include <jitk/index.h>   // check_indices
+#include <jitk/result.h>  // parallel_for
 
 #include <cstring>   // memcpy, memset
 #include <optional>  // scales
@@ -90,39 +90,41 @@ struct Conversion {
 
 // --- rows -----------------------------------------------------------------------------------------
 
-// Rows of tokens, the slots that are their places in a cache, and which way they go.
+// One row, into its slot or out of it.
 struct Part {
-  const void* from;
-  void* to;
-  TokenRows rows;
-  Slots slots;
+  CachedRows all;
   Conversion conversion;
-  int64_t column = 0;  // of the cache, in elements, where the first slot's row begins
 
   void store(int64_t token, int64_t slot) const {
-    // A slot may be wider than this part of it.
-    const Segments segments = slots.heads.elements() == rows.heads.elements() ? join(rows.heads, slots.heads)
-                                                                              : Segments{1, rows.heads.elements(), 0, 0};
-    const int64_t source = token * rows.stride, target = slots.place(slot) + column;
+    const Segments segments = all.segments();
+    const int64_t source = token * all.rows.stride, target = all.slots.place(slot) + all.column;
     for (int64_t i = 0; i < segments.count; ++i) {
-      conversion.run(from, source + i * segments.first_stride, to, target + i * segments.second_stride, segments.width);
+      conversion.run(all.tokens.data_ptr(), source + i * segments.first_stride, all.cache.data_ptr(),
+                     target + i * segments.second_stride, segments.width);
     }
   }
   void load(int64_t token, int64_t slot) const {
-    const Segments segments = join(slots.heads, rows.heads);
-    const int64_t source = slots.place(slot), target = token * rows.stride;
+    const Segments segments = all.segments();
+    const int64_t source = all.slots.place(slot), target = token * all.rows.stride;
     for (int64_t i = 0; i < segments.count; ++i) {
-      conversion.run(from, source + i * segments.first_stride, to, target + i * segments.second_stride, segments.width);
+      conversion.run(all.cache.data_ptr(), source + i * segments.second_stride, all.tokens.data_ptr(),
+                     target + i * segments.first_stride, segments.width);
     }
   }
 };
 
+Part part_to_store(const CachedRows& x, Stored stored) {
+  if (stored == Stored::kCopy) return {x, Conversion::copy(bytes_of(x.tokens))};
+  return {x, Conversion::narrowing(x.tokens.dtype(), stored == Stored::kE4m3 ? kE4m3 : kE5m2, x.scale)};
+}
+
 template <typename Index>
-void store(const Part& first, const Part& second, TensorView indices) {
-  check_indices<Index>(indices, first.slots.count, Skip::kMinusOne);
+void store(const Stores& stores, const TensorView& indices) {
+  check_indices<Index>(indices, stores.first.slots.count, Skip::kMinusOne);
+  const Part first = part_to_store(stores.first, stores.stored), second = part_to_store(stores.second, stores.stored);
   const Index* slot_of = static_cast<const Index*>(indices.data_ptr());
-  const int64_t step = indices.stride(0), width = first.rows.heads.elements() + second.rows.heads.elements();
-  parallel_for(first.rows.tokens, grain_of(width), [&](int64_t begin, int64_t end) {
+  const int64_t step = indices.stride(0), width = first.all.width() + second.all.width();
+  parallel_for(first.all.rows.tokens, grain_of(width), [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) {
       const int64_t slot = slot_of[token * step];
       if (slot < 0) continue;
@@ -132,131 +134,48 @@ void store(const Part& first, const Part& second, TensorView indices) {
   });
 }
 
-Conversion stored(const TensorView& x, const TensorView& cache, const float* scale, DebugInfo where = {}) {
-  if (stored_as(x, cache, where) == Stored::kCopy) return Conversion::copy(bytes_of(x));
-  return Conversion::narrowing(x.dtype(), cache.dtype(), scale);
-}
-
 }  // namespace
 
 template <typename Index>
 void store_kv_cache(TensorView k, TensorView v, TensorView k_cache, TensorView v_cache, TensorView indices,
                     std::optional<TensorView> k_scale, std::optional<TensorView> v_scale) {
-  SymbolicDims k_shape{"k_shape"}, v_shape{"v_shape"}, k_cache_shape{"k_cache_shape"}, v_cache_shape{"v_cache_shape"};
-  SymbolicDType dtype, cache_dtype;
-  SymbolicDevice device;
-  TensorMatcher({k_shape, -1}).with_strides({-1, 1}).with_dtype(dtype).with_device(device).verify(k);
-  TensorMatcher({v_shape, -1}).with_strides({-1, 1}).with_dtype(dtype).with_device(device).verify(v);
-  TensorMatcher({k_cache_shape, -1}).with_strides({-1, 1}).with_dtype(cache_dtype).with_device(device).verify(k_cache);
-  TensorMatcher({v_cache_shape, -1}).with_strides({-1, 1}).with_dtype(cache_dtype).with_device(device).verify(v_cache);
-  TensorMatcher({-1}).with_strides({-1}).with_dtype<Index>().with_device(device).verify(indices);
-  const float* k_step = scale_of(k_scale, device);
-  const float* v_step = scale_of(v_scale, device);
-  const TokenRows k_rows = tokens_of(k), v_rows = tokens_of(v, k);
-  one_for_each_token(indices, k);
-  const Slots k_slots = slots_of(k_cache, k), v_slots = slots_of(v_cache, v);
-  as_many_slots(v_cache, v_slots, k_cache, k_slots);
-  const Conversion k_stored = stored(k, k_cache, k_step), v_stored = stored(v, v_cache, v_step);
-  only_fp8_has(k_scale, k_cache);
-  only_fp8_has(v_scale, v_cache);
-
-  store<Index>({k.data_ptr(), k_cache.data_ptr(), k_rows, k_slots, k_stored},
-               {v.data_ptr(), v_cache.data_ptr(), v_rows, v_slots, v_stored}, indices);
+  store<Index>(match_store<Index>(k, v, k_cache, v_cache, indices, k_scale, v_scale), indices);
 }
 
 template <typename Index>
 void store_mla_cache(TensorView latent, TensorView rope, TensorView cache, TensorView indices,
                      std::optional<TensorView> scale) {
-  SymbolicDims latent_shape{"latent_shape"}, rope_shape{"rope_shape"}, cache_shape{"cache_shape"};
-  SymbolicDType dtype;
-  SymbolicDevice device;
-  TensorMatcher({latent_shape, -1}).with_strides({-1, 1}).with_dtype(dtype).with_device(device).verify(latent);
-  TensorMatcher({rope_shape, -1}).with_strides({-1, 1}).with_dtype(dtype).with_device(device).verify(rope);
-  TensorMatcher({cache_shape, -1}).with_strides({-1, 1}).with_device(device).verify(cache);
-  TensorMatcher({-1}).with_strides({-1}).with_dtype<Index>().with_device(device).verify(indices);
-  const float* step = scale_of(scale, device);
-  const TokenRows first = tokens_of_one_head(latent), second = tokens_of_one_head(rope);
-  (void)tokens_of(rope, latent);
-  one_for_each_token(indices, latent);
-  const Slots slots = slots_of_both(cache, latent, rope);
-  const Conversion conversion = stored(latent, cache, step);
-  only_fp8_has(scale, cache);
-
-  store<Index>({latent.data_ptr(), cache.data_ptr(), first, slots, conversion},
-               {rope.data_ptr(), cache.data_ptr(), second, slots, conversion, first.heads.width}, indices);
+  store<Index>(match_store_mla<Index>(latent, rope, cache, indices, scale), indices);
 }
 
 template <typename Index>
 void downcast_fp8(TensorView k, TensorView v, TensorView k_out, TensorView v_out, TensorView k_scale, TensorView v_scale,
                   TensorView loc, int64_t mult, int64_t offset) {
-  SymbolicDims k_shape{"k_shape"}, v_shape{"v_shape"}, k_out_shape{"k_out_shape"}, v_out_shape{"v_out_shape"};
-  SymbolicDType dtype, out_dtype;
-  SymbolicDevice device;
-  TensorMatcher({k_shape, -1}).with_strides({-1, 1}).with_dtype<fp16_t, bf16_t, fp32_t>(dtype).with_device(device).verify(k);
-  TensorMatcher({v_shape, -1}).with_strides({-1, 1}).with_dtype(dtype).with_device(device).verify(v);
-  TensorMatcher({k_out_shape, -1})
-      .with_strides({-1, 1})
-      .with_dtype<fp8_e4m3_t, fp8_e5m2_t, uint8_t>(out_dtype)
-      .with_device(device)
-      .verify(k_out);
-  TensorMatcher({v_out_shape, -1}).with_strides({-1, 1}).with_dtype(out_dtype).with_device(device).verify(v_out);
-  const float* k_step = scale_of(k_scale, device);
-  const float* v_step = scale_of(v_scale, device);
-  TensorMatcher({-1}).with_strides({-1}).with_dtype<Index>().with_device(device).verify(loc);
-  const TokenRows k_rows = tokens_of(k), v_rows = tokens_of(v, k);
-  one_for_each_token(loc, k);
-  const Slots k_slots = slots_in_rows(k_out, k), v_slots = slots_in_rows(v_out, v);
-  as_many_slots(v_out, v_slots, k_out, k_slots);
-  RuntimeCheck(mult >= 1, "mult must be at least 1, got ", mult);
-  RuntimeCheck(offset >= 0, "offset must be at least 0, got ", offset);
-  const Slots k_some = k_slots.every(mult, offset), v_some = v_slots.every(mult, offset);
-  const DLDataType to = fp8_of(k_out.dtype());
-
-  const Conversion k_stored = Conversion::narrowing(k.dtype(), to, k_step),
-                   v_stored = Conversion::narrowing(v.dtype(), to, v_step);
-  store<Index>({k.data_ptr(), k_out.data_ptr(), k_rows, k_some, k_stored, offset * k_slots.stride},
-               {v.data_ptr(), v_out.data_ptr(), v_rows, v_some, v_stored, offset * v_slots.stride}, loc);
+  store<Index>(match_downcast<Index>(k, v, k_out, v_out, k_scale, v_scale, loc, mult, offset), loc);
 }
 
 template <typename Index>
 void gather_kv_cache(TensorView cache, TensorView indices, std::optional<TensorView> scale, int64_t page_size,
                      std::optional<DLDataType> dtype, Output& out) {
-  SymbolicDims cache_shape{"cache_shape"};
-  SymbolicDevice device;
-  TensorMatcher({cache_shape, -1}).with_strides({-1, 1}).with_device(device).verify(cache);
-  TensorMatcher({-1}).with_strides({-1}).with_dtype<Index>().with_device(device).verify(indices);
-  const float* step = scale_of(scale, device);
-  const Slots slots = slots_of(cache);
-  const int64_t pages = pages_of(cache, slots, page_size);
-  only_fp8_has(scale, cache);
-  const DLDataType to = gathered_as(cache, step != nullptr, dtype);
-  const int64_t rows = indices.size(0) * page_size;
-  const bool heads = cache.dim() > 2;
-  const int64_t shape[] = {rows, heads ? slots.heads.count : slots.heads.width, slots.heads.width};
-  const TensorView gathered = out.empty({shape, heads ? 3 : 2}, to, cache.device());
-  if (heads) {
-    TensorMatcher({rows, shape[1], shape[2]}).with_strides({-1, -1, 1}).with_dtype(to).with_device(device).verify(gathered);
-  } else {
-    TensorMatcher({rows, shape[1]}).with_strides({-1, 1}).with_dtype(to).with_device(device).verify(gathered);
-  }
-  const TokenRows target = tokens_of(gathered);
-
-  check_indices<Index>(indices, pages, Skip::kMinusOne);
-  const Conversion conversion =
-      to == cache.dtype() ? Conversion::copy(bytes_of(cache)) : Conversion::widening(cache.dtype(), to, step);
-  const Part part{cache.data_ptr(), gathered.data_ptr(), target, slots, conversion};
+  const Gathered gathered = match_gather<Index>(cache, indices, scale, page_size, dtype, out);
+  check_indices<Index>(indices, gathered.pages, Skip::kMinusOne);
+  const TensorView& target = gathered.rows.tokens;
+  const TokenRows& rows = gathered.rows.rows;
+  const DLDataType to = target.dtype();
+  const Part part{gathered.rows, to == cache.dtype() ? Conversion::copy(bytes_of(cache))
+                                                     : Conversion::widening(cache.dtype(), to, gathered.rows.scale)};
   const Index* page_of = static_cast<const Index*>(indices.data_ptr());
   const int64_t bytes = to.bits / 8;
-  parallel_for(rows, grain_of(slots.heads.elements()), [&](int64_t begin, int64_t end) {
+  parallel_for(rows.tokens, grain_of(gathered.rows.width()), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t page = page_of[row / page_size * indices.stride(0)];
       if (page >= 0) {
         part.load(row, page * page_size + row % page_size);
         continue;
       }
-      for (int64_t head = 0; head < target.heads.count; ++head) {
-        std::memset(static_cast<char*>(gathered.data_ptr()) + (row * target.stride + head * target.heads.stride) * bytes, 0,
-                    static_cast<size_t>(target.heads.width * bytes));
+      for (int64_t head = 0; head < rows.heads.count; ++head) {
+        std::memset(static_cast<char*>(target.data_ptr()) + (row * rows.stride + head * rows.heads.stride) * bytes, 0,
+                    static_cast<size_t>(rows.heads.width * bytes));
       }
     }
   });

@@ -160,21 +160,8 @@ __global__ void __launch_bounds__(kMostThreads)
 
 // --- its launch -----------------------------------------------------------------------------------
 
-// One tensor of tokens and its cache. Strides count elements here, and bytes in a Part.
-struct Tensors {
-  TensorView tokens;
-  TensorView cache;
-  host::TokenRows rows;
-  host::Slots slots;
-  const float* scale;
-  int64_t column = 0;  // of the cache, where the first slot's row begins
-
-  int64_t width() const { return rows.heads.elements(); }
-  // A slot may be wider than the part of it that these tokens have.
-  host::Segments segments() const {
-    if (slots.heads.elements() != width()) return {1, width(), 0, 0};
-    return join(rows.heads, slots.heads);
-  }
+// Strides count elements here, and bytes in a Part.
+struct Tensors : host::CachedRows {
   // All that vectors start at (vec.cuh).
   uint64_t token_places(int64_t bytes) const {
     const host::Segments all = segments();

@@ -190,5 +190,22 @@ inline Segments join(Heads first, Heads second) {
   return {first.count, first.width, first.stride, second.stride};
 }
 
+// The rows of one tensor of tokens, and their places in a cache.
+struct CachedRows {
+  TensorView tokens;
+  TensorView cache;
+  TokenRows rows;
+  Slots slots;
+  const float* scale;
+  int64_t column = 0;  // of the cache, in elements, where the first slot's row begins
+
+  int64_t width() const { return rows.heads.elements(); }
+  // Strides of the tokens, and of the slots. A slot may be wider than the part of it that these tokens have.
+  Segments segments() const {
+    if (slots.heads.elements() != width()) return {1, width(), 0, 0};
+    return join(rows.heads, slots.heads);
+  }
+};
+
 }  // namespace host
 }  // namespace jitk
