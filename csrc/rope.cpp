@@ -215,7 +215,7 @@ void convert(const T* from, void* to, int64_t count, const float* scale) {
   const float largest = kNarrow ? (std::is_same_v<Stored, fp8_e4m3_t> ? 448.0f : 57344.0f) : 0.0f;
   for (int64_t i = 0; i < count; ++i) {
     float x = to_float(from[i]);
-    if (scale != nullptr) x /= *scale;
+    if (kNarrow && scale != nullptr) x /= *scale;
     if (kNarrow) x = x > largest ? largest : x < -largest ? -largest : x;  // NaN stays
     static_cast<Stored*>(to)[i] = from_float<Stored>(x);
   }
@@ -223,7 +223,7 @@ void convert(const T* from, void* to, int64_t count, const float* scale) {
 
 template <typename T>
 void store_row(const T* from, void* to, int64_t count, DLDataType dtype, const float* scale) {
-  if (dtype == dtype_of<T>() && scale == nullptr) {
+  if (dtype == dtype_of<T>()) {  // no 8-bit float, which alone has a scale
     std::memcpy(to, from, count * sizeof(T));
   } else if (dtype == dtype_of<fp32_t>()) {
     convert<T, fp32_t>(from, to, count, scale);

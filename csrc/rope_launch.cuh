@@ -43,7 +43,6 @@ struct Choice {
   uint32_t items;  // units of a lane; 0: as many as there are
   uint32_t heads;  // of a team that are in flight
   uint32_t rounds;
-  bool ahead;  // the heads of the next round are loaded meanwhile
 };
 
 inline uint32_t log2_ceil(uint32_t n) {
@@ -90,7 +89,8 @@ auto kernel_for(uint32_t vec, const Choice& choice) -> void (*)(Call<F>) {
     } else {
       if (choice.items == 2) return rope_kernel<F, kWide, 2, kHeads / 2, true>;
       if constexpr (!F::kNorm) {
-        if (!choice.ahead) return rope_kernel<F, kWide, 1, kHeads, false>;
+        // Of fewer rounds there is too little to load ahead.
+        if (choice.rounds < 4) return rope_kernel<F, kWide, 1, kHeads, false>;
       }
       return rope_kernel<F, kWide, 1, kHeads, true>;
     }
@@ -132,7 +132,7 @@ void launch(Call<F> call, int64_t tokens, Kind angles, uint64_t angle_places, DL
   if (tokens == 0 || heads == 0 || units == 0) return;
 
   const int64_t sms = runtime::get_sm_count(device.device_id);
-  Choice choice{true, 0, 1, 1, false};
+  Choice choice{true, 0, 1, 1};
   if (vec == kWide && units <= kMostUnits) {
     const int64_t width = int64_t{1} << log2_ceil(min(units, 32u));
     choice.few = tokens * heads * width <= sms * kFewLanes;
@@ -140,7 +140,6 @@ void launch(Call<F> call, int64_t tokens, Kind angles, uint64_t angle_places, DL
     if (!choice.few || choice.items == 2) {
       choice.heads = kHeadsInFlight<F> / choice.items;
       choice.rounds = choose_rounds(call, tokens, width, choice.heads, sms);
-      choice.ahead = choice.rounds == 4;
     }
   }
   const uint32_t lanes = choice.items == 0 ? min(units, 32u) : div_ceil(units, choice.items);
