@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from torch_jit_ops import Op, Sample, libraries
+from torch_jit_ops.declaring.covering import covering
 from torch_jit_ops.declaring.dtypes import Combination
 from torch_jit_ops.testing.calls import Outcome as Outcome
 from torch_jit_ops.testing.calls import assert_only_written_inside as assert_only_written_inside
@@ -86,14 +87,8 @@ _EVERY_COMBINATION = len(fuzz.seeds(1)) > 1
 @functools.cache
 def dtypes_once(op: Op) -> tuple[Combination, ...]:
     """Combinations in which every argument has each of its dtypes: a few, where an op takes several by argument."""
-    combinations = list(op.declaration.dtypes.combinations())
-    missing = {named for each in combinations for named in each.named}
-    if not missing:
-        return tuple(combinations)
-    kept = [combinations[-1]]
-    while missing := missing.difference(kept[-1].named):
-        kept.append(max(combinations, key=lambda each: len(missing.intersection(each.named))))
-    return tuple(kept)
+    combinations = op.declaration.dtypes.combinations()
+    return tuple(covering(combinations[::-1], lambda each: each.named or [each.first]))  # the last one is among them
 
 
 @functools.cache

@@ -34,7 +34,7 @@ HEAVY |= {"stdexcept", "tuple", "map", "unordered_map", "memory", "iomanip", "fs
 
 # Lower modules first; a module imports from those above it in this list alone. The root module and the CLI see all of them.
 ORDER = [
-    ("forks", "registry"),
+    ("forks", "registry", "declaring/covering"),
     ("process",),
     (
         "environment",

@@ -116,14 +116,14 @@ def test_samples_say_what_is_needed() -> None:
 
 
 def test_each_value_of_each_placeholder_is_there_once_at_least() -> None:
-    wanted = build_ahead.needed(["apply_rope_store_kv", "relu2"], arch=["8.0", "9.0a"], backend="cuda")
+    wanted = build_ahead.needed(["apply_rope_store_kv", "relu2", "wait_kv_layer"], arch=["8.0", "9.0a"], backend="cuda")
     kept = build_ahead.holding_each_value(wanted)
     for op in {each.op for each in wanted}:
         for arch in ("8.0", "9.0a"):
             all_of, some = ([each.values for each in group if (each.op, each.arch) == (op, arch)] for group in (wanted, kept))
             assert set(some) <= set(all_of)
             assert [set(column) for column in zip(*some, strict=True)] == [set(column) for column in zip(*all_of, strict=True)]
-    assert len(kept) == 2 * (5 + 3)  # dtypes of a cache, of a tensor
+    assert len(kept) == 2 * (5 + 3 + 1)  # dtypes of a cache, of a tensor, and no placeholder
     assert len(wanted) > 60
 
 

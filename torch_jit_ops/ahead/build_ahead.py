@@ -30,6 +30,7 @@ from torch_jit_ops.builder.load import load as load_unit
 from torch_jit_ops.builder.shared_object import Loaded
 from torch_jit_ops.builder.unit import Unit
 from torch_jit_ops.calling import dispatcher
+from torch_jit_ops.declaring.covering import covering
 from torch_jit_ops.declaring.dtypes import Combination, shown
 from torch_jit_ops.declaring.samples import SampleMaker
 from torch_jit_ops.declaring.variant import Value, VariantPattern
@@ -134,15 +135,7 @@ def holding_each_value(variants: Iterable[Wanted]) -> list[Wanted]:
     groups: dict[tuple[Op, str, str], list[Wanted]] = {}
     for variant in variants:
         groups.setdefault((variant.op, variant.backend.name, variant.arch), []).append(variant)
-    kept = []
-    for group in groups.values():
-        missing = {value for variant in group for value in enumerate(variant.values)}
-        while group:
-            best = max(group, key=lambda variant: len(missing.intersection(enumerate(variant.values))))
-            kept.append(best)
-            missing.difference_update(enumerate(best.values))
-            group = [variant for variant in group if missing.intersection(enumerate(variant.values))]
-    return kept
+    return [kept for group in groups.values() for kept in covering(group, lambda variant: list(enumerate(variant.values)))]
 
 
 def load_all(units: Iterable[Unit], jobs: int | None = None) -> Report:
