@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torch_jit_ops import OpLibrary
+from torch_jit_ops.ops.kv_cache import store_kv_cache
 
 NAMES = ("store_kv_cache", "store_mla_cache", "gather_kv_cache", "downcast_fp8")
 FAMILY = {op.name: op for op in OPS if op.declaration.namespace == "jitk" and op.name in NAMES}
@@ -689,6 +690,15 @@ def test_random_stores_and_gathers(device: str) -> None:
             mine = gathered[number_of_page * page_size : (number_of_page + 1) * page_size]
             other = flat[page * page_size : (page + 1) * page_size] if page >= 0 else torch.zeros_like(mine)
             assert torch.equal(bits(mine), bits(other)), f"seed {seed}: page {page}"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_no_heads(device: str) -> None:
+    """Nothing is stored, by the kernel and by the function alike."""
+    k, cache = torch.zeros(2, 0, 128, device=device), torch.zeros(3, 4, 0, 128, device=device)
+    slots = torch.tensor([5, -1], device=device)
+    ops.store_kv_cache(k, k, cache, cache.clone(), slots)
+    store_kv_cache.reference(k, k, cache, cache.clone(), slots)
 
 
 # --- who moves what -------------------------------------------------------------------------------

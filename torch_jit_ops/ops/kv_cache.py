@@ -16,12 +16,11 @@ from torch import Tensor
 
 from torch_jit_ops.declaring.samples import Sample, SampleMaker
 from torch_jit_ops.ops.indices import in_range
-from torch_jit_ops.ops.library import library
+from torch_jit_ops.ops.library import INTEGERS, WORDS, library
+from torch_jit_ops.ops.rotation import wide
 
 _WIDE = (torch.float16, torch.bfloat16, torch.float32)
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-_INTEGERS = (torch.int32, torch.int64)
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 # --- what arguments must be: include/jitk/slots.h and cache_dtype.h, for those that reach no kernel ---------
@@ -66,7 +65,7 @@ def _leading(cache_name: str, cache: Tensor, name: str, x: Tensor) -> int:
 
 
 def _check_size(name: str, x: Tensor) -> None:
-    known = x.element_size() in _BITS
+    known = x.element_size() in WORDS
     _require(known, f"argument '{name}' must have elements of 1, 2, 4 or 8 bytes, got {_name(x.dtype)}")
 
 
@@ -214,9 +213,10 @@ def _check_downcast(
 # --- the work -------------------------------------------------------------------------------------
 
 
-def _cast(x: Tensor, dtype: torch.dtype, scale: Tensor | None) -> Tensor:
+def cast_to_store(x: Tensor, dtype: torch.dtype, scale: Tensor | None) -> Tensor:
+    """What a cache of ``dtype`` holds of ``x``; saturated in 8 bits."""
     if scale is not None:
-        x = x.float() / scale.reshape(())
+        x = wide(x) / scale.reshape(())
     if dtype != x.dtype and dtype in _FP8:
         largest = torch.finfo(dtype).max
         x = x.clamp(-largest, largest)
@@ -225,16 +225,17 @@ def _cast(x: Tensor, dtype: torch.dtype, scale: Tensor | None) -> Tensor:
 
 def _bits(x: Tensor) -> Tensor:
     """For PyTorch's indexing, which does not know every dtype."""
-    return x.view(_BITS[x.element_size()])
+    return x.view(WORDS[x.element_size()])
 
 
 def _at(cache: Tensor, leading: int, slots: Tensor) -> tuple[Tensor, ...]:
     return (slots,) if leading == 1 else (slots // cache.shape[1], slots % cache.shape[1])
 
 
-def _put(rows: Tensor, cache: Tensor, leading: int, slots: Tensor, kept: Tensor) -> None:
+def put_rows(rows: Tensor, cache: Tensor, leading: int, slots: Tensor, kept: Tensor) -> None:
     """Rows of the cache's dtype into its slots, those that are kept."""
-    _bits(cache)[_at(cache, leading, slots[kept].long())] = _bits(rows)[kept].reshape(-1, *cache.shape[leading:])
+    given = _bits(rows)[kept]
+    _bits(cache)[_at(cache, leading, slots[kept].long())] = given.reshape(given.shape[0], *cache.shape[leading:])
 
 
 # --- samples --------------------------------------------------------------------------------------
@@ -320,7 +321,7 @@ _SCALE = "float32|float64"  # float64 has no kernels, and runs the functions
     cuda="kv_cache.cu",
     cpu="kv_cache.cpp",
     variant="store_kv_cache<{indices.dtype}>",
-    dtypes={"k": (*_WIDE, torch.int8, torch.float8_e4m3fn), "indices": _INTEGERS},
+    dtypes={"k": (*_WIDE, torch.int8, torch.float8_e4m3fn), "indices": INTEGERS},
     mutates=("k_cache", "v_cache"),
     tensors={
         "k": "[k_shape..., *] strides [*, 1]",
@@ -360,15 +361,15 @@ def store_kv_cache(
     k_leading = _leading("k_cache", k_cache, "k", k)
     in_range(indices, _count(k_cache, k_leading), "indices", skip=True)
     kept = indices >= 0
-    _put(_cast(k, k_cache.dtype, k_scale), k_cache, k_leading, indices, kept)
-    _put(_cast(v, v_cache.dtype, v_scale), v_cache, _leading("v_cache", v_cache, "v", v), indices, kept)
+    put_rows(cast_to_store(k, k_cache.dtype, k_scale), k_cache, k_leading, indices, kept)
+    put_rows(cast_to_store(v, v_cache.dtype, v_scale), v_cache, _leading("v_cache", v_cache, "v", v), indices, kept)
 
 
 @library.op(
     cuda="kv_cache.cu",
     cpu="kv_cache.cpp",
     variant="store_mla_cache<{indices.dtype}>",
-    dtypes={"latent": (*_WIDE, torch.int8), "indices": _INTEGERS},
+    dtypes={"latent": (*_WIDE, torch.int8), "indices": INTEGERS},
     mutates=("cache",),
     tensors={
         "latent": "[latent_shape..., *] strides [*, 1]",
@@ -396,14 +397,14 @@ def store_mla_cache(latent: Tensor, rope: Tensor, cache: Tensor, indices: Tensor
     in_range(indices, _count(cache, leading), "indices", skip=True)
     kept, split = indices >= 0, latent.shape[-1]
     for x, part in ((latent, cache[..., :split]), (rope, cache[..., split:])):
-        _put(_cast(x, cache.dtype, scale), part, leading, indices, kept)
+        put_rows(cast_to_store(x, cache.dtype, scale), part, leading, indices, kept)
 
 
 @library.op(
     cuda="kv_cache.cu",
     cpu="kv_cache.cpp",
     variant="gather_kv_cache<{indices.dtype}>",
-    dtypes={"cache": (*_WIDE, torch.int8, *_FP8), "indices": _INTEGERS},
+    dtypes={"cache": (*_WIDE, torch.int8, *_FP8), "indices": INTEGERS},
     tensors={
         "cache": "[cache_shape..., *] strides [*, 1]",
         "indices": "[*] int32|int64 strides [*]",
@@ -458,7 +459,7 @@ def gather_kv_cache(
     cuda="kv_cache.cu",
     cpu="kv_cache.cpp",
     variant="downcast_fp8<{loc.dtype}>",
-    dtypes={"k": _WIDE, "k_out": (*_FP8, torch.uint8), "loc": _INTEGERS},
+    dtypes={"k": _WIDE, "k_out": (*_FP8, torch.uint8), "loc": INTEGERS},
     mutates=("k_out", "v_out"),
     tensors={
         "k": "[k_shape..., *] float16|bfloat16|float32|float64 strides [*, 1]",
@@ -502,4 +503,4 @@ def downcast_fp8(
     kept = loc >= 0
     for x, out, scale in ((k, k_out, k_scale), (v, v_out, v_scale)):
         to = torch.float8_e4m3fn if out.dtype == torch.uint8 else out.dtype
-        _put(_cast(x, to, scale).view(out.dtype), out, 1, loc * mult + offset, kept)
+        put_rows(cast_to_store(x, to, scale).view(out.dtype), out, 1, loc * mult + offset, kept)

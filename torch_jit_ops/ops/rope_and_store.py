@@ -9,9 +9,10 @@ from torch import Tensor
 
 from torch_jit_ops.declaring.samples import Sample, SampleMaker
 from torch_jit_ops.ops.indices import in_range
+from torch_jit_ops.ops.kv_cache import cast_to_store, put_rows
 from torch_jit_ops.ops.library import FLOATS, library
 from torch_jit_ops.ops.rope_at_positions import TURNED, WEIGHTS, angles_of_positions, check_weights
-from torch_jit_ops.ops.rotation import angles, checked_heads, in_heads, normed, require, turned, wide
+from torch_jit_ops.ops.rotation import angles, checked_heads, in_heads, normed, require, turned
 
 # --- samples --------------------------------------------------------------------------------------
 
@@ -95,16 +96,6 @@ def _checked_stores(
         if scale is not None and cache.dtype.itemsize != 1 and scale.dtype != torch.float64:
             raise ValueError(f"{name}_scale is for caches of 8-bit floats, but {name}_cache is {cache.dtype}")
     return slots
-
-
-def _store(x: Tensor, slots: Tensor, indices: Tensor, scale: Tensor | None) -> None:
-    kept = indices >= 0
-    rows, places = x[kept], indices[kept].long()
-    if scale is not None:
-        rows = wide(rows) / scale.reshape(())
-    if slots.dtype.itemsize == 1:
-        rows = rows.clamp(-torch.finfo(slots.dtype).max, torch.finfo(slots.dtype).max)
-    slots[places // slots.shape[1], places % slots.shape[1]] = rows.to(slots.dtype)
 
 
 def _heads_to_store(
@@ -195,7 +186,7 @@ def apply_rope_store_kv(
     for x in heads[:2]:
         x.copy_(turned(x, cos, sin, is_neox))
     for x, cache, scale in zip(heads[1:], slots, (k_scale, v_scale), strict=True):
-        _store(x, cache, indices, scale)
+        put_rows(cast_to_store(x, cache.dtype, scale), cache, 2, indices, indices >= 0)
 
 
 def _check_fused_qknorm_rope_store_kv(
@@ -292,4 +283,4 @@ def fused_qknorm_rope_store_kv(
     for x, weight in zip(heads[:2], (q_weight, k_weight), strict=True):
         x.copy_(turned(normed(x, weight, eps, gemma), cos, sin, is_neox))
     for x, cache, scale in zip(heads[1:], slots, (k_scale, v_scale), strict=True):
-        _store(x, cache, indices, scale)
+        put_rows(cast_to_store(x, cache.dtype, scale), cache, 2, indices, indices >= 0)

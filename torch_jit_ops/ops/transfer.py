@@ -27,14 +27,10 @@ from torch import Tensor
 
 from torch_jit_ops.declaring.samples import Sample, SampleMaker
 from torch_jit_ops.ops.indices import in_range
-from torch_jit_ops.ops.library import library
+from torch_jit_ops.ops.library import INTEGERS, WORDS, library
 
-_INTEGERS = (torch.int32, torch.int64)
 _INDICES = {"indices_dst": "[items] int32|int64", "indices_src": "[items] indices_dst.dtype"}
 _PATIENCE = 60.0  # seconds, as in transfer.cu
-
-# By size, as which elements are copied: a copy is one of bytes, and some operations lack some dtypes.
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 # --- what is refused, in the words of items.h ------------------------------------------------------
@@ -102,7 +98,7 @@ def _match(
 
 
 def _copy(dst: Tensor, indices_dst: Tensor, src: Tensor, indices_src: Tensor) -> None:
-    word = _WORDS.get(dst.itemsize, dst.dtype)
+    word = WORDS.get(dst.itemsize, dst.dtype)
     items = src.view(word).index_select(0, indices_src.to(src.device))
     dst.view(word).index_copy_(0, indices_dst.to(dst.device, torch.int64), items.to(dst.device))
 
@@ -209,7 +205,7 @@ def _fake_one_layer(
     cuda="transfer.cu",
     cpu="transfer.cpp",
     variant="transfer_kv_one_layer<{indices_dst.dtype}>",
-    dtypes={"k_dst": (torch.bfloat16, torch.uint8), "indices_dst": _INTEGERS},
+    dtypes={"k_dst": (torch.bfloat16, torch.uint8), "indices_dst": INTEGERS},
     mutates=("k_dst", "v_dst"),
     tensors=_INDICES,
     fake=_fake_one_layer,
@@ -271,7 +267,7 @@ def _fake_all_layers(
     cuda="transfer.cu",
     cpu="transfer.cpp",
     variant="transfer_kv_all_layers<{indices_dst.dtype}>",
-    dtypes={"indices_dst": _INTEGERS},
+    dtypes={"indices_dst": INTEGERS},
     mutates=("k_dst", "v_dst", "arrived"),
     tensors={**_INDICES, "arrived": "[layers] int32"},
     fake=_fake_all_layers,
