@@ -57,7 +57,22 @@ struct Move {
   FastDivisor page;   // rows that one index stands for
   Stored stored;
   bool segmented;  // a row is more than one segment
+  bool gapped;     // a block of slots does not begin where the one before it ends
 };
+
+// A vector's place in a row of tokens and in one of slots.
+struct InRow {
+  int64_t tokens;
+  int64_t slots;
+};
+
+template <typename Kind>
+JITK_DEVICE InRow find_in_row(const Part& part, uint32_t vector, bool segmented) {
+  if (!segmented) return {int64_t{vector} * Kind::kTokenBytes, int64_t{vector} * Kind::kSlotBytes};
+  const auto at = part.segment.divide(vector);
+  return {at.quotient * part.tokens.segment_stride + int64_t{at.remainder} * Kind::kTokenBytes,
+          at.quotient * part.slots.segment_stride + int64_t{at.remainder} * Kind::kSlotBytes};
+}
 
 // --- the kernel -----------------------------------------------------------------------------------
 
@@ -65,6 +80,7 @@ constexpr uint32_t kMostThreads = host::kMostWarps * device::kWarpThreads;
 
 // Op::kGathers says which way; Op::indices() names them in the line that is printed of one that is out of range; without
 // Op::kCopies there are casts alone.
+// Few rows cost what lies between the wait and the store: all that does not depend on the index is computed before it.
 template <typename Op, typename Kind, uint32_t kItems, typename Index>
 __global__ void __launch_bounds__(kMostThreads)
     move_kernel(const __grid_constant__ Move move, const __grid_constant__ device::Bounds bounds) {
@@ -76,43 +92,61 @@ __global__ void __launch_bounds__(kMostThreads)
   const bool second = at.remainder >= move.split;
   const Part& part = move.parts[second ? 1 : 0];
   const uint32_t lanes = 1u << move.lanes_log2;
-  const uint32_t first = (second ? at.remainder - move.split : at.remainder) * lanes * kItems + (thread & (lanes - 1));
-  const auto in_row = [&](uint32_t i, int64_t segment_stride, uint32_t bytes) {
-    const uint32_t vector = first + i * lanes;
-    if (!move.segmented) return static_cast<int64_t>(vector) * bytes;
-    const auto at = part.segment.divide(vector);
-    return at.quotient * segment_stride + static_cast<int64_t>(at.remainder) * bytes;
-  };
-  char* const tokens = part.tokens.data + row * part.tokens.row_stride;
-  int64_t in_tokens[kItems];
+  uint32_t first = (second ? at.remainder - move.split : at.remainder) * lanes * kItems + (thread & (lanes - 1));
+  keep_in_register(first);
+  const auto in_row = [&](uint32_t i) { return find_in_row<Kind>(part, first + i * lanes, move.segmented); };
+  char* const row_of_tokens = part.tokens.data + row * part.tokens.row_stride;
+  char* tokens[kItems];
+  InRow in_rows[kItems];
 #pragma unroll
-  for (uint32_t i = 0; i < kItems; ++i) in_tokens[i] = in_row(i, part.tokens.segment_stride, Kind::kTokenBytes);
-  compute_here(tokens);
+  for (uint32_t i = 0; i < kItems; ++i) {
+    in_rows[i] = in_row(i);
+    tokens[i] = row_of_tokens + in_rows[i].tokens;
+    compute_here(tokens[i]);
+  }
   int64_t position = row;  // of the index
-  int64_t row_of_page = 0;
+  uint64_t row_of_page = 0;
+  uint64_t step = static_cast<uint64_t>(part.slots.row_stride);  // from an index's place to that of the next
+  char* slots = part.slots.data;
   if constexpr (Op::kGathers) {
     const auto page = move.page.divide(static_cast<uint64_t>(row));
     position = static_cast<int64_t>(page.quotient);
-    row_of_page = static_cast<int64_t>(page.remainder);
+    row_of_page = page.remainder;
+    slots += row_of_page * step;
+    step *= move.page.divisor();
   }
   const Index* const index_place = static_cast<const Index*>(move.indices) + position * move.index_stride;
-  compute_here(index_place);
-  char* slots = part.slots.data;
-  int64_t slot_stride = part.slots.row_stride, block_gap = part.block_gap;
+  if constexpr (kItems == 1) slots += in_rows[0].slots;
   uint32_t vectors = part.vectors;
-  keep_in_register(slots);
-  keep_in_register(slot_stride);
-  keep_in_register(block_gap);
+  compute_here(index_place);
+  compute_here(slots);
+  keep_in_register(step);
   keep_in_register(vectors);
   const auto is_there = [&](uint32_t i) { return first + i * lanes < vectors; };
-  const auto place_of = [&](int64_t slot) {
-    char* const place = slots + slot * slot_stride;
-    return block_gap == 0 ? place : place + static_cast<int64_t>(static_cast<uint64_t>(slot) / part.block_size) * block_gap;
+  // Kept for each of several vectors, places would take registers that the vectors need.
+  const auto in_slot = [&](uint32_t i) { return kItems == 1 ? 0 : in_row(i).slots; };
+  // Ahead of the check, so without a sign: an index that is out of range may overflow.
+  const auto offset_of = [&](int64_t index) {
+    uint64_t offset = static_cast<uint64_t>(index) * step;
+    if (move.gapped) {
+      uint64_t slot = static_cast<uint64_t>(index);
+      if constexpr (Op::kGathers) slot = slot * move.page.divisor() + row_of_page;
+      offset += slot / part.block_size * static_cast<uint64_t>(part.block_gap);
+    }
+    return static_cast<int64_t>(offset);
+  };
+  // A policy would keep the first load waiting: the compiler makes its descriptor right before it. L2 has room for few rows.
+  const L2Policy policy = L2Policy::evict_unchanged();
+  const auto load = [&](auto& x, const char* from) {
+    if constexpr (kItems == 1) {
+      x.load_ordered(from);
+    } else {
+      x.load_streaming(from, 0, policy);
+    }
   };
   PDLTriggerSecondary<true>();  // the next kernel's blocks come when all of this one's have: none of them is held up
   PDLWaitPrimary<true>();
 
-  const L2Policy policy = L2Policy::evict_unchanged();
   const int64_t index = *index_place;
   // At once with the index: behind it, a round trip to memory would come on top of those of the index and of the row.
   Scale scale{1.0f, false};
@@ -125,35 +159,33 @@ __global__ void __launch_bounds__(kMostThreads)
   }
   if constexpr (Op::kGathers) {
     typename Kind::Slot x[kItems];
+    const int64_t offset = offset_of(index);
     const bool admitted = bounds.admit(index, position, Op::indices());
     if (admitted) {
-      const char* const slot = place_of(index * static_cast<int64_t>(move.page.divisor()) + row_of_page);
 #pragma unroll
       for (uint32_t i = 0; i < kItems; ++i) {
-        if (is_there(i)) x[i].load_streaming(slot + in_row(i, part.slots.segment_stride, Kind::kSlotBytes), 0, policy);
+        if (is_there(i)) load(x[i], slots + offset + in_slot(i));
       }
     }
     const typename Kind::Factor factor(scale);
 #pragma unroll
     for (uint32_t i = 0; i < kItems; ++i) {
       const auto out = admitted ? Kind::load(x[i], move.stored, factor) : Kind::zeros();
-      if (is_there(i)) out.store(tokens + in_tokens[i]);
+      if (is_there(i)) out.store(tokens[i]);
     }
   } else {
     typename Kind::Token x[kItems];
 #pragma unroll
     for (uint32_t i = 0; i < kItems; ++i) {
-      if (is_there(i)) x[i].load_streaming(tokens + in_tokens[i], 0, policy);
+      if (is_there(i)) load(x[i], tokens[i]);
     }
+    const int64_t offset = offset_of(index);
     if (!bounds.admit(index, position, Op::indices())) return;
-    char* const slot = place_of(index);
     const typename Kind::Factor factor(scale);
     // Attention reads the cache soon: it is stored as any memory.
 #pragma unroll
     for (uint32_t i = 0; i < kItems; ++i) {
-      if (is_there(i)) {
-        Kind::store(x[i], move.stored, factor).store(slot + in_row(i, part.slots.segment_stride, Kind::kSlotBytes));
-      }
+      if (is_there(i)) Kind::store(x[i], move.stored, factor).store(slots + offset + in_slot(i));
     }
   }
 }
@@ -235,7 +267,8 @@ void launch(const Work& work, int64_t token_bytes, int64_t slot_bytes) {
             FastDivisor(teams.first + teams.second),
             FastDivisor(static_cast<uint64_t>(work.page)),
             work.stored,
-            work.first.segments().count > 1 || work.second.segments().count > 1};
+            work.first.segments().count > 1 || work.second.segments().count > 1,
+            work.first.slots.block_gap != 0 || work.second.slots.block_gap != 0};
   for (; move.first_row < work.rows; move.first_row += teams.rows_of_launch()) {
     const int64_t some = min(work.rows - move.first_row, teams.rows_of_launch());
     move.rows = static_cast<uint32_t>(some);
