@@ -731,7 +731,8 @@ def _plan(rows: int, first: int, second: int, table: int = 0, sms: int = 132) ->
 
 def test_the_spread_of_the_measured_shapes() -> None:
     """items, log2 of lanes, teams of K, teams of V, warps of a block, blocks; bf16 rows in vectors of 16 bytes, 132 SMs."""
-    shapes = [(1, 128, 128), (128, 128, 128), (2048, 128, 128), (16384, 128, 128), (2048, 16, 16), (1, 64, 8), (8192, 64, 8)]
+    shapes = [(1, 128, 128), (128, 128, 128), (2048, 128, 128), (16384, 128, 128), (2048, 16, 16)]
+    shapes += [(1, 64, 8), (128, 64, 8), (5000, 64, 8), (8192, 64, 8)]
     assert_expected_inline(
         "\n".join(f"{shape}: {_plan(*shape)[:6]}" for shape in shapes),
         """\
@@ -740,9 +741,29 @@ def test_the_spread_of_the_measured_shapes() -> None:
 (2048, 128, 128): [2, 5, 2, 2, 8, 1024]
 (16384, 128, 128): [4, 5, 1, 1, 8, 4096]
 (2048, 16, 16): [1, 4, 1, 1, 8, 256]
-(1, 64, 8): [1, 5, 2, 1, 1, 3]
-(8192, 64, 8): [4, 4, 1, 1, 8, 1024]""",
+(1, 64, 8): [1, 3, 8, 1, 1, 3]
+(128, 64, 8): [1, 3, 8, 1, 4, 72]
+(5000, 64, 8): [2, 3, 4, 1, 8, 782]
+(8192, 64, 8): [4, 3, 2, 1, 8, 768]""",
     )
+
+
+def test_few_lanes_of_a_row_are_idle() -> None:
+    """Of the lanes up to those that the wider part needs, the fewest threads for a row; then the most lanes."""
+    for first, second in itertools.product([0, 1, 2, 3, 8, 9, 12, 33, 36, 64, 65, 72, 128, 1000], repeat=2):
+        if first + second == 0:
+            continue
+        for rows, table in itertools.product([1, 5000, 10**6], range(3)):
+            items, lanes_log2, teams, others, *_ = _plan(rows, first, second, table)
+            vectors = max(first, second)
+            needed = next(lanes for lanes in (1, 2, 4, 8, 16, 32) if lanes * items >= vectors or lanes == 32)
+            threads = {
+                lanes: sum(-(-part // (items * lanes)) for part in (first, second)) * lanes
+                for lanes in (1, 2, 4, 8, 16, 32)
+                if min(needed, 8) <= lanes <= needed
+            }
+            assert (teams + others) << lanes_log2 == min(threads.values()), (rows, first, second, table)
+            assert 1 << lanes_log2 == max(lanes for lanes in threads if threads[lanes] == min(threads.values()))
 
 
 def test_every_vector_has_one_thread() -> None:

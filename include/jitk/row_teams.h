@@ -48,7 +48,11 @@ inline constexpr ItemsTable kCasts{{1024, 1}, {16384, 4}, 8};
 inline constexpr ItemsTable kNarrow{{0, 4}, {0, 4}, 4};
 inline constexpr uint32_t kMostWarps = 8;
 
-// For rows of `first` and `second` vectors, of which one has some.
+// Teams are not made smaller than this for the sake of idle lanes: 8 vectors of 16 bytes are a line of 128.
+inline constexpr uint32_t kLeastLanesLog2 = 3;
+
+// For rows of `first` and `second` vectors, of which one has some. A team has the lanes that the wider part needs, or fewer where
+// fewer threads then have a row: 40 and not 64 of them have 64 and 8 vectors, two each, as 5 teams of 8 lanes and not 2 of 32.
 inline RowTeams spread_rows(int64_t rows, int64_t first, int64_t second, const ItemsTable& table, int64_t sms) {
   RowTeams teams{table.many, 0, 0, 0, 1};
   const int64_t vectors = rows * (first + second);
@@ -59,9 +63,18 @@ inline RowTeams spread_rows(int64_t rows, int64_t first, int64_t second, const I
   }
   const int64_t wider = first > second ? first : second;
   while (teams.lanes_log2 < 5 && int64_t{teams.items} << teams.lanes_log2 < wider) ++teams.lanes_log2;
-  const int64_t team = int64_t{teams.items} << teams.lanes_log2;
-  teams.first = static_cast<uint32_t>((first + team - 1) / team);
-  teams.second = static_cast<uint32_t>((second + team - 1) / team);
+  const auto teams_of = [&](int64_t part, uint32_t lanes_log2) {
+    const int64_t team = int64_t{teams.items} << lanes_log2;
+    return (part + team - 1) / team;
+  };
+  const auto threads_of_row = [&](uint32_t lanes_log2) {
+    return (teams_of(first, lanes_log2) + teams_of(second, lanes_log2)) << lanes_log2;
+  };
+  for (uint32_t fewer = teams.lanes_log2; fewer-- > kLeastLanesLog2;) {
+    if (threads_of_row(fewer) < threads_of_row(teams.lanes_log2)) teams.lanes_log2 = fewer;
+  }
+  teams.first = static_cast<uint32_t>(teams_of(first, teams.lanes_log2));
+  teams.second = static_cast<uint32_t>(teams_of(second, teams.lanes_log2));
   // Few warps go to as many multiprocessors as there are.
   while (teams.warps < kMostWarps && teams.threads(rows) > sms * teams.warps * 32) teams.warps *= 2;
   return teams;
