@@ -1,6 +1,7 @@
 // Where a thread has the angles of its pairs from, and what it does with them.
 //
-//   auto row = angles.ask(batch, token);                             asks for the position, while heads are loaded
+//   auto row = angles.find(batch, token);                            where its position is, ahead of the wait for other kernels
+//   angles.ask(row);                                                 asks for it, while heads are loaded
 //   angles.arrive(row);                                              waits for it
 //   typename Angles::template Unit<kVec> unit;
 //   angles.load(row, u, place, unit);                                of the unit u: two vectors whose elements turn together
@@ -66,15 +67,19 @@ struct Place {
   uint32_t second;
 };
 
-// An index of either width on its way from memory: to ask for its value is to wait for it.
+// Where an index of either width is.
+JITK_DEVICE const uint32_t* find_index(const void* indices, bool is_wide, int64_t offset) {
+  return static_cast<const uint32_t*>(indices) + (is_wide ? 2 * offset : offset);
+}
+
+// One on its way from memory: to ask for its value is to wait for it.
 struct Asked {
   uint32_t low = ~0u;
   uint32_t high = ~0u;
 
   Asked() = default;
   // In halves: a choice between two loads would wait for the one that is made.
-  JITK_DEVICE Asked(const void* indices, bool is_wide, int64_t offset) {
-    const uint32_t* const place = static_cast<const uint32_t*>(indices) + (is_wide ? 2 * offset : offset);
+  JITK_DEVICE Asked(const uint32_t* place, bool is_wide) {
     low = place[0];
     if (is_wide) high = place[1];
   }
@@ -109,23 +114,31 @@ struct OfPositions {
   };
   static constexpr uint32_t kAxes = kSections ? 3 : 1;
   struct Row {
+    const uint32_t* places[kAxes];
     Asked asked[kAxes];
-    int64_t token = 0;
+    int64_t token;
     uint32_t positions[kAxes] = {};  // within the cache
   };
 
   // How many floats are read at a time.
   static constexpr uint32_t run(uint32_t vec) { return kNeox || vec == 1 ? vec : vec / 2; }
 
-  // All of a token's positions at once: pairs that would ask for theirs wait for one more answer.
-  JITK_DEVICE Row ask(uint32_t, int64_t token) const {
+  JITK_DEVICE Row find(uint32_t, int64_t token) const {
     Row row;
     row.token = token;
 #pragma unroll
     for (uint32_t axis = 0; axis < kAxes; ++axis) {
-      row.asked[axis] = Asked(rows.positions, rows.is_wide, axis * rows.axis_stride + token * rows.position_stride);
+      row.places[axis] =
+          find_index(rows.positions, rows.is_wide, axis * rows.axis_stride + token * rows.position_stride);
+      device::compute_here(row.places[axis]);
     }
     return row;
+  }
+
+  // For all of a token's positions at once: pairs that would ask for theirs wait for one more answer.
+  JITK_DEVICE void ask(Row& row) const {
+#pragma unroll
+    for (uint32_t axis = 0; axis < kAxes; ++axis) row.asked[axis] = Asked(row.places[axis], rows.is_wide);
   }
 
   // A position outside the cache is moved into it, so that nobody waits for the check. A cache has at most 2^32 positions.
@@ -223,10 +236,11 @@ struct OfTokens {
 
   static constexpr uint32_t run(uint32_t vec) { return vec; }
 
-  JITK_DEVICE Row ask(uint32_t batch, int64_t token) const {
+  JITK_DEVICE Row find(uint32_t batch, int64_t token) const {
     return {batch * rows.cos_batch_stride + token * rows.cos_token_stride,
             batch * rows.sin_batch_stride + token * rows.sin_token_stride};
   }
+  JITK_DEVICE void ask(Row&) const {}
   JITK_DEVICE void arrive(Row&) const {}
   JITK_DEVICE bool admit(const Row&, bool) const { return true; }
 

@@ -188,14 +188,19 @@ __global__ void __launch_bounds__(kBlock) rope_kernel(const __grid_constant__ Ca
   keep_in_register(teams);
   keep_in_register(left);
   units.settle();
+  typename Angles::Row row = call.angles.find(batch, token);
+  const uint32_t* slot_place = nullptr;
+  if constexpr (F::kStores) {
+    slot_place = find_index(call.indices, call.are_indices_wide, token * call.index_stride);
+    compute_here(slot_place);
+  }
   wait_and_trigger<true>(call.trigger);
   if (!F::kNorm && !has_token) return;  // lanes without a token still take part in the sums of their warp
 
-  typename Angles::Row row{};
-  if (has_token && turns) row = call.angles.ask(batch, token);
+  if (has_token && turns) call.angles.ask(row);
   Asked asked_slot;
   if constexpr (F::kStores) {
-    if (has_token && which > 0) asked_slot = Asked(call.indices, call.are_indices_wide, token * call.index_stride);
+    if (has_token && which > 0) asked_slot = Asked(slot_place, call.are_indices_wide);
   }
   int64_t slot = -1;
   typename Angles::template Unit<kVec> angles[kHeld];

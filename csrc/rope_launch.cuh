@@ -15,6 +15,8 @@ inline constexpr uint32_t kVectorBytes = 16;
 inline constexpr uint32_t kMostUnits = 64;  // of a head that a team holds: two to a lane
 inline constexpr int64_t kFewLanes = 1024;  // of an SM: up to here each head has a team of its own
 
+inline constexpr int64_t kLanesAtOnce = 640;  // of an SM: so many it holds where nothing is loaded ahead
+
 // How many heads of 32 units a lane has in flight, where tokens are many. What has to be asked for before a head can turn, a
 // position and then its angles, is spread over more of them by rounds. Measured on an H200: `bench kernels`.
 template <typename F>
@@ -31,7 +33,7 @@ uint32_t choose_rounds(const Call<F>& call, int64_t tokens, int64_t lanes, uint3
       teams += host::div_ceil(side.heads, at_most);
       heads += side.heads;
     }
-    const int64_t threads_of_sm = F::kNorm ? 340 : rounds == 4 ? 2048 : 512;
+    const int64_t threads_of_sm = F::kNorm ? 300 : rounds == 4 ? 2048 : 512;
     if (tokens * teams * lanes >= sms * threads_of_sm && 10 * heads >= 7 * teams * at_most) return rounds;
   }
   return 1;
@@ -43,6 +45,7 @@ struct Choice {
   uint32_t items;  // units of a lane; 0: as many as there are
   uint32_t heads;  // of a team that are in flight
   uint32_t rounds;
+  bool ahead;  // the heads of a round are loaded while those of the one before turn
 };
 
 inline uint32_t log2_ceil(uint32_t n) {
@@ -89,8 +92,7 @@ auto kernel_for(uint32_t vec, const Choice& choice) -> void (*)(Call<F>) {
     } else {
       if (choice.items == 2) return rope_kernel<F, kWide, 2, kHeads / 2, true>;
       if constexpr (!F::kNorm) {
-        // Of fewer rounds there is too little to load ahead.
-        if (choice.rounds < 4) return rope_kernel<F, kWide, 1, kHeads, false>;
+        if (!choice.ahead) return rope_kernel<F, kWide, 1, kHeads, false>;
       }
       return rope_kernel<F, kWide, 1, kHeads, true>;
     }
@@ -132,7 +134,7 @@ void launch(Call<F> call, int64_t tokens, Kind angles, uint64_t angle_places, DL
   if (tokens == 0 || heads == 0 || units == 0) return;
 
   const int64_t sms = runtime::get_sm_count(device.device_id);
-  Choice choice{true, 0, 1, 1};
+  Choice choice{true, 0, 1, 1, false};
   if (vec == kWide && units <= kMostUnits) {
     const int64_t width = int64_t{1} << log2_ceil(min(units, 32u));
     choice.few = tokens * heads * width <= sms * kFewLanes;
@@ -150,6 +152,7 @@ void launch(Call<F> call, int64_t tokens, Kind angles, uint64_t angle_places, DL
     side.teams = div_ceil(side.heads, choice.heads * choice.rounds);
     teams += side.teams;
   }
+  choice.ahead = choice.rounds > 1 && (tokens * teams << call.lanes_log2) > sms * kLanesAtOnce;
   call.teams = FastDivisor(static_cast<uint64_t>(teams));
 
   // Teams are counted in 32 bits.
