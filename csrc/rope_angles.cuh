@@ -128,8 +128,7 @@ struct OfPositions {
     row.token = token;
 #pragma unroll
     for (uint32_t axis = 0; axis < kAxes; ++axis) {
-      row.places[axis] =
-          find_index(rows.positions, rows.is_wide, axis * rows.axis_stride + token * rows.position_stride);
+      row.places[axis] = find_index(rows.positions, rows.is_wide, axis * rows.axis_stride + token * rows.position_stride);
       device::compute_here(row.places[axis]);
     }
     return row;
