@@ -712,7 +712,7 @@ void spread(jitk::TensorView plan, int64_t rows, int64_t first, int64_t second, 
   const RowTeams teams = spread_rows(rows, first, second, table == 0 ? kCopies : table == 1 ? kCasts : kNarrow, sms);
   auto* numbers = static_cast<int64_t*>(plan.data_ptr());
   numbers[0] = teams.items, numbers[1] = teams.lanes_log2, numbers[2] = teams.first, numbers[3] = teams.second;
-  numbers[4] = teams.warps, numbers[5] = teams.blocks(rows), numbers[6] = teams.rows_of_launch();
+  numbers[4] = teams.blocks(rows), numbers[5] = teams.rows_of_launch();
 }
 """
 plans = OpLibrary("kv_cache_plans")
@@ -724,27 +724,27 @@ def spread(plan: Tensor, rows: int, first: int, second: int, table: int, sms: in
 
 
 def _plan(rows: int, first: int, second: int, table: int = 0, sms: int = 132) -> list[int]:
-    plan = torch.zeros(7, dtype=torch.int64)
+    plan = torch.zeros(6, dtype=torch.int64)
     spread(plan, rows, first, second, table, sms)
     return plan.tolist()
 
 
 def test_the_spread_of_the_measured_shapes() -> None:
-    """items, log2 of lanes, teams of K, teams of V, warps of a block, blocks; bf16 rows in vectors of 16 bytes, 132 SMs."""
+    """items, log2 of lanes, teams of K, teams of V, blocks; bf16 rows in vectors of 16 bytes, 132 SMs."""
     shapes = [(1, 128, 128), (128, 128, 128), (2048, 128, 128), (16384, 128, 128), (2048, 16, 16)]
     shapes += [(1, 64, 8), (128, 64, 8), (5000, 64, 8), (8192, 64, 8)]
     assert_expected_inline(
-        "\n".join(f"{shape}: {_plan(*shape)[:6]}" for shape in shapes),
+        "\n".join(f"{shape}: {_plan(*shape)[:5]}" for shape in shapes),
         """\
-(1, 128, 128): [1, 5, 4, 4, 1, 8]
-(128, 128, 128): [1, 5, 4, 4, 8, 128]
-(2048, 128, 128): [2, 5, 2, 2, 8, 1024]
-(16384, 128, 128): [4, 5, 1, 1, 8, 4096]
-(2048, 16, 16): [1, 4, 1, 1, 8, 256]
-(1, 64, 8): [1, 3, 8, 1, 1, 3]
-(128, 64, 8): [1, 3, 8, 1, 4, 72]
-(5000, 64, 8): [2, 3, 4, 1, 8, 782]
-(8192, 64, 8): [4, 3, 2, 1, 8, 768]""",
+(1, 128, 128): [1, 5, 4, 4, 1]
+(128, 128, 128): [1, 5, 4, 4, 128]
+(2048, 128, 128): [2, 5, 2, 2, 1024]
+(16384, 128, 128): [4, 5, 1, 1, 4096]
+(2048, 16, 16): [1, 4, 1, 1, 256]
+(1, 64, 8): [1, 3, 8, 1, 1]
+(128, 64, 8): [1, 3, 8, 1, 36]
+(5000, 64, 8): [2, 3, 4, 1, 782]
+(8192, 64, 8): [4, 3, 2, 1, 768]""",
     )
 
 
@@ -774,14 +774,13 @@ def test_every_vector_has_one_thread() -> None:
         if first + second == 0 or rows * (first + second) > 2**50:
             continue
         sms, table = random.choice([1, 20, 132]), random.choice([0, 1, 2])
-        items, lanes_log2, teams, others, warps, blocks, at_once = _plan(rows, first, second, table, sms)
+        items, lanes_log2, teams, others, blocks, at_once = _plan(rows, first, second, table, sms)
         team = items << lanes_log2
         assert items in ((1, 2, 4), (1, 4, 8), (4,))[table]
         assert lanes_log2 <= 5
-        assert warps in (1, 2, 4, 8)
         for vectors, count in ((first, teams), (second, others)):
             assert (count - 1) * team < vectors <= count * team or vectors == count == 0
-        assert (blocks - 1) * warps * 32 < rows * (teams + others) << lanes_log2 <= blocks * warps * 32
+        assert (blocks - 1) * 256 < rows * (teams + others) << lanes_log2 <= blocks * 256
         assert at_once >= 1
         assert at_once * (teams + others) << lanes_log2 <= 2**31 or at_once == 1
 

@@ -76,13 +76,11 @@ JITK_DEVICE InRow find_in_row(const Part& part, uint32_t vector, bool segmented)
 
 // --- the kernel -----------------------------------------------------------------------------------
 
-constexpr uint32_t kMostThreads = host::kMostWarps * device::kWarpThreads;
-
 // Op::kGathers says which way; Op::indices() names them in the line that is printed of one that is out of range; without
 // Op::kCopies there are casts alone.
 // Few rows cost what lies between the wait and the store: all that does not depend on the index is computed before it.
 template <typename Op, typename Kind, uint32_t kItems, typename Index>
-__global__ void __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(RowTeams::kBlock)
     move_kernel(const __grid_constant__ Move move, const __grid_constant__ device::Bounds bounds) {
   using namespace device;
   const uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x;
@@ -273,8 +271,8 @@ void launch(const Work& work, int64_t token_bytes, int64_t slot_bytes) {
     const int64_t some = min(work.rows - move.first_row, teams.rows_of_launch());
     move.rows = static_cast<uint32_t>(some);
     const int64_t grid = teams.blocks(some);
-    const uint32_t block = teams.warps * device::kWarpThreads;
-    LaunchKernel(grid, block, work.device).enable_pdl()(kernel_of<Op, Kind, Index>(teams.items), move, work.checked.bounds());
+    LaunchKernel(grid, RowTeams::kBlock, work.device)
+        .enable_pdl()(kernel_of<Op, Kind, Index>(teams.items), move, work.checked.bounds());
   }
 }
 
