@@ -627,6 +627,26 @@ def test_caches_are_mutated_in_compiled_code(device: str, dynamic: bool | None) 
         assert caches[0].float().abs().sum() > 0
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_numbers_of_tokens_that_are_known_only_when_the_graph_runs(device: str) -> None:
+    def step(k: Tensor, cache: Tensor, where: Tensor, chosen: Tensor, slots: Tensor) -> Tensor:
+        rows = k[chosen]
+        ops.store_kv_cache(rows, rows, cache[0], cache[1], where[slots])
+        return cache + 0
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(step, fullgraph=True)
+        k, where = randn(8, 2, 16, dtype=torch.float32, device=device), slots_for(8, 12, torch.int64).to(device)
+        odd, first = torch.arange(8, device=device) % 2 == 1, torch.arange(8, device=device) < 4
+        caches = [torch.zeros(2, 12, 2, 16, device=device) for _ in range(2)]
+        results = [f(k, cache, where, odd, first) for f, cache in zip((step, compiled), caches, strict=True)]
+        assert_same_bits(results[1], results[0], "the caches")
+        assert results[0].any()
+        with pytest.raises(RuntimeError):
+            compiled(k, caches[1], where, odd, torch.arange(8, device=device) < 3)
+        assert_same_bits(caches[1], caches[0], "what is not written")
+
+
 # --- at random ------------------------------------------------------------------------------------
 
 

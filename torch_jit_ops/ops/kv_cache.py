@@ -30,8 +30,10 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _require(condition: bool, text: str) -> None:
-    if not condition:
+def _require(condition: bool | torch.SymBool, text: str) -> None:
+    if isinstance(condition, torch.SymBool):  # of sizes that only running tells: the graph checks it then
+        torch._check(condition, lambda: text)
+    elif not condition:
         raise RuntimeError(text)
 
 
