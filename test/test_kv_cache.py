@@ -14,7 +14,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torch_jit_ops import OpLibrary
-from torch_jit_ops.ops.kv_cache import store_kv_cache
 
 NAMES = ("store_kv_cache", "store_mla_cache", "gather_kv_cache", "downcast_fp8")
 FAMILY = {op.name: op for op in OPS if op.declaration.namespace == "jitk" and op.name in NAMES}
@@ -718,7 +717,7 @@ def test_no_heads(device: str) -> None:
     k, cache = torch.zeros(2, 0, 128, device=device), torch.zeros(3, 4, 0, 128, device=device)
     slots = torch.tensor([5, -1], device=device)
     ops.store_kv_cache(k, k, cache, cache.clone(), slots)
-    store_kv_cache.reference(k, k, cache, cache.clone(), slots)
+    FAMILY["store_kv_cache"].reference(k, k, cache, cache.clone(), slots)
 
 
 # --- who moves what -------------------------------------------------------------------------------

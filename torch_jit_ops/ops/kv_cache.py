@@ -17,7 +17,7 @@ from torch import Tensor
 from torch_jit_ops.declaring.samples import Sample, SampleMaker
 from torch_jit_ops.ops.indices import in_range
 from torch_jit_ops.ops.library import INTEGERS, WORDS, library
-from torch_jit_ops.ops.rotation import wide
+from torch_jit_ops.ops.rotation import require, wide
 
 _WIDE = (torch.float16, torch.bfloat16, torch.float32)
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -31,10 +31,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _require(condition: bool | torch.SymBool, text: str) -> None:
-    if isinstance(condition, torch.SymBool):  # of sizes that only running tells: the graph checks it then
-        torch._check(condition, lambda: text)
-    elif not condition:
-        raise RuntimeError(text)
+    require(condition, text, RuntimeError)
 
 
 def _check_rows(name: str, x: Tensor) -> None:

@@ -98,6 +98,11 @@ def _checked_stores(
     return slots
 
 
+def _store(heads: list[Tensor], slots: list[Tensor], indices: Tensor, *scales: Tensor | None) -> None:
+    for x, cache, scale in zip(heads, slots, scales, strict=True):
+        put_rows(cast_to_store(x, cache.dtype, scale), cache, 2, indices, indices >= 0)
+
+
 def _heads_to_store(
     q: Tensor, k: Tensor, v: Tensor, cos_sin_cache: Tensor, positions: Tensor, head_dim: int, mrope_section: list[int] | None
 ) -> list[Tensor]:
@@ -185,8 +190,7 @@ def apply_rope_store_kv(
     cos, sin = angles(cos_sin_cache, positions, is_neox, mrope_section, mrope_interleaved)
     for x in heads[:2]:
         x.copy_(turned(x, cos, sin, is_neox))
-    for x, cache, scale in zip(heads[1:], slots, (k_scale, v_scale), strict=True):
-        put_rows(cast_to_store(x, cache.dtype, scale), cache, 2, indices, indices >= 0)
+    _store(heads[1:], slots, indices, k_scale, v_scale)
 
 
 def _check_fused_qknorm_rope_store_kv(
@@ -282,5 +286,4 @@ def fused_qknorm_rope_store_kv(
     cos, sin = angles(cos_sin_cache, positions, is_neox, mrope_section, mrope_interleaved)
     for x, weight in zip(heads[:2], (q_weight, k_weight), strict=True):
         x.copy_(turned(normed(x, weight, eps, gemma), cos, sin, is_neox))
-    for x, cache, scale in zip(heads[1:], slots, (k_scale, v_scale), strict=True):
-        put_rows(cast_to_store(x, cache.dtype, scale), cache, 2, indices, indices >= 0)
+    _store(heads[1:], slots, indices, k_scale, v_scale)

@@ -39,11 +39,11 @@ def normed(x: Tensor, weight: Tensor, eps: float, gemma: bool) -> Tensor:
 # --- what arguments must be -----------------------------------------------------------------------
 
 
-def require(condition: bool | torch.SymBool, text: str) -> None:
-    if isinstance(condition, torch.SymBool):
+def require(condition: bool | torch.SymBool, text: str, error: type[Exception] = ValueError) -> None:
+    if isinstance(condition, torch.SymBool):  # of sizes that only running tells: the graph checks it then
         torch._check(condition, lambda: text)
     elif not condition:
-        raise ValueError(text)
+        raise error(text)
 
 
 def check_rope_dim(rope_dim: int, head_dim: int) -> None:
